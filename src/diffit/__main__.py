@@ -1,0 +1,3 @@
+from diffit.cli import main
+
+main()
