@@ -1,0 +1,148 @@
+"""Statistics of an image archive, and everything that is wrong with it."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffit.data.archive import (
+    META,
+    BrokenImageError,
+    FileTree,
+    describe_shape,
+    map_ordered,
+    name_some,
+    open_image,
+    orientation,
+    read_labels,
+    require_images,
+    subset,
+)
+from diffit.errors import UserError
+
+
+@dataclass
+class CheckReport:
+    """What an archive holds. ``problems`` is empty exactly if it can be trained on."""
+
+    path: Path
+    num_bytes: int
+    count: int = 0  # images, the damaged ones included
+    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)  # (C, H, W) -> images
+    mean: list[float] = field(default_factory=list)  # a channel, on the scale 0..255; of the commonest channel count
+    std: list[float] = field(default_factory=list)
+    duplicates: int = 0  # images whose pixels equal those of an earlier one
+    labelled: int = 0  # images with a label
+    class_counts: Counter[int] = field(default_factory=Counter)
+    class_names: list[str] | None = None
+    damaged: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    problems: list[str] = field(default_factory=list)  # one line each
+    samples: torch.Tensor | None = None  # uint8 (n, C, H, W): a seeded random choice of one shape
+
+
+def check(
+    path: str | Path,
+    *,
+    cond: bool = False,
+    samples: int = 64,
+    seed: int = 0,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Read every image of the archive ``path`` once and report on it; damage is listed, not raised.
+
+    With ``cond``, images without a label are a problem. ``progress`` is called with (images done, images in all).
+    Raises UserError if the path is no archive at all.
+    """
+    files = FileTree(path)
+    names = require_images(files)
+    report = CheckReport(files.path, files.num_bytes(), count=len(names))
+    _check_labels(report, files, cond)
+
+    histograms: dict[int, np.ndarray] = {c: np.zeros((c, 256), np.int64) for c in (1, 3)}
+    digests = np.zeros(len(names), np.uint64)  # 8 bytes an image: a million images collide with probability 3e-8
+    chosen = set(subset(len(names), samples, seed))
+    picked: list[np.ndarray] = []
+
+    def read(name: str) -> np.ndarray | BrokenImageError:
+        try:
+            return _pixels(files, name)
+        except BrokenImageError as error:
+            return error
+
+    small = report.num_bytes < 8192 * len(names)  # images for which threads cost more than they gain
+    good = 0
+    for i, result in enumerate(map_ordered(read, names, workers or int(small))):
+        if isinstance(result, BrokenImageError):
+            report.damaged.append((names[i], str(result)))
+        else:
+            height, width, channels = result.shape
+            report.shapes[channels, height, width] += 1
+            for channel in range(channels):
+                histograms[channels][channel] += np.bincount(result[..., channel].ravel(), minlength=256)
+            digests[good] = int.from_bytes(blake2b(result.tobytes(), digest_size=8).digest(), "little")
+            good += 1
+            if i in chosen:
+                picked.append(result)
+        if progress is not None:
+            progress(i + 1, len(names))
+    report.duplicates = good - len(np.unique(digests[:good]))
+    _summarise(report, histograms, picked)
+    return report
+
+
+def _pixels(files: FileTree, name: str) -> np.ndarray:
+    """uint8 (H, W, C), under the same conditions as :class:`ImageArchive`."""
+    image = open_image(files.read(name), name)
+    if image.mode not in ("L", "RGB"):
+        raise BrokenImageError(f"'{name}' has Pillow mode {image.mode}, not 8-bit gray or RGB")
+    if orientation(image) != 1:
+        raise BrokenImageError(f"'{name}' is stored rotated (EXIF)")
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def _check_labels(report: CheckReport, files: FileTree, cond: bool) -> None:
+    try:
+        table, report.class_names = read_labels(files)
+    except UserError as error:
+        report.problems.append(str(error))
+        return
+    table = table or {}
+    images = set(files.images)
+    missing = [name for name in files.images if name not in table]
+    report.labelled = len(images) - len(missing)
+    report.class_counts = Counter(label for name, label in table.items() if name in images)
+    if missing and (cond or table):
+        report.problems.append(f"{len(missing)} of {len(images)} images have no label ({name_some(missing)})")
+    if absent := [name for name in table if name not in images]:
+        report.problems.append(f"{META} lists {len(absent)} files that are not there ({name_some(absent)})")
+    if report.class_names and report.class_counts and len(report.class_names) <= max(report.class_counts):
+        report.problems.append(
+            f"{META} names {len(report.class_names)} classes, but labels go up to {max(report.class_counts)}"
+        )
+
+
+def _summarise(report: CheckReport, histograms: dict[int, np.ndarray], picked: list[np.ndarray]) -> None:
+    remedy = f"`diffit data convert --source {report.path} --dest NEW.zip"
+    if report.damaged:
+        report.problems.append(
+            f"{len(report.damaged)} images cannot be used: {remedy} --on-error skip` leaves them out"
+        )
+    if len(report.shapes) > 1:
+        kinds = name_some([f"{n} of {describe_shape(shape)}" for shape, n in report.shapes.most_common()])
+        report.problems.append(f"images differ ({kinds}): {remedy} --resolution WxH` makes them equal")
+    if not report.shapes:
+        return
+    shape = report.shapes.most_common(1)[0][0]
+    counts = histograms[shape[0]]
+    values, total = np.arange(256), counts.sum(axis=1)
+    mean = counts @ values / total
+    report.mean = mean.tolist()
+    report.std = np.sqrt(counts @ values**2 / total - mean**2).tolist()
+    same = [image for image in picked if (image.shape[2], *image.shape[:2]) == shape]
+    if same:
+        report.samples = torch.from_numpy(np.stack(same)).permute(0, 3, 1, 2)

@@ -1,0 +1,274 @@
+"""Readers of raw image collections, each giving a :class:`Source`: names, labels and a way to read the i-th image."""
+
+import gzip
+import io
+import math
+import pickle
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffit.data.archive import META, BrokenImageError, FileTree, natural_key, open_image, read_labels, require_images
+from diffit.errors import UserError
+
+IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
+MAX_TAR_MEMBER = 1 << 26  # a CIFAR batch has 31 MB
+MAX_IDX_BYTES = 1 << 32
+
+
+@dataclass
+class Source:
+    """Raw images. ``read(i)`` gives encoded bytes or pixels, uint8 (H, W) or (H, W, 3)."""
+
+    kind: str
+    names: list[str]
+    read: Callable[[int], bytes | np.ndarray]
+    labels: list[int | None]
+    class_names: list[str] | None = None
+    ignored: list[str] = field(default_factory=list)  # files that are not images
+
+    def open(self, index: int, *, header_only: bool = False) -> Image.Image:
+        """The i-th image in its own mode. Raises BrokenImageError."""
+        data = self.read(index)
+        if isinstance(data, np.ndarray):
+            return Image.fromarray(data)
+        return open_image(data, self.names[index], header_only=header_only)
+
+    @property
+    def unlabelled(self) -> list[str]:
+        return [name for name, label in zip(self.names, self.labels, strict=True) if label is None]
+
+
+def open_source(path: str | Path, *, cond: bool = False) -> Source:
+    """Recognise what ``path`` is and list it, without decoding any image.
+
+    ``cond`` says that labels are wanted, so that folders with numeric names count as classes too.
+    Raises UserError for a path that is missing, of no known kind, damaged or unsafe.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "data.mdb").is_file():
+            return _lmdb(path)
+        if idx := _idx_in(path):
+            return _idx(idx)
+        return _tree(path, cond)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder; check the spelling")
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if IDX_IMAGES.search(path.name) or start == b"\x00\x00\x08\x03":
+        return _idx(path)
+    if path.name.endswith((".tar", ".tar.gz", ".tgz")):
+        return _cifar10(path)
+    if path.suffix.lower() == ".zip" or start == b"PK\x03\x04":
+        return _tree(path, cond)
+    raise UserError(
+        f"{path} is none of the known sources: a folder or zip of images, cifar-10-python.tar.gz, "
+        "an MNIST idx file (train-images-idx3-ubyte.gz) or an LMDB folder"
+    )
+
+
+def _tree(path: Path, cond: bool) -> Source:
+    files = FileTree(path)
+    names = require_images(files)
+    table, class_names = read_labels(files)
+    if table is not None:
+        kind, labels = f"with {META}", [table.get(name) for name in names]
+    else:
+        labels, class_names = labels_from_folders(names, cond)
+        kind = "of class folders" if class_names else "of images"
+    images = set(names)
+    ignored = [name for name in files.names if name not in images and name != META]
+    kind = f"{'zip' if files.is_zip else 'folder'} {kind}"
+    return Source(kind, names, lambda i: files.read(names[i]), labels, class_names, ignored)
+
+
+def labels_from_folders(names: list[str], cond: bool) -> tuple[list[int | None], list[str] | None]:
+    """Classes are the folders below whatever folders all images share, in natural order.
+
+    Folders named by five or more digits (``00000/img00000000.png``) only split a large collection:
+    they are classes only if ``cond`` says so.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+    shared = folders[0]
+    for folder in folders:
+        while folder[: len(shared)] != shared:
+            shared = shared[:-1]
+    depth = len(shared)
+    classes = [folder[depth] if len(folder) > depth else None for folder in folders]
+    class_names = sorted({c for c in classes if c is not None}, key=natural_key)
+    if not class_names or (not cond and all(re.fullmatch(r"\d{5,}", c) for c in class_names)):
+        return [None] * len(names), None
+    number = {c: i for i, c in enumerate(class_names)}
+    return [None if c is None else number[c] for c in classes], class_names
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Reads CIFAR's batches without running anything that the file names.
+
+    A pickle is a program that may call whatever it can import. Here an import never happens: the four names that
+    numpy arrays and byte strings need are answered by the harmless stand-ins below, every other one is refused.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        stand_ins: dict[tuple[str, str], Any] = {
+            ("numpy.core.multiarray", "_reconstruct"): _Array,
+            ("numpy._core.multiarray", "_reconstruct"): _Array,
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): _Dtype,
+            ("_codecs", "encode"): _encode,
+        }
+        if (module, name) not in stand_ins:
+            raise UserError(f"it asks for {module}.{name}, which no CIFAR-10 file needs: refused as unsafe")
+        return stand_ins[module, name]
+
+
+class _Dtype:
+    def __init__(self, code: Any, *flags: Any) -> None:
+        self.code = code.decode() if isinstance(code, bytes) else code
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Array:
+    """What numpy's pickled array holds, kept as plain values."""
+
+    def __init__(self, *_: Any) -> None:
+        self.pixels: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        if dtype.code == "u1" and not fortran:
+            self.pixels = np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")
+
+
+def _unpickle(data: bytes, where: str) -> dict[bytes, Any]:
+    try:
+        content = _InertUnpickler(io.BytesIO(data), encoding="bytes").load()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # damaged pickles fail in many ways
+        raise UserError(f"{where} is damaged ({error or type(error).__name__}): download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not a CIFAR-10 batch: download cifar-10-python.tar.gz again")
+    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
+
+
+def _batch(content: dict[bytes, Any], where: str) -> tuple[np.ndarray, list[int]]:
+    """(pixels (N, 32, 32, 3), N labels) of one CIFAR batch, whose images are stored (3, 32, 32)."""
+    data, labels = content.get(b"data"), content.get(b"labels")
+    pixels = data.pixels if isinstance(data, _Array) else None
+    if pixels is None or not isinstance(labels, list) or pixels.shape != (len(labels), 3072):
+        raise UserError(f"{where} is not a CIFAR-10 batch (N x 3072 bytes with N labels): download it again")
+    if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
+        raise UserError(f"{where} has labels outside 0 to 9: download it again")
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+
+def _cifar10(path: Path) -> Source:
+    wanted = [f"data_batch_{i}" for i in range(1, 6)]
+    found: dict[str, dict[bytes, Any]] = {}
+    try:
+        with tarfile.open(path, "r|*") as tar:  # members are read in memory and never unpacked to disk
+            for member in tar:
+                name = member.name.rsplit("/", 1)[-1]
+                if member.isfile() and name in [*wanted, "batches.meta"] and member.size <= MAX_TAR_MEMBER:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[name] = _unpickle(file.read(), f"{path}: {name}")
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is damaged or incomplete, download it again") from error
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: the only tar file that is read is cifar-10-python.tar.gz; "
+            "unpack any other one and give its folder"
+        )
+    batches = [_batch(found[name], f"{path}: {name}") for name in wanted]
+    images = np.concatenate([pixels for pixels, _ in batches])
+    labels: list[int | None] = [label for _, batch_labels in batches for label in batch_labels]
+    names = [f"{name}/{i:04d}" for name, (pixels, _) in zip(wanted, batches, strict=True) for i in range(len(pixels))]
+    meta = found.get("batches.meta", {}).get(b"label_names", [])
+    class_names = [c.decode() if isinstance(c, bytes) else str(c) for c in meta] or None
+    return Source("CIFAR-10 batches (the training images)", names, lambda i: images[i], labels, class_names)
+
+
+def _idx_in(folder: Path) -> Path | None:
+    """The images file of an MNIST folder: the training images where there are several."""
+    found = sorted(f for f in folder.iterdir() if f.is_file() and IDX_IMAGES.search(f.name))
+    return next((f for f in found if f.name.startswith("train")), found[0] if found else None)
+
+
+def _idx(path: Path) -> Source:
+    images = _read_idx(path, 3)
+    name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    candidates = [f for f in (path.with_name(name), path.with_name(name + ".gz")) if f.is_file() and f != path]
+    labels: list[int | None] = [None] * len(images)
+    if candidates:
+        values = _read_idx(candidates[0], 1)
+        if len(values) != len(images):
+            raise UserError(f"{candidates[0]} has {len(values)} labels for the {len(images)} images of {path.name}")
+        labels = values.tolist()
+    names = [f"{path.name}[{i}]" for i in range(len(images))]
+    kind = "MNIST idx file" + (f" with {candidates[0].name}" if candidates else f" (no {name}[.gz] beside it)")
+    return Source(kind, names, lambda i: images[i], labels)
+
+
+def _read_idx(path: Path, dims: int) -> np.ndarray:
+    """An idx file of unsigned bytes: 2 zero bytes, type 8, number of dimensions, big-endian sizes, data."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            magic = file.read(4)
+            if magic != bytes([0, 0, 8, dims]):
+                raise UserError(f"{path} is not an idx file of {dims} dimensions (it starts with {magic.hex()})")
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            count = math.prod(shape)
+            if not 0 < count <= MAX_IDX_BYTES:
+                raise UserError(f"{path} claims {count} bytes of data; 1 to {MAX_IDX_BYTES} are read")
+            data = file.read(count)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is damaged or incomplete, download it again") from error
+    if len(data) != count:
+        raise UserError(f"{path} holds {len(data)} of {count} bytes: it is incomplete, download it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _lmdb(path: Path) -> Source:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"{path} is an LMDB folder and needs the lmdb package: pip install 'diffit[data]'") from error
+    try:
+        env = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        with env.begin() as txn:
+            keys = [bytes(key) for key in txn.cursor().iternext(keys=True, values=False)]
+    except lmdb.Error as error:
+        raise UserError(f"{path} cannot be read as an LMDB folder ({error}): it is damaged or incomplete") from error
+    if not keys:
+        raise UserError(f"{path} is an LMDB folder without entries")
+    named = sorted(
+        ((key.decode("utf-8", "backslashreplace"), key) for key in keys), key=lambda pair: natural_key(pair[0])
+    )
+    names = [name for name, _ in named]
+
+    def read(index: int) -> bytes:
+        try:
+            with env.begin() as txn:
+                return txn.get(named[index][1]) or b""
+        except lmdb.Error as error:
+            raise BrokenImageError(f"'{names[index]}' cannot be read ({error})") from error
+
+    return Source("LMDB", names, read, [None] * len(names))

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from diffit.cli import cli, run
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        path = tmp_path / "raw" / ("cat" if i < 3 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((6, 8, 3), 20 * i, np.uint8)).save(path)
+    (tmp_path / "raw" / "notes.txt").write_text("x")
+    return tmp_path / "raw"
+
+
+def invoke(command: str):
+    return CliRunner().invoke(cli, command.split())
+
+
+def test_convert_then_check_says_what_happened_and_what_to_do_next(raw, tmp_path):
+    result = invoke("data convert --source raw --dest out.zip --resolution 4 --cond")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "raw: folder of class folders, 6 images",
+        "1 files that are not images (1 .txt)",
+        "6 images of 4x4 RGB",
+        "2: cat, dog",
+        "wrote      out.zip",
+        "diffit data check out.zip --cond",
+    ):
+        assert part in result.output
+    result = invoke("data check out.zip --cond")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "6 of 6 images, 2 classes",
+        "0 cat: 3",
+        "mean       50.00 50.00 50.00",
+        "out-grid.png",
+        "diffit train",
+    ):
+        assert part in result.output
+    with Image.open(tmp_path / "out-grid.png") as grid:
+        assert grid.size == (3 * 64, 2 * 64)
+
+
+def test_skipped_images_are_named_and_counted(raw):
+    (raw / "cat" / "1.png").write_bytes(b"junk")
+    result = invoke("data convert --source raw --dest out.zip --on-error skip")
+    assert result.exit_code == 0
+    assert "cat/1.png" in result.output
+    assert "1 broken images in all" in result.output
+
+
+def test_check_of_a_damaged_archive_names_the_file_and_fails(raw):
+    (raw / "cat" / "1.png").write_bytes(b"junk")
+    result = invoke("data check raw --grid sample.png")
+    assert result.exit_code == 1
+    assert "damaged    'cat/1.png'" in result.output
+    assert "1 images cannot be used" in result.output
+    assert (raw.parent / "sample.png").exists()
+    invoke("data check raw --no-grid")
+    assert not (raw.parent / "raw-grid.png").exists()
+
+
+@pytest.mark.parametrize("size", ["32", "32x32", "48X32"])
+def test_resolution_is_width_by_height(raw, size):
+    result = invoke(f"data convert --source raw --dest out.zip --resolution {size}")
+    width, _, height = size.lower().partition("x")
+    assert f"6 images of {width}x{height or width}" in result.output
+
+
+@pytest.mark.parametrize("size", ["big", "32x", "-1", "3.5", "32x32x3"])
+def test_a_resolution_that_is_no_size_is_a_usage_error(raw, size):
+    result = invoke(f"data convert --source raw --dest out.zip --resolution={size}")
+    assert result.exit_code == 2
+    assert "is not a size in pixels" in result.output
+
+
+def test_a_user_error_is_one_line_without_traceback(raw, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(cli, ["data", "convert", "--source", "nowhere", "--dest", "out.zip"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: nowhere: no such file or folder; check the spelling\n"

@@ -1,0 +1,407 @@
+"""Expected pixels are computed with numpy, not with the converter's own functions."""
+
+import errno
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from diffit.data import ImageArchive
+from diffit.data.convert import center_crop, center_crop_dhariwal, center_crop_wide, convert, to_eight_bit
+from diffit.errors import UserError
+
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "cifar10-train-jpeg.zip"
+
+
+def random_pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(image: Image.Image | np.ndarray, path: Path, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """Three classes of four 8x6 images."""
+    for i in range(12):
+        save(random_pixels(i, 6, 8, 3), tmp_path / "raw" / ["cat", "dog", "owl"][i // 4] / f"{i}.png")
+    return tmp_path / "raw"
+
+
+def only(folder: Path, tmp_path: Path, **options) -> np.ndarray:
+    """The single image of ``folder`` after conversion, (H, W, C)."""
+    convert(folder, tmp_path / "out.zip", overwrite=True, **options)
+    return ImageArchive(tmp_path / "out.zip")[0].permute(1, 2, 0).numpy()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_class_folders_become_an_archive_in_the_documented_layout(classes, tmp_path, dest):
+    report = convert(classes, tmp_path / dest)
+    archive = ImageArchive(tmp_path / dest, cond=True)
+    assert archive.file_names == [f"00000/img{i:08d}.png" for i in range(12)]
+    assert archive.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert archive.class_names == ["cat", "dog", "owl"]
+    np.testing.assert_array_equal(archive.load_all(), [random_pixels(i, 6, 8, 3).transpose(2, 0, 1) for i in range(12)])
+    assert (report.written, report.image_shape, report.labelled, report.num_classes) == (12, (3, 6, 8), True, 3)
+    assert leftovers(tmp_path) == sorted([dest, "raw"])
+
+
+def test_the_zip_is_uncompressed_and_the_same_bytes_every_time(classes, tmp_path):
+    for name, workers in (("a.zip", 1), ("b.zip", 3)):
+        convert(classes, tmp_path / name, workers=workers)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert json.loads(archive.read("dataset.json"))["labels"][4] == ["00000/img00000004.png", 1]
+    convert(classes, tmp_path / "folder")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        for name in archive.namelist():
+            assert (tmp_path / "folder" / name).read_bytes() == archive.read(name)
+
+
+def test_converting_an_archive_again_changes_nothing(classes, tmp_path):
+    convert(classes, tmp_path / "a.zip")
+    convert(tmp_path / "a.zip", tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_images_are_dealt_to_folders_of_a_thousand(tmp_path):
+    images = np.zeros((1001, 1, 1), np.uint8)
+    idx = bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes() + images.tobytes()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx)
+    convert(tmp_path / "train-images-idx3-ubyte", tmp_path / "a.zip")
+    archive = ImageArchive(tmp_path / "a.zip")
+    assert archive.file_names[-2:] == ["00000/img00000999.png", "00001/img00001000.png"]
+    assert archive.image_shape == (1, 1, 1)
+
+
+def test_max_images_is_a_seeded_subset_with_its_own_labels(classes, tmp_path):
+    chosen = {}
+    for seed in (0, 1):
+        convert(classes, tmp_path / f"{seed}.zip", max_images=5, seed=seed)
+        archive = ImageArchive(tmp_path / f"{seed}.zip", cond=True)
+        originals = [random_pixels(i, 6, 8, 3).transpose(2, 0, 1).tobytes() for i in range(12)]
+        chosen[seed] = [originals.index(image.numpy().tobytes()) for image in archive.load_all()]
+        assert archive.labels.tolist() == [i // 4 for i in chosen[seed]]
+        assert archive.num_classes == 3
+    assert all(indices == sorted(set(indices)) for indices in chosen.values())
+    assert chosen[0] != chosen[1]
+    assert list(range(5)) not in chosen.values()
+
+
+# ---- pixels ----
+
+
+@given(hnp.arrays(np.uint16, (3, 4)))
+def test_sixteen_bits_are_scaled_and_not_clipped(values):
+    for form in ("PNG", "TIFF", "PPM"):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, form)
+        result = np.asarray(to_eight_bit(Image.open(buffer), "L"))
+        np.testing.assert_array_equal(result, np.rint(values / 65535 * 255))
+
+
+@given(st.integers(1, 8), hnp.arrays(np.uint8, (2, 3, 3)))
+def test_exif_orientation_is_applied(orientation, upright):
+    # What a camera stores for each orientation: the transformation of the EXIF standard, undone.
+    stored = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(np.asarray(to_eight_bit(Image.open(buffer), "RGB")), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_exif_block_does_not_lose_the_image(tmp_path):
+    save(np.full((8, 8, 3), 90, np.uint8), tmp_path / "in" / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert abs(int(only(tmp_path / "in", tmp_path)[0, 0, 0]) - 90) <= 2
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    ink = np.zeros((8, 8, 4), np.uint8)
+    ink[..., 1] = 255  # all magenta
+    save(Image.fromarray(ink, "CMYK"), tmp_path / "in" / "a.jpg", quality=100)
+    np.testing.assert_allclose(only(tmp_path / "in", tmp_path)[4, 4], [255, 0, 255], atol=4)
+
+
+def test_palettes_become_their_colours_and_transparent_entries_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([10, 20, 30, 200, 100, 0, 1, 2, 3])
+    save(image, tmp_path / "plain" / "a.png")
+    save(image, tmp_path / "clear" / "a.png", transparency=bytes([255, 255, 0]))
+    save(image, tmp_path / "gif" / "a.gif", transparency=2)
+    assert only(tmp_path / "plain", tmp_path).tolist() == [[[10, 20, 30], [200, 100, 0], [1, 2, 3]]]
+    for name in ("clear", "gif"):
+        assert only(tmp_path / name, tmp_path).tolist() == [[[10, 20, 30], [200, 100, 0], [255, 255, 255]]]
+
+
+@given(hnp.arrays(np.uint8, (4, 3, 4)))
+def test_transparency_is_laid_on_white(rgba):
+    result = np.asarray(to_eight_bit(Image.fromarray(rgba), "RGB")).astype(float)
+    alpha = rgba[..., 3:] / 255
+    np.testing.assert_allclose(result, rgba[..., :3] * alpha + 255 * (1 - alpha), atol=1)
+
+
+def test_gray_with_alpha_and_one_bit_images_are_gray(tmp_path):
+    save(Image.fromarray(np.array([[[100, 255], [100, 0]]], np.uint8), "LA"), tmp_path / "a" / "a.png")
+    save(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), tmp_path / "b" / "a.png")
+    assert only(tmp_path / "a", tmp_path).tolist() == [[[100], [255]]]
+    assert only(tmp_path / "b", tmp_path).tolist() == [[[0], [255]]]
+
+
+def test_channels_follow_the_images_unless_told(tmp_path):
+    save(np.full((4, 4), 7, np.uint8), tmp_path / "in" / "a.png")
+    assert only(tmp_path / "in", tmp_path).shape == (4, 4, 1)
+    assert only(tmp_path / "in", tmp_path, channels="rgb").shape == (4, 4, 3)
+    save(np.full((4, 4, 3), (255, 0, 0), np.uint8), tmp_path / "in" / "b.png")
+    assert only(tmp_path / "in", tmp_path).tolist() == np.full((4, 4, 3), 7).tolist()
+    convert(tmp_path / "in", tmp_path / "gray.zip", channels="gray")
+    assert ImageArchive(tmp_path / "gray.zip")[1].unique().tolist() == [76]  # 0.299 of 255
+
+
+def test_float_images_are_refused_because_their_white_is_unknown(tmp_path):
+    save(np.ones((4, 4), np.float32), tmp_path / "in" / "a.tif")
+    with pytest.raises(UserError, match=r"a.tif.*32-bit"):
+        convert(tmp_path / "in", tmp_path / "out.zip")
+
+
+def test_metadata_of_the_source_is_left_behind(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "a private remark"
+    profile = b"a private profile"
+    save(np.zeros((8, 8, 3), np.uint8), tmp_path / "in" / "a.png", exif=exif, icc_profile=profile)
+    convert(tmp_path / "in", tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive, Image.open(archive.open("00000/img00000000.png")) as image:
+        image.load()
+        assert image.info == {}
+
+
+# ---- sizes ----
+
+
+def test_center_crop_takes_the_middle():
+    pixels = random_pixels(0, 10, 20, 3)
+    result = np.asarray(center_crop(Image.fromarray(pixels), (10, 10)))
+    np.testing.assert_array_equal(result, pixels[:, 5:15])
+    result = np.asarray(center_crop(Image.fromarray(pixels), (20, 5)))
+    np.testing.assert_array_equal(result, pixels[2:7])
+
+
+@given(*(st.integers(1, 40) for _ in range(4)))
+def test_every_transform_gives_exactly_the_size_asked_for(width, height, to_width, to_height):
+    image = Image.new("RGB", (width, height), "red")
+    assert center_crop(image, (to_width, to_height)).size == (to_width, to_height)
+    assert center_crop_dhariwal(image, to_width).size == (to_width, to_width)
+    wide, high = max(to_width, to_height), min(to_width, to_height)
+    result = np.asarray(center_crop_wide(image, (wide, high)))
+    assert result.shape == (wide, wide, 3)
+    assert (result[..., 0] == 255).any(axis=1).sum() == high
+
+
+def test_center_crop_wide_puts_black_bars_above_and_below():
+    pixels = random_pixels(0, 6, 8, 3) | 1
+    result = np.asarray(center_crop_wide(Image.fromarray(pixels), (8, 4)))
+    np.testing.assert_array_equal(result[2:6], pixels[1:5])
+    assert not result[:2].any()
+    assert not result[6:].any()
+
+
+def test_center_crop_dhariwal_halves_by_means_and_crops_the_middle():
+    pixels = random_pixels(0, 32, 64, 3) & 0xF0  # so that the means are whole numbers
+    halved = pixels
+    for _ in range(2):
+        h, w, _ = halved.shape
+        halved = halved.reshape(h // 2, 2, w // 2, 2, 3).mean((1, 3))
+    result = np.asarray(center_crop_dhariwal(Image.fromarray(pixels), 8))
+    np.testing.assert_array_equal(result, halved[:, 4:12])
+
+
+def test_center_crop_dhariwal_ends_with_bicubic_to_the_short_side():
+    image = Image.fromarray(random_pixels(0, 20, 28, 3))
+    expected = np.asarray(image.resize((22, 16), Image.Resampling.BICUBIC))[:, 3:19]  # 28 * 16 / 20 = 22.4
+    np.testing.assert_array_equal(np.asarray(center_crop_dhariwal(image, 16)), expected)
+
+
+def test_resolution_makes_mixed_sizes_equal_and_without_it_they_are_named(tmp_path):
+    save(np.full((6, 8, 3), 50, np.uint8), tmp_path / "in" / "a.png")
+    save(np.full((9, 9, 3), 60, np.uint8), tmp_path / "in" / "b.png")
+    for on_error in ("stop", "skip"):
+        with pytest.raises(UserError, match=r"'b.png' is 9x9 but 'a.png' is 8x6: give --resolution"):
+            convert(tmp_path / "in", tmp_path / "out.zip", on_error=on_error)
+    assert leftovers(tmp_path) == ["in"]
+    convert(tmp_path / "in", tmp_path / "out.zip", resolution=(5, 4))
+    archive = ImageArchive(tmp_path / "out.zip")
+    assert archive.image_shape == (3, 4, 5)
+    assert [image.unique().tolist() for image in archive] == [[50], [60]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transform": "center-crop"}, "needs a resolution"),
+        ({"transform": "crop", "resolution": (4, 4)}, "'crop' is not known"),
+        ({"resolution": (0, 4)}, "0x4 is not possible"),
+        ({"transform": "center-crop-dhariwal", "resolution": (8, 4)}, "makes squares, not 8x4"),
+        ({"transform": "center-crop-wide", "resolution": (4, 8)}, "makes wide images, not 4x8"),
+        ({"max_images": 0}, "max_images is 0"),
+        ({"on_error": "ignore"}, "'ignore' is not known"),
+        ({"channels": "rgba"}, "'rgba' is not known"),
+    ],
+)
+def test_impossible_options_are_refused_before_any_work(classes, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        convert(classes, tmp_path / "out.zip", **options)
+    assert leftovers(tmp_path) == ["raw"]
+
+
+# ---- trouble ----
+
+
+def test_broken_images_stop_the_run_or_are_skipped_and_named(classes, tmp_path, monkeypatch):
+    whole = (classes / "dog" / "5.png").read_bytes()
+    (classes / "dog" / "5.png").write_bytes(whole[:60])
+    (classes / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cat/0.png.*--on-error skip"):
+        convert(classes, tmp_path / "out.zip")
+    assert leftovers(tmp_path) == ["raw"]
+    report = convert(classes, tmp_path / "out.zip", on_error="skip")
+    assert [name for name, _ in report.skipped] == ["cat/0.png", "dog/5.png"]
+    archive = ImageArchive(tmp_path / "out.zip", cond=True)
+    assert archive.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 4
+    assert archive.file_names[-1] == "00000/img00000009.png"  # no gaps
+    np.testing.assert_array_equal(archive[0], random_pixels(1, 6, 8, 3).transpose(2, 0, 1))
+
+
+def test_a_source_of_nothing_but_broken_images_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="none of 1 images can be read"):
+        convert(tmp_path / "in", tmp_path / "out.zip", on_error="skip")
+    assert leftovers(tmp_path) == ["in"]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_count_as_broken(classes, tmp_path, monkeypatch):
+    save(np.zeros((10, 10, 3), np.uint8), classes / "owl" / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    report = convert(classes, tmp_path / "out.zip", on_error="skip")
+    assert [name for name, _ in report.skipped] == ["owl/bomb.png"]
+    assert "decompression bomb" in report.skipped[0][1]
+
+
+def test_unsafe_zip_members_are_refused(tmp_path):
+    save(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "../../a.png")
+    with pytest.raises(UserError, match="unsafe path"):
+        convert(tmp_path / "in.zip", tmp_path / "out.zip")
+
+
+def test_labels_missing_for_some_images_are_dropped_or_with_cond_an_error(classes, tmp_path):
+    save(random_pixels(0, 6, 8, 3), classes / "stray.png")
+    with pytest.raises(UserError, match=r"1 of 13 images have no label \(stray.png\)"):
+        convert(classes, tmp_path / "out.zip", cond=True)
+    report = convert(classes, tmp_path / "out.zip")
+    assert (report.labelled, report.unlabelled) == (False, ["stray.png"])
+    assert not ImageArchive(tmp_path / "out.zip").has_labels
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+    with pytest.raises(UserError, match="has no labels"):
+        convert(tmp_path / "out.zip", tmp_path / "b.zip", cond=True)
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_an_interrupted_run_leaves_nothing_and_keeps_the_old_archive(classes, tmp_path, dest):
+    def interrupt(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(classes, tmp_path / dest, progress=interrupt)
+    assert leftovers(tmp_path) == ["raw"]
+    convert(classes, tmp_path / dest)
+    with pytest.raises(KeyboardInterrupt):
+        convert(classes, tmp_path / dest, resolution=(4, 4), overwrite=True, progress=interrupt)
+    assert leftovers(tmp_path) == sorted(["raw", dest])
+    assert ImageArchive(tmp_path / dest).image_shape == (3, 6, 8)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(classes, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(UserError, match=r"out.zip: the disk is full"):
+        convert(classes, tmp_path / "out.zip")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"out: the disk is full"):
+        convert(classes, tmp_path / "out")
+    assert leftovers(tmp_path) == ["raw"]
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_an_existing_archive_is_replaced_only_with_overwrite(classes, tmp_path, dest):
+    convert(classes, tmp_path / dest, max_images=2)
+    with pytest.raises(UserError, match=r"exists: .*--overwrite"):
+        convert(classes, tmp_path / dest)
+    convert(classes, tmp_path / dest, overwrite=True)
+    assert len(ImageArchive(tmp_path / dest)) == 12
+    assert leftovers(tmp_path) == sorted(["raw", dest])
+
+
+def test_what_is_not_an_archive_is_never_overwritten(classes, tmp_path):
+    (tmp_path / "home" / "thesis").mkdir(parents=True)
+    (tmp_path / "home" / "dataset.json").write_text("{}")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.zip").mkdir()
+    for dest in ("home", "file", "folder.zip"):
+        with pytest.raises(UserError, match="never replaced"):
+            convert(classes, tmp_path / dest, overwrite=True)
+    with pytest.raises(UserError, match=r"out.zip(: not writable|.* folder is needed)"):
+        convert(classes, tmp_path / "file" / "out.zip")
+    for dest in (classes, classes / "out.zip", tmp_path):
+        with pytest.raises(UserError, match="lie in one another"):
+            convert(classes, dest, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    convert(classes, tmp_path / "empty")
+    convert(classes, tmp_path / "new" / "deep" / "a.zip")
+
+
+@pytest.mark.skipif(not REAL_DATA.exists(), reason="shared/data/cifar10-train-jpeg.zip is not here")
+def test_cifar_as_jpeg_files_keeps_its_ten_classes(tmp_path):
+    report = convert(REAL_DATA, tmp_path / "cifar10.zip", max_images=300, cond=True)
+    archive = ImageArchive(tmp_path / "cifar10.zip", cond=True)
+    assert (report.found, len(archive), archive.image_shape, archive.num_classes) == (50_000, 300, (3, 32, 32), 10)
+    assert archive.class_names is not None
+    assert archive.class_names[0] == "airplane"
+    images = archive.load_all()
+    with zipfile.ZipFile(REAL_DATA) as raw:  # a label and its image belong together
+        ship = sorted(n for n in raw.namelist() if n.startswith("ship"))
+        pixels = {np.asarray(Image.open(io.BytesIO(raw.read(n)))).tobytes() for n in ship}
+    is_ship = [image.permute(1, 2, 0).numpy().tobytes() in pixels for image in images]
+    assert is_ship == (archive.labels == archive.class_names.index("ship")).tolist()
