@@ -38,6 +38,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: not writable; choose another place") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path}: a file stands where a folder is needed; choose another place") from error
+        if error.errno == errno.EISDIR:
+            raise UserError(f"{path}: a folder stands where a file is to go; choose another place") from error
         raise
 
 
@@ -48,7 +50,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         part = _beside(path)
         try:
+            part.touch()
+            mode = part.stat().st_mode  # that of ordinary files here; safetensors' would be for their owner alone
             yield part
+            part.chmod(mode)
             _sync(part)
             os.replace(part, path)
             _sync(path.parent)
@@ -61,21 +66,42 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """The same for a folder; an older folder of that name is replaced."""
     path = Path(path)
     with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         part = _beside(path)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
             yield part
-            for item in part.rglob("*"):
-                if item.is_file():
-                    _sync(item)
-            if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
-                os.rename(path, old)
-                os.rename(part, path)
-                shutil.rmtree(old)
-            else:
-                os.rename(part, path)
+            _settle(part)
+            _swap(part, path)
             _sync(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Bring files and the folders that list them to the disk, readable like ordinary files."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for item in folder.rglob("*"):
+        if item.is_file():
+            item.chmod(mode)
+        _sync(item)
+    _sync(folder)
+
+
+def _swap(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
