@@ -1,0 +1,196 @@
+"""From options and data to a configuration: the documented commands, what data decides, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffit.configs.presets import get_preset
+from diffit.configs.resolve import DataFacts, accumulation, resolve, stage_count
+from diffit.errors import UserError
+
+RGB32 = DataFacts(channels=3, image_size=(32, 32))
+LABELLED = DataFacts(channels=3, image_size=(32, 32), num_classes=10, class_names=tuple("abcdefghij"))
+
+# CONTRACT §4, the numbers of the first two commands.
+CIFAR = {
+    "resolution": (32, 32),
+    "batch_gpu": 128,
+    "base_dim": 128,
+    "hidden_dim": 256,
+    "num_heads": 4,
+    "num_blocks": (2,),
+    "lr": 1e-3,
+    "kimg": 200_000.0,
+}
+FFHQ = CIFAR | {"resolution": (64, 64), "batch_gpu": 64, "num_blocks": (4,), "lr": 2e-4}
+
+
+@pytest.mark.parametrize(("preset", "options"), [("cifar10", CIFAR), ("ffhq64", FFHQ)])
+@pytest.mark.parametrize("known", [True, False], ids=["with data", "without"])
+def test_the_documented_commands_are_the_presets(preset, options, known):
+    facts = DataFacts(3, options["resolution"]) if known else None
+    spelled, named = resolve(None, options, facts, processes=4), resolve(preset, {}, facts)
+    assert spelled.model == named.model == get_preset(preset).model
+    assert spelled.preset == preset
+    assert spelled.diffusion == named.diffusion
+    assert spelled.sampling == named.sampling
+    assert spelled.training == named.training.model_copy(update={"batch_gpu": options["batch_gpu"]})
+
+
+def test_the_documented_command_takes_metrics_too():
+    config = resolve(None, CIFAR | {"metrics": ("fid10k_full",), "metrics_ticks": 50, "data": "a.zip"}, processes=4)
+    assert config.training.metrics == ("fid10k_full",)
+    assert config.training.metrics_ticks == 50
+    assert config.data.path == "a.zip"
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 256), (96, 200)])
+def test_large_images_call_for_the_latent_model(size):
+    with pytest.raises(UserError, match=f"{size[1]}x{size[0]}.*latent"):
+        resolve(None, {"resolution": size})
+
+
+@pytest.mark.parametrize(("facts", "preset"), [(RGB32, "cifar10"), (DataFacts(1, (64, 48)), "ffhq64")])
+def test_without_a_preset_the_data_chooses(facts, preset):
+    config = resolve(None, {}, facts)
+    assert config.preset == preset
+    assert config.model.image_size == facts.image_size
+    assert config.model.channels == facts.channels
+
+
+def test_without_anything_to_go_by_the_remedy_is_named():
+    with pytest.raises(UserError, match=r"--preset.*--data.*--resolution"):
+        resolve(None, {})
+
+
+def test_options_that_are_none_leave_the_preset():
+    options = dict.fromkeys([*CIFAR, "dropout", "seed", "cond", "data", "window_size", "augment"])
+    assert resolve("cifar10", options) == get_preset("cifar10")
+
+
+@pytest.mark.parametrize(("option", "value"), [("dropout", 0.0), ("augment", 0.0), ("label_drop", 0.0), ("seed", 0)])
+def test_a_zero_is_not_an_absence(option, value):
+    config = resolve("cifar10", {option: value})
+    assert getattr(config.model if option == "dropout" else config.training, option) == value
+
+
+@pytest.mark.parametrize(
+    ("preset", "augment", "labels"), [("cifar10", 0.0, 0), ("digits", 0.1, 9), ("cifar10", 1.0, 9)]
+)
+def test_the_network_takes_augment_labels_where_there_is_augmentation(preset, augment, labels):
+    assert resolve(preset, {"augment": augment}).model.augment_dim == labels
+
+
+def test_options_reach_the_stages_they_speak_of():
+    config = resolve(
+        "ffhq64", {"base_dim": 32, "hidden_dim": 48, "num_heads": 2, "num_blocks": (1, 2, 3), "window_size": 2}
+    )
+    stages = [(s.width, s.heads, s.blocks, s.window) for s in config.model.stages]
+    assert stages == [(32, 2, 1, 2), (48, 2, 2, 2), (48, 2, 3, 2)]
+
+
+def test_one_number_of_blocks_is_for_all_stages():
+    assert [stage.blocks for stage in resolve("cifar10", {"num_blocks": (3,)}).model.stages] == [3, 3, 3]
+
+
+@given(st.integers(1, 127), st.integers(1, 127))
+def test_any_small_image_has_a_model_whose_bottleneck_is_about_8(height, width):
+    config = resolve(None, {}, DataFacts(3, (height, width))) if min(height, width) > 1 else None
+    if config is None:
+        return
+    count = len(config.model.stages)
+    assert config.model.image_size == (height, width)
+    if max(height, width) not in (32, 64):
+        side = min(height, width) / 2 ** (count - 1)
+        assert count == 2 or 8 <= side < 16
+
+
+@pytest.mark.parametrize(("side", "stages"), [(8, 2), (16, 2), (28, 2), (32, 3), (48, 3), (63, 3), (64, 4), (127, 4)])
+def test_stages_halve_down_to_8(side, stages):
+    assert stage_count((side, side)) == stage_count((side, 2 * side)) == stages
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def test_classes_come_from_the_data_when_asked_for():
+    config = resolve("cifar10", {"cond": True}, LABELLED)
+    assert config.model.num_classes == 10
+    assert config.data.cond
+    assert config.data.class_names == LABELLED.class_names
+
+
+@pytest.mark.parametrize("cond", [None, False])
+def test_labels_that_are_not_asked_for_stay_out(cond):
+    config = resolve("cifar10", {"cond": cond}, LABELLED)
+    assert config.model.num_classes == 0
+    assert not config.data.cond
+    assert config.data.class_names is None
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def test_a_resolution_other_than_that_of_the_images_names_both_in_width_x_height():
+    with pytest.raises(UserError, match=r"--resolution 64x48.*32x32.*diffit data convert --resolution 64x48"):
+        resolve("cifar10", {"resolution": (48, 64)}, RGB32)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_heads": 3}, r"model\.stages\.0.*128.*3 heads"),
+        ({"lr": 0.0}, r"training\.lr: 0\.0"),
+        ({"kimg": -5.0}, r"training\.kimg: -5\.0"),
+        ({"batch": 0}, r"training\.batch: 0"),
+        ({"label_drop": 2.0}, r"training\.label_drop: 2\.0"),
+        ({"cfg_scale": -1.0}, r"sampling\.cfg_scale: -1\.0"),
+        ({"dropout": 1.0}, r"model\.dropout: 1\.0"),
+        ({"window_size": 0}, r"model\.stages\.0\.window: 0"),
+        ({"num_blocks": (2,) * 7}, "7 stages halve 32x32"),
+        ({"num_blocks": (2, 0, 2)}, r"model\.stages\.1\.blocks: 0"),
+        ({"seed": -1}, r"training\.seed: -1"),
+        ({"precision": "fp8"}, r"training\.precision: 'fp8'"),
+    ],
+)
+def test_an_impossible_value_is_named_in_one_line(options, said):
+    with pytest.raises(UserError, match=said) as caught:
+        resolve("cifar10", options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_is_refused_before_anything_else():
+    with pytest.raises(UserError, match="unknown preset 'cfiar10'"):
+        resolve("cfiar10", {"lr": -1.0}, RGB32)
+
+
+# --- microbatches ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 600), st.none() | st.integers(1, 600), st.integers(1, 16))
+def test_microbatches_make_up_the_batch_or_a_batch_that_works_is_named(batch, batch_gpu, processes):
+    share = min(batch_gpu or batch, batch // processes)
+    if share and batch % (share * processes) == 0:
+        size, rounds = accumulation(batch, batch_gpu, processes)
+        assert size * rounds * processes == batch
+        assert size == share
+        return
+    with pytest.raises(UserError, match=f"--batch {batch} ") as caught:
+        accumulation(batch, batch_gpu, processes)
+    if "take --batch" in str(caught.value):
+        remedy = int(str(caught.value).split("take --batch ")[1].split(",")[0])
+        assert accumulation(remedy, batch_gpu, processes)[0] == batch_gpu
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((512, 128, 4), (128, 1)),
+        ((512, 128, 1), (128, 4)),
+        ((512, None, 4), (128, 1)),
+        ((256, 64, 8), (32, 1)),
+        ((8, 64, 1), (8, 1)),
+    ],
+)
+def test_the_microbatch_is_the_one_asked_for_or_the_share_of_a_process(arguments, expected):
+    assert accumulation(*arguments) == expected

@@ -1,0 +1,299 @@
+"""TMSA against a loop over single tokens, and against masked attention over the whole map."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from diffit.models.attention import TMSA, window_partition, window_unpartition
+
+GRADIENTS = (
+    "relative_position_bias_table",
+    "qkv.weight",
+    "qkv.bias",
+    "qkv_temb.weight",
+    "qkv_temb.bias",
+    "proj.weight",
+)
+
+# (H, W) of the map, window: square and rectangular, dividing and not, larger than the map, global.
+CASES = [
+    ((4, 4), 2),
+    ((4, 6), 2),
+    ((4, 6), (2, 3)),
+    ((5, 7), 3),
+    ((7, 4), (4, 3)),
+    ((3, 5), 4),
+    ((2, 3), 8),
+    ((1, 1), 2),
+    ((3, 3), None),
+    ((2, 5), None),
+]
+cases = pytest.mark.parametrize(("size", "window"), CASES, ids=str)
+
+
+def tmsa(size, window, *, dim=6, heads=2, cond_dim=5, seed=0, fused=True, dtype=torch.float64) -> TMSA:
+    """Every parameter random and of order one, so that each term of Eq. 6 weighs in the result."""
+    module = TMSA(dim, cond_dim, heads, grid_size=size, window_size=window, fused=fused).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 and parameter.shape[-1] != heads else 1.0
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * scale
+    return module
+
+
+def inputs(size, *, batch=2, dim=6, cond_dim=5, seed=1, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, *size, dim, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randn(batch, cond_dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def token_by_token(module: TMSA, x: Tensor, cond: Tensor, size, window) -> np.ndarray:
+    """CONTRACT §1 Eq. 3–6 and §3, in NumPy, reading nothing of the module but its state dict."""
+    p = {key: value.double().numpy() for key, value in module.state_dict().items()}
+    x, cond = x.double().numpy(), cond.double().numpy()
+    heads = p["relative_position_bias_table"].shape[1]
+    dim = x.shape[-1]
+    d = dim // heads
+    pair = size if window is None else (window, window) if isinstance(window, int) else window
+    h, w = min(pair[0], size[0]), min(pair[1], size[1])
+    places = list(itertools.product(range(x.shape[1]), range(x.shape[2])))
+    out = np.zeros(x.shape)
+    for b, (yi, xi) in itertools.product(range(len(x)), places):
+        time = p["qkv_temb.weight"] @ cond[b] + p["qkv_temb.bias"]
+
+        def qkv(y, x_, b=b, time=time):
+            return (p["qkv.weight"] @ x[b, y, x_] + p["qkv.bias"] + time).reshape(3, heads, d)
+
+        seen = [(y, x_) for y, x_ in places if window is None or (y // h, x_ // w) == (yi // h, xi // w)]
+        result = np.zeros((heads, d))
+        for head in range(heads):
+            query = qkv(yi, xi)[0, head]
+            logits = []
+            for yj, xj in seen:
+                row = (yi - yj + h - 1) * (2 * w - 1) + (xi - xj + w - 1)
+                logits.append(
+                    query @ qkv(yj, xj)[1, head] / math.sqrt(d) + p["relative_position_bias_table"][row, head]
+                )
+            weights = np.exp(logits) / np.exp(logits).sum()
+            result[head] = sum(a * qkv(yj, xj)[2, head] for a, (yj, xj) in zip(weights, seen, strict=True))
+        out[b, yi, xi] = p["proj.weight"] @ result.reshape(dim) + p["proj.bias"]
+    return out
+
+
+def masked_global(module: TMSA, x: Tensor, cond: Tensor, window: tuple[int, int]) -> Tensor:
+    """Attention of every token to the whole map, with the tokens of other windows masked; Swin's gathered bias."""
+    B, H, W, D = x.shape
+    h, w = window
+    y, x_ = (axis.flatten() for axis in torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"))
+    number = (y // h) * W + x_ // w
+    other = number[:, None] != number[None]
+    row = (y[:, None] - y + h - 1) * (2 * w - 1) + x_[:, None] - x_ + w - 1
+    bias = module.relative_position_bias_table[row.masked_fill(other, 0)].permute(2, 0, 1).masked_fill(other, -math.inf)
+    tokens = (module.qkv(x) + module.qkv_temb(cond)[:, None, None]).reshape(B, H * W, 3, module.num_heads, -1)
+    q, k, v = tokens.unbind(2)
+    weights = (torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5 + bias).softmax(-1)
+    return module.proj(torch.einsum("bhij,bjhd->bihd", weights, v).reshape(B, H, W, D))
+
+
+def gradients(module: TMSA, x: Tensor, cond: Tensor) -> dict[str, Tensor]:
+    """Output, and the gradients of a fixed random functional of it."""
+    x, cond = x.detach().requires_grad_(), cond.detach().requires_grad_()
+    module.zero_grad()
+    out = module(x, cond)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    (out * direction.to(out)).sum().backward()
+    found = {name: module.get_parameter(name).grad for name in GRADIENTS}
+    return {"out": out.detach(), "x": x.grad, "cond": cond.grad, **found}
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Absolute tolerance relative to the largest entry of each tensor: small entries carry the rounding of large."""
+    for name, value in expected.items():
+        bound = tolerance * value.abs().max().item()
+        assert_close(
+            actual[name].cpu(), value.cpu(), rtol=0, atol=bound, check_dtype=False, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@cases
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_is_equations_3_to_6_token_by_token(size, window, fused):
+    module, (x, cond) = tmsa(size, window, fused=fused), inputs(size)
+    expected = torch.from_numpy(token_by_token(module, x, cond, size, window))
+    assert_close(module(x, cond), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "window"), [((8, 8), (4, 4)), ((6, 9), (2, 3)), ((7, 5), (4, 4)), ((9, 4), (2, 3))])
+def test_windows_are_global_attention_with_other_windows_masked(size, window):
+    module, (x, cond) = tmsa(size, window), inputs(size, batch=3)
+    assert_close(module(x, cond), masked_global(module, x, cond, window), rtol=1e-12, atol=1e-12)
+    mask = masked_global(module, x, cond, window).square().sum()
+    module(x, cond).square().sum().backward()
+    found = [parameter.grad for parameter in module.parameters()]
+    assert_close(found, list(torch.autograd.grad(mask, list(module.parameters()))), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "window"), [((4, 6), 2), ((5, 7), 3), ((5, 4), (2, 3))])
+def test_nothing_passes_from_window_to_window_and_everything_within(size, window):
+    module, (x, cond) = tmsa(size, window, dim=2, heads=1), inputs(size, batch=1, dim=2)
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x, cond), x)[0, ..., 0, :, :, :]
+    reaches = (jacobian != 0).any(2).any(-1)  # (H, W, H, W)
+    h, w = (window, window) if isinstance(window, int) else window
+    for yi, xi, yj, xj in itertools.product(*map(range, (*size, *size))):
+        assert reaches[yi, xi, yj, xj] == ((yi // h, xi // w) == (yj // h, xj // w))
+
+
+def test_a_global_table_serves_smaller_maps_with_the_offsets_that_occur():
+    module = tmsa((4, 5), None)
+    x, cond = inputs((3, 2))
+    table = module.relative_position_bias_table.view(7, 9, 2)
+    small = tmsa((3, 2), None)
+    small.load_state_dict(module.state_dict() | {"relative_position_bias_table": table[1:6, 3:6].reshape(-1, 2)})
+    assert_close(module(x, cond), small(x, cond), rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_larger_than_a_global_table_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match=r"4×6.*4×5"):
+        tmsa((4, 5), None)(*inputs((4, 6)))
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match=r"10.*4 heads"):
+        TMSA(10, 5, 4, grid_size=4)
+
+
+def test_a_window_larger_than_the_grid_is_the_whole_grid():
+    large, whole = tmsa((3, 4), 8), tmsa((3, 4), None)
+    assert large.relative_position_bias_table.shape == (5 * 7, 2)
+    assert_close(large(*inputs((3, 4))), whole(*inputs((3, 4))), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("window", [2, None])
+def test_state_dict_keys_and_shapes_are_those_of_the_released_weights(window):
+    module = TMSA(1152, 1152, 16, grid_size=16, window_size=window)
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    assert shapes == {
+        "relative_position_bias_table": (961 if window is None else 9, 16),
+        "qkv_temb.weight": (3456, 1152),
+        "qkv_temb.bias": (3456,),
+        "qkv.weight": (3456, 1152),
+        "qkv.bias": (3456,),
+        "proj.weight": (1152, 1152),
+        "proj.bias": (1152,),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("head_width", [64, 72])
+@pytest.mark.parametrize(("size", "window"), [((4, 8), 4), ((8, 8), None), ((6, 5), 4), ((16, 16), None)], ids=str)
+def test_fused_and_plain_agree_with_all_gradients(size, window, head_width, dtype):
+    shape = {"dim": 2 * head_width, "cond_dim": 8}
+    plain = gradients(tmsa(size, window, fused=False, **shape), *inputs(size, **shape))
+    fused = gradients(tmsa(size, window, dtype=dtype, **shape), *inputs(size, dtype=dtype, **shape))
+    assert_all_close(fused, plain, 1e-13 if dtype == torch.float64 else 5e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head_width", [64, 72])
+@pytest.mark.parametrize("side", [4, 8, 16, 32])
+def test_on_a_gpu_the_fused_kernel_has_the_bias_gradient_of_float64(side, head_width, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    shape = {"dim": 2 * head_width, "cond_dim": 8}
+    arguments = inputs((side, side), **shape)
+    plain = gradients(tmsa((side, side), None, fused=False, **shape).cuda(), *(a.cuda() for a in arguments))
+    module = tmsa((side, side), None, dtype=torch.float32, **shape).cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        fused = gradients(module, *(a.float().cuda() for a in arguments))
+    assert_all_close(fused, plain, tolerance)
+
+
+@cases
+def test_the_bias_acts_and_learns(size, window):
+    module, (x, cond) = tmsa(size, window), inputs(size)
+    before = gradients(module, x, cond)
+    table = module.relative_position_bias_table
+    if len(table) == 1:  # a single token: softmax of one logit is 1 whatever the bias
+        assert not before["relative_position_bias_table"].any()
+        return
+    assert before["relative_position_bias_table"].any(dim=1).all(), "an offset without a gradient"
+    table.data += torch.linspace(0, 1, len(table), dtype=table.dtype)[:, None]
+    assert (module(x, cond) != before["out"]).any(-1).all(), "a token that does not see its bias"
+
+
+def test_the_bias_of_an_offset_is_read_by_that_offset_alone():
+    module, (x, cond) = tmsa((2, 3), None, heads=1), inputs((2, 3), batch=1)
+    before = module(x, cond)
+    module.relative_position_bias_table.data[0] += 1  # Δ = (−1, −2): query in the first corner, key in the last
+    changed = (module(x, cond) != before).any(-1)[0]
+    assert changed.nonzero().tolist() == [[0, 0]]
+
+
+def test_each_sample_has_its_own_time_vector_and_no_other_sample():
+    module, (x, cond) = tmsa((5, 4), 3), inputs((5, 4), batch=3)
+    together = module(x, cond)
+    for i in range(3):
+        assert_close(together[i : i + 1], module(x[i : i + 1], cond[i : i + 1]), rtol=1e-12, atol=1e-12)
+    same = module(x[:1].expand(3, -1, -1, -1), cond)
+    assert (same[0] != same[1]).any(-1).all()
+
+
+def test_query_and_value_learn_from_the_time_vector_and_the_key_cannot():
+    module, (x, cond) = tmsa((3, 3), None), inputs((3, 3))
+    query, key, value = gradients(module, x, cond)["qkv_temb.weight"].chunk(3)
+    assert query.any(1).all()
+    assert value.any(1).all()
+    # One vector added to every key moves all logits of a query alike, which softmax does not see.
+    assert_close(key, torch.zeros_like(key), rtol=0, atol=1e-12)
+
+
+sizes = st.integers(1, 9)
+
+
+@given(H=sizes, W=sizes, h=sizes, w=sizes)
+def test_partition_takes_apart_what_unpartition_joins(H, W, h, w):
+    x = torch.arange(2 * H * W * 3.0).reshape(2, H, W, 3) + 1
+    windows = window_partition(x, (h, w))
+    rows, cols = math.ceil(H / h), math.ceil(W / w)
+    assert windows.shape == (2, rows * cols, h * w, 3)
+    assert_close(window_unpartition(windows, (h, w), (H, W)), x, rtol=0, atol=0)
+    for row, col in itertools.product(range(rows), range(cols)):
+        patch = x[:, row * h : row * h + h, col * w : col * w + w]
+        cell = windows[:, row * cols + col].reshape(2, h, w, 3)
+        assert_close(cell[:, : patch.shape[1], : patch.shape[2]], patch, rtol=0, atol=0)
+        assert cell.count_nonzero() == patch.numel(), "padding is not zero"
+
+
+@pytest.mark.parametrize(("size", "window"), [((6, 6), 3), ((5, 4), 3), ((4, 4), None)], ids=str)
+def test_it_compiles_as_one_graph(size, window):
+    torch.compiler.reset()
+    module, arguments = tmsa(size, window), inputs(size)
+    expected = gradients(module, *arguments)
+    module.compile(fullgraph=True, backend="aot_eager")
+    assert_all_close(gradients(module, *arguments), expected, 1e-12)
+
+
+@pytest.mark.slow
+def test_inductor_agrees_with_eager():
+    torch.compiler.reset()
+    shape = {"dim": 32, "cond_dim": 8}
+    arguments = inputs((5, 8), dtype=torch.float32, **shape)
+    module = tmsa((5, 8), 4, dtype=torch.float32, **shape)
+    expected = gradients(module, *arguments)
+    module.compile(fullgraph=True)
+    assert_all_close(gradients(module, *arguments), expected, 5e-6)
+
+
+def test_padding_is_never_attended_to_in_half_precision_either():
+    module, (x, cond) = tmsa((5, 5), 4), inputs((5, 5))
+    half = tmsa((5, 5), 4, dtype=torch.bfloat16)(x.bfloat16(), cond.bfloat16())
+    assert_close(half, F.hardtanh(module(x, cond), -1e9, 1e9), rtol=0, atol=0.15, check_dtype=False)
