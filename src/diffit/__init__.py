@@ -1,3 +1,45 @@
-"""DiffiT: diffusion vision transformers (arXiv 2312.02139)."""
+"""DiffiT: diffusion vision transformers (arXiv 2312.02139).
+
+The public names are imported when they are first used, so that ``diffit --help`` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffit.configs.presets import get_preset
+    from diffit.data.archive import ImageArchive
+    from diffit.errors import UserError
+    from diffit.models.attention import TMSA
+    from diffit.models.image import ImageDiffiT
+    from diffit.sampling import sample
+    from diffit.weights import load_network, save_network
+
+_HOMES = {
+    "ImageArchive": "diffit.data.archive",
+    "ImageDiffiT": "diffit.models.image",
+    "TMSA": "diffit.models.attention",
+    "UserError": "diffit.errors",
+    "get_preset": "diffit.configs.presets",
+    "load_network": "diffit.weights",
+    "sample": "diffit.sampling",
+    "save_network": "diffit.weights",
+}
+__all__ = [
+    "TMSA",
+    "ImageArchive",
+    "ImageDiffiT",
+    "UserError",
+    "get_preset",
+    "load_network",
+    "sample",
+    "save_network",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'diffit' has no attribute {name!r}")
