@@ -38,15 +38,26 @@ def cli() -> None:
 
 
 def run(command: click.Command, args: list[str] | None = None) -> None:
-    """Run a click command; a :class:`UserError` becomes one line on stderr and exit status 1."""
+    """Run a click command and exit. What the user got wrong is one line on stderr: status 2 for the words, else 1."""
     try:
-        command.main(args=args, prog_name=None if args is None else command.name)
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Under torchrun the other ranks may be waiting in a collective: leave without joining anything.
-        os._exit(1) if "TORCHELASTIC_RUN_ID" in os.environ else sys.exit(1)
+        sys.exit(command.main(args=args, standalone_mode=False))
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else command.name
+        fail(f"{error.format_message().rstrip('.')} (see {path} --help)", 2)
+    except (UserError, click.ClickException) as error:
+        fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+
+
+def fail(message: str, status: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # The other processes may be waiting for this one: leave without joining anything, and the launcher ends them.
+        os._exit(status)
+    sys.exit(status)
 
 
 def main() -> None:

@@ -1,0 +1,150 @@
+"""``diffit train`` and ``train.py``."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffit.cli.options import Numbers, Size, switch
+from diffit.configs.presets import PRESETS
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.configs.schema import Config
+from diffit.errors import UserError
+
+INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
+
+OPTIONS: list[Callable[..., Any]] = [
+    click.option("--outdir", "--results-dir", type=click.Path(path_type=Path), help="Where run folders go."),
+    click.option("--data", "--data-path", help="Image archive: folder or zip (see `diffit data convert`)."),
+    click.option("--preset", metavar="NAME", help=f"Recipe: {', '.join(PRESETS)}. Default: chosen by image size."),
+    switch("--cond", help="Class-conditional, with the labels of the archive."),
+    click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
+    # Network
+    click.option("--resolution", "--image-size", type=Size(), help="Size of the images. Default: that of the data."),
+    click.option("--base-dim", type=int, help="Width of the first stage."),
+    click.option("--hidden-dim", type=int, help="Width of the others."),
+    click.option("--num-heads", type=int, help="Attention heads in every stage."),
+    click.option("--num-blocks", type=Numbers(), help="ResBlocks a stage: one number, or one a stage (2,4,4)."),
+    click.option("--window-size", type=int, help="Side of the attention windows, in tokens."),
+    click.option("--dropout", type=float, help="Dropout in the MLPs."),
+    # Recipe
+    click.option("--batch", "--batch-size", "--global-batch-size", type=int, help="Images a step, over all processes."),
+    click.option("--batch-gpu", type=int, help="Images a forward pass; accumulation makes up the rest of --batch."),
+    click.option("--kimg", type=float, help="Length of the training in thousands of images."),
+    click.option("--duration", type=float, metavar="MIMG", help="The same in millions of images."),
+    click.option("--lr", type=float, help="Learning rate."),
+    click.option("--lr-rampup-kimg", type=float, help="Length of its linear ramp-up."),
+    click.option("--ema", type=float, metavar="MIMG", help="Half-life of the moving average in millions of images."),
+    click.option("--label-drop", type=float, help="Probability of training without the label, for guidance."),
+    click.option("--augment", type=float, help="Probability of each augmentation; 0 for none."),
+    switch("--mirror", "--xflip", help="Flip half of the images left to right."),
+    click.option("--init-from", "--transfer", metavar="FILE", help="Begin with the weights of a network file."),
+    click.option("--cfg-scale", type=float, help="Guidance scale that the file will sample with by default."),
+    click.option("--seed", "--global-seed", type=int, help="Seed of everything random."),
+    # Machine
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="auto: bf16 on GPUs, else fp32."),
+    switch("--fp16", help="Same as --precision fp16."),
+    switch("--grad-ckpt", help="Recompute activations: less memory, more time."),
+    switch("--compile", help="torch.compile the network."),
+    click.option("--workers", "--num-workers", type=int, help="Processes that decode what does not fit in memory."),
+    # Run
+    click.option("--tick", type=float, metavar="KIMG", help="Images between lines of statistics."),
+    click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots and grids; 0: at the end only."),
+    click.option("--dump", type=int, metavar="TICKS", help="Ticks between training states; 0: at the end only."),
+    click.option("--grid", type=Size(), default="8x8", show_default=True, help="Images in a grid."),
+    click.option("--metrics", help="Metrics to compute, for example fid10k_full."),
+    click.option("--metrics-ticks", type=int, help="Ticks between them; default: at the end only."),
+    click.option("--desc", help="Text to put into the run's name."),
+    click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
+                 help="auto: go on with the newest run in --outdir that has the same options."),
+    click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and what it takes."),
+]  # fmt: skip
+
+
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@with_options
+def train(**options: Any) -> None:
+    """Train DiffiT on an image archive.
+
+    Starting the same command again resumes it. Under torchrun the same command uses several GPUs.
+    """
+    outdir, dry_run, resume, desc, grid = (options.pop(key) for key in ("outdir", "dry_run", "resume", "desc", "grid"))
+    preset = options.pop("preset")
+    normalise(options)
+    # Imported here: `--help` and a mistyped option need not wait for torch.
+    from diffit.data.archive import ImageArchive
+    from diffit.training.distributed import processes
+    from diffit.training.dry_run import describe
+    from diffit.training.loop import train as run_training
+
+    if not dry_run and (options["data"] is None or outdir is None):
+        raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
+    with processes() as procs:
+        archive = val = None
+        if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
+            archive = ImageArchive(options["data"], cond=bool(options["cond"]))
+            options["data"] = str(archive.path.resolve())
+        config = resolve(preset, options, facts_of(archive), processes=procs.count)
+        if config.training.metrics and procs.is_first:
+            click.echo(
+                f"note: --metrics {','.join(config.training.metrics)}: not in this release yet, not computed", err=True
+            )
+        if dry_run:
+            if procs.is_first:
+                click.echo(describe(config, procs.count, archive))
+            return
+        assert archive is not None
+        if options["val"] is not None:
+            val = open_val(options["val"], archive, config)
+        outcome = run_training(
+            config, archive, outdir, procs, resume=resume, desc=desc, grid=(grid[1], grid[0]), val=val
+        )
+        if outcome.snapshot is None and procs.is_first:
+            click.echo(
+                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg goes on, --resume none begins anew"
+            )
+    if outcome.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def normalise(options: dict[str, Any]) -> None:
+    """Other projects' spellings to ours, in place."""
+    for ours, theirs, factor in (("kimg", "duration", 1000), ("ema_halflife_kimg", "ema", 1000)):
+        value = options.pop(theirs)
+        if value is not None:
+            if options.get(ours) is not None:
+                raise UserError(f"--{ours} and --{theirs} say the same thing: give one")
+            options[ours] = value * factor
+    if options.pop("fp16"):
+        options["precision"] = "fp16"
+    if options["metrics"] is not None:
+        options["metrics"] = tuple(name for name in options["metrics"].split(",") if name and name != "none")
+    if options["num_blocks"] is not None:
+        options["num_blocks"] = tuple(options["num_blocks"])
+
+
+def facts_of(archive: Any) -> DataFacts | None:
+    if archive is None:
+        return None
+    channels, height, width = archive.image_shape
+    names = tuple(archive.class_names) if archive.class_names else None
+    return DataFacts(channels, (height, width), archive.num_classes, names)
+
+
+def open_val(path: str, archive: Any, config: Config) -> Any:
+    from diffit.data.archive import ImageArchive
+
+    val = ImageArchive(path, cond=config.data.cond)
+    if val.image_shape != archive.image_shape:
+        raise UserError(
+            f"--val {path}: images of {val.image_shape}, the training images are {archive.image_shape} (C, H, W)"
+        )
+    return val

@@ -1,0 +1,81 @@
+"""Training states: one folder of safetensors and JSON, with a manifest of SHA-256 sums, on disk whole or not at all.
+
+Tensors are full and named after parameters, so that any number of processes can take a state up.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffit.errors import UserError
+from diffit.files import whole_folder
+from diffit.weights import save_tensors
+
+PREFIX = "training-state-"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
+    """Adam's state as ``exp_avg.<parameter>`` and so on; empty before the first step."""
+    return {
+        f"{kind}.{name}": value
+        for name, parameter in net.named_parameters()
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(net.named_parameters())
+    for key, value in tensors.items():
+        kind, name = key.split(".", 1)
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            # The fused kernel walks parameter and moments side by side in memory: strides must agree (channels_last).
+            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def save_state(
+    folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> None:
+    """``facts`` is what JSON can hold: images seen, the loss scaler, the configuration."""
+    with whole_folder(folder) as part:
+        groups = {
+            "model": net.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer_tensors(optimizer, net),
+        }
+        for name, tensors in groups.items():
+            save_tensors(tensors, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps(facts, indent=2))
+        sums = {item.name: _sha256(item) for item in sorted(part.iterdir())}
+        (part / "manifest.json").write_text(json.dumps(sums, indent=2))
+
+
+def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors of ``model``, ``ema`` and ``optimizer``, and the facts; every file is checked against the manifest."""
+    try:
+        sums = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: not a training state (no readable manifest.json)") from None
+    for name, expected in sums.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            raise UserError(f"{folder}: {name} is missing or damaged; remove this state to resume from an earlier one")
+    tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+    return tensors, json.loads((folder / "state.json").read_text())
+
+
+def states(run_dir: Path) -> list[Path]:
+    """The training states of a run, oldest first. Unfinished ones have other names."""
+    found = [path for path in run_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))

@@ -1,0 +1,62 @@
+"""What a configuration costs, counted on tensors without memory: on any machine."""
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffit.configs.schema import Config
+from diffit.models.image import ImageDiffiT
+from diffit.sampling import autocast
+
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    parameters: int
+    macs: int
+    """Multiply-accumulates of one forward pass of one image."""
+    state_bytes: int
+    """Weights, gradients, two moments and the moving average, float32."""
+    activation_bytes: int
+    """What autograd keeps for one microbatch."""
+
+    @property
+    def training_bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes
+
+
+def _inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...]:
+    model = config.model
+    labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
+    augment = torch.zeros(batch, model.augment_dim) if model.augment_dim else None
+    return torch.zeros(batch, model.channels, *model.image_size), torch.zeros(batch), labels, augment
+
+
+def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
+    """Parameters and multiply-accumulates are exact; memory leaves out workspaces and the allocator's waste."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = ImageDiffiT.from_config(config.model)
+        net(*_inputs(config, 1))
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+
+    # Fake tensors pretend to be on the CPU, so that autocast has its effect on what is kept.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu").set_grad_ckpt(config.training.grad_ckpt)
+        kept: dict[int, int] = {}  # storage -> bytes: a tensor and its views are kept once
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
+            output = net(*_inputs(config, batch_gpu))  # held until the sum is made: storages must not be reused
+        for parameter in net.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        activations = sum(kept.values())
+        del output
+    return Cost(parameters, counter.get_total_flops() // 2, 5 * FLOAT * parameters, activations)

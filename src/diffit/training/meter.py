@@ -1,0 +1,58 @@
+"""Running sums on the device, read once a tick."""
+
+from itertools import pairwise
+from statistics import NormalDist
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffit.configs.schema import EDMDiffusion
+
+BINS = 5
+
+
+class Meter:
+    """Mean loss, also by noise level in bins that training visits equally often; gradient norm; skipped steps."""
+
+    def __init__(self, diffusion: EDMDiffusion, device: torch.device) -> None:
+        normal = NormalDist(diffusion.P_mean, diffusion.P_std)
+        log_edges = torch.tensor([normal.inv_cdf(i / BINS) for i in range(1, BINS)])
+        self.edges = log_edges.exp().to(device)
+        bounds = ["0", *(f"{edge:.2g}" for edge in log_edges.exp().tolist()), "inf"]
+        self.names = [f"loss_sigma_{low}_{high}" for low, high in pairwise(bounds)]
+        self.sums = torch.zeros(2, BINS, device=device, dtype=torch.float64)  # of losses; of ones
+        self.gradients = torch.zeros(2, device=device, dtype=torch.float64)  # sum of finite norms; their number
+        self.last_loss = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+
+    def add_losses(self, sigma: Tensor, loss: Tensor) -> None:
+        bins = torch.bucketize(sigma, self.edges)
+        values = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        self.sums.index_add_(1, bins, values)
+        self.last_loss = loss.mean()
+
+    def add_gradients(self, norm: Tensor) -> None:
+        finite = norm.isfinite()
+        self.gradients += torch.stack([norm.nan_to_num(0, 0, 0).double(), finite.double()])
+        self.skipped += ~finite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
+
+    def read(self, processes: int) -> dict[str, float]:
+        """The means since the last reading, over all processes; resets them. ``skipped`` counts the whole run."""
+        sums = self.sums.clone()
+        if processes > 1:
+            dist.all_reduce(sums)
+        losses, counts = sums.cpu()
+        norm, steps = self.gradients.tolist()
+        scalars = {"loss": float(losses.sum() / counts.sum())}
+        scalars |= {
+            name: float(total / count)
+            for name, total, count in zip(self.names, losses, counts, strict=True)
+            if count  # a bin that no image fell into has no mean
+        }
+        scalars |= {"grad_norm": norm / steps if steps else float("nan"), "skipped_steps": int(self.skipped)}
+        self.sums.zero_()
+        self.gradients.zero_()
+        return scalars

@@ -1,0 +1,129 @@
+"""The folder of a run: its name, its log, its statistics, and finding one to take up again."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from diffit.configs.schema import Config
+from diffit.errors import UserError
+from diffit.files import disk_errors, whole_file
+from diffit.training.checkpoint import states
+
+OPTIONS = "training_options.json"
+
+# Fields that may change between a stop and a resume: they say how long, how often and how fast, not what is learned.
+FREE: Any = {
+    "training": {
+        "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ticks", "compile", "grad_ckpt", "max_skipped",
+    },
+    "sampling": True,
+    "data": {"val"},
+}  # fmt: skip
+
+
+def same_run(a: Config, b: Config) -> bool:
+    """Whether two configurations differ at most in what may change on resuming."""
+    return a.model_dump(exclude=FREE) == b.model_dump(exclude=FREE)
+
+
+def runs(outdir: Path) -> list[Path]:
+    """Run folders, oldest first."""
+    if not outdir.is_dir():
+        return []
+    return sorted((path for path in outdir.iterdir() if re.match(r"\d{5}-", path.name)), key=lambda path: path.name)
+
+
+def create_run(outdir: Path, config: Config, processes: int, desc: str | None) -> Path:
+    """``<outdir>/00000-<data>-<preset>-gpus1-batch128[-desc]`` with the next free number."""
+    number = max((int(path.name[:5]) for path in runs(outdir)), default=-1) + 1
+    data = Path(config.data.path).stem if config.data.path else "data"
+    parts = [f"{number:05d}", data, config.preset, f"gpus{processes}", f"batch{config.training.batch}", desc]
+    path = outdir / "-".join(part for part in parts if part)
+    with disk_errors(outdir):
+        path.mkdir(parents=True)
+    return path
+
+
+def write_options(run_dir: Path, config: Config) -> None:
+    with whole_file(run_dir / OPTIONS) as part:
+        part.write_text(config.model_dump_json(indent=2) + "\n")
+
+
+def read_options(run_dir: Path) -> Config | None:
+    path = run_dir / OPTIONS
+    try:
+        return Config.from_json(path.read_text(), str(path))
+    except (OSError, UserError):  # a run of another version, or one that died in its first second
+        return None
+
+
+def find_resumable(outdir: Path, config: Config) -> Path | None:
+    """The newest training state of the newest run in ``outdir`` whose options match ``config``."""
+    for run_dir in reversed(runs(outdir)):
+        options = read_options(run_dir)
+        found = states(run_dir)
+        if options is not None and same_run(options, config) and found:
+            return found[-1]
+    return None
+
+
+def locate_state(path: Path) -> Path:
+    """The state that ``--resume PATH`` means: a state itself, or the newest of a run."""
+    if (path / "manifest.json").is_file():
+        return path
+    found = states(path) if path.is_dir() else []
+    if not found:
+        raise UserError(f"--resume {path}: neither a training-state folder nor a run that holds one")
+    return found[-1]
+
+
+class Records:
+    """``log.txt``, ``stats.jsonl`` and TensorBoard events of a run. Only the first process has one."""
+
+    def __init__(self, run_dir: Path, images_seen: int) -> None:
+        self.run_dir = run_dir
+        truncate_jsonl(run_dir / "stats.jsonl", images_seen)
+        self.board = _tensorboard(run_dir, images_seen)
+
+    def log(self, text: str) -> None:
+        with (self.run_dir / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+
+    def stats(self, images_seen: int, scalars: dict[str, float]) -> None:
+        with disk_errors(self.run_dir), (self.run_dir / "stats.jsonl").open("a") as file:
+            file.write(json.dumps({"images": images_seen, **scalars}) + "\n")
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, images_seen)
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def truncate_jsonl(path: Path, images_seen: int) -> None:
+    """Drop the lines after ``images_seen``, so that a resumed run writes one continuous curve."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["images"] <= images_seen:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # the last line of a run that was killed while writing it
+            continue
+    with whole_file(path) as part:
+        part.write_text("".join(kept))
+
+
+def _tensorboard(run_dir: Path, images_seen: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    return SummaryWriter(str(run_dir), purge_step=images_seen + 1)

@@ -1,0 +1,115 @@
+"""One training step: microbatches, gradients, optimiser, moving average. Nothing in it waits for the device."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from diffit.configs.resolve import accumulation
+from diffit.configs.schema import Config
+from diffit.data.augment import Augment
+from diffit.diffusion.edm import EDMLoss
+from diffit.models.image import ImageDiffiT
+from diffit.randomness import DROPOUT, INIT, STEP, derive_seed
+from diffit.sampling import autocast, channels_last, to_float
+from diffit.training.distributed import Processes
+from diffit.training.ema import ema_beta, update_ema
+from diffit.training.meter import Meter
+
+
+def build_network(config: Config) -> ImageDiffiT:
+    """The network with weights that are a function of the seed, on the CPU so that every device begins alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.training.seed, INIT))
+        return channels_last(ImageDiffiT.from_config(config.model))
+
+
+def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Replace each label by the null class with that probability."""
+    dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < probability
+    return torch.where(dropped, null, labels)
+
+
+def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
+    flip = torch.rand(images.shape[0], device=images.device, generator=generator) < 0.5
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
+class Stepper:
+    """The state that training changes (network, average, optimiser, scaler, images seen) and the step that does it.
+
+    A step's randomness is a function of (seed, images seen, microbatch); the number of processes only decides who
+    computes which microbatch.
+    """
+
+    def __init__(self, config: Config, procs: Processes, net: ImageDiffiT, precision: str) -> None:
+        training = config.training
+        self.config, self.procs, self.precision = config, procs, precision
+        self.batch_gpu, self.rounds = accumulation(training.batch, training.batch_gpu, procs.count)
+        self.net = net.to(procs.device).train()
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.net.set_grad_ckpt(training.grad_ckpt)
+        self.optimizer = torch.optim.Adam(
+            self.net.parameters(), lr=training.lr, betas=training.betas, eps=training.eps, fused=True
+        )
+        # Also without fp16: the fused optimiser then skips a step with a non-finite gradient without asking the CPU.
+        self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
+        self.images_seen = 0
+
+        if training.compile:
+            self.net.compile(fullgraph=not training.grad_ckpt)
+        self.ddp: ImageDiffiT | DistributedDataParallel = self.net
+        if procs.count > 1:
+            self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        diffusion = config.diffusion
+        self.loss = EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)
+        self.augment = Augment(training.augment) if training.augment else None
+        self.generator = torch.Generator(procs.device)
+        self.meter = Meter(diffusion, procs.device)
+
+    def step(self, feed: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+        training = self.config.training
+        rampup = training.lr_rampup_kimg * 1000
+        seen = self.images_seen + training.batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.lr * min(seen / rampup, 1.0) if rampup else training.lr
+
+        for round_ in range(self.rounds):
+            images, labels = next(feed)
+            last = round_ == self.rounds - 1
+            sync = self.ddp.no_sync() if isinstance(self.ddp, DistributedDataParallel) and not last else nullcontext()
+            with sync:
+                loss = self.microbatch_loss(images, labels, self.procs.rank + round_ * self.procs.count)
+                self.scaler.scale(loss.mean() / self.rounds).backward()
+
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
+        self.meter.add_gradients(torch.nn.utils.get_total_norm(gradients))
+        self.scaler.step(self.optimizer)  # skipped where a gradient is not finite, on all processes alike
+        self.scaler.update(None if self.precision == "fp16" else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.images_seen = seen
+        beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
+        update_ema(self.ema.parameters(), self.net.parameters(), beta)
+
+    def microbatch_loss(self, images: Tensor, labels: Tensor | None, m: int) -> Tensor:
+        """Per-sample loss of the m-th microbatch of this step; images ``(b, C, H, W)`` uint8."""
+        training = self.config.training
+        self.generator.manual_seed(derive_seed(training.seed, STEP, self.images_seen, m))
+        torch.manual_seed(derive_seed(training.seed, DROPOUT, self.images_seen, m))  # dropout has no generator
+        x, augment_labels = to_float(images), None
+        if training.mirror:
+            x = flip_half(x, self.generator)
+        if self.augment is not None:
+            x, augment_labels = self.augment(x, generator=self.generator)
+        if labels is not None and training.label_drop:
+            labels = drop_labels(labels, self.config.model.num_classes, training.label_drop, self.generator)
+        sigma = self.loss.draw_sigma(x, self.generator)
+        with autocast(self.procs.device, self.precision):
+            loss = self.loss(self.ddp, x, labels, augment_labels, generator=self.generator, sigma=sigma)
+        self.meter.add_losses(sigma, loss.detach())
+        return loss

@@ -1,0 +1,196 @@
+"""The command line of training: what it accepts, and what a careless user is told."""
+
+import errno
+import json
+import zipfile
+
+import pytest
+from PIL import Image
+
+from diffit.cli import cli, run
+from diffit.configs.schema import Config
+from diffit.errors import UserError
+from diffit.training.estimate import estimate
+from helpers import command, write_archive
+
+DEBUG = ["--preset", "debug"]
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("data") / "pets.zip")
+
+
+def diffit(*arguments):
+    cli([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def dry_run(capsys, *arguments) -> tuple[Config, str]:
+    diffit("train", *arguments, "--dry-run")
+    output = capsys.readouterr().out
+    end = output.index("\n}") + 2
+    return Config.from_json(output[:end], "output"), output[end:]
+
+
+SPELLED = {
+    "cifar10": """--outdir=./runs/cifar10 --data=./datasets/cifar10.zip --batch-gpu=128 --resolution=32 --base-dim=128
+        --hidden-dim=256 --num-heads=4 --num-blocks=2 --lr=1e-3 --kimg=200000 --metrics=fid10k_full
+        --metrics-ticks=50""",
+    "ffhq64": """--outdir=./runs/ffhq64 --data=./datasets/ffhq64.zip --batch-gpu=64 --resolution=64 --base-dim=128
+        --hidden-dim=256 --num-heads=4 --num-blocks=4 --lr=2e-4 --kimg=200000 --metrics=fid10k_full""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SPELLED)
+def test_the_documented_command_resolves_to_its_preset(preset, capsys):
+    expected, text = dry_run(capsys, "--preset", preset)
+    spelled = command("train", *SPELLED[preset].split(), "--dry-run", processes=4).stdout
+    end = spelled.index("\n}") + 2
+    config = Config.from_json(spelled[:end], "output")
+    assert config.model == expected.model
+    assert config.sampling == expected.sampling
+    free = {"batch_gpu", "metrics", "metrics_ticks"}
+    assert config.training.model_dump(exclude=free) == expected.training.model_dump(exclude=free)
+    parameters = next(line for line in text.splitlines() if line.startswith("parameters"))
+    assert parameters in spelled
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_takes(pets, tmp_path, capsys):
+    config, text = dry_run(
+        capsys, "--preset", "debug", "--data", pets, "--outdir", tmp_path / "runs", "--cond", "--batch-gpu", 4
+    )
+    assert not (tmp_path / "runs").exists()
+    assert config.model.num_classes == 3
+    assert config.data.class_names == ("ant", "bee", "cat")
+    assert f"{estimate(config, 4).parameters:,}" in text
+    assert "batch       8 = 4 per GPU × 1 processes × 2 accumulated" in text
+    assert "24 images" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--cond"], True),
+        (["--cond=True"], True),
+        (["--cond=False"], False),
+        (["--cond", "--seed", "1"], True),
+        ([], False),
+    ],
+)
+def test_cond_is_a_flag_and_takes_a_value(pets, capsys, words, expected):
+    assert dry_run(capsys, "--preset", "debug", "--data", pets, *words)[0].data.cond is expected
+
+
+def test_other_projects_spellings_mean_the_same(pets, capsys):
+    theirs = (
+        "--batch-size 16 --duration 0.5 --ema 0.25 --xflip=1 --global-seed 3 --num-workers 1 --image-size 16 --fp16"
+    )
+    ours = "--batch 16 --kimg 500 --mirror --seed 3 --workers 1 --resolution 16 --precision fp16"
+    first = dry_run(capsys, "--preset", "debug", "--data-path", pets, *theirs.split())[0]
+    second = dry_run(capsys, "--preset", "debug", "--data", pets, *ours.split(), "--ema", "0.25")[0]
+    assert first == second
+    assert first.training.ema_halflife_kimg == 250
+
+
+def test_size_and_channels_come_from_the_data(tmp_path, capsys):
+    gray = write_archive(tmp_path / "gray.zip", side=28, channels=1)
+    config = dry_run(capsys, "--data", gray)[0]
+    assert config.preset == "cifar10"
+    assert config.model.image_size == (28, 28)
+    assert config.model.channels == 1
+    assert len(config.model.stages) == 2
+
+
+def unlabelled(path):
+    with zipfile.ZipFile(write_archive(path / "b.zip")) as source, zipfile.ZipFile(path / "a.zip", "w") as dest:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "dataset.json":
+                content = json.dumps({"labels": json.loads(content)["labels"][3:]}).encode()
+            dest.writestr(name, content)
+
+
+def truncated(path):
+    archive = write_archive(path / "a.zip")
+    archive.write_bytes(archive.read_bytes()[:-100])
+
+
+def large(path):
+    write_archive(path / "a.zip", 2, side=128)
+
+
+def fine(path):
+    write_archive(path / "a.zip")
+
+
+MISTAKES = {
+    "labels missing": (unlabelled, ["--cond"], "3 of 24 images have no label"),
+    "truncated zip": (truncated, [], "a.zip cannot be read as a zip"),
+    "another resolution": (fine, ["--resolution", 64], "--resolution 64x64, but the images are 16x16"),
+    "latent resolution": (large, [], "128x128 pixels call for the latent model"),
+    "unknown preset": (fine, ["--preset", "cifar"], "known: cifar10, ffhq64"),
+    "batch": (fine, [*DEBUG, "--batch-gpu", 3], "take --batch 9"),
+    "heads": (fine, ["--num-heads", 3], "width 128 does not divide into 3 heads"),
+    "negative": (fine, ["--lr", -1], "lr: -1.0 should be greater than 0"),
+    "stages": (fine, ["--num-blocks", "1,1,1,1,1,1"], "6 stages halve 16x16"),
+    "fp16": (fine, [*DEBUG, "--fp16"], "fp16 needs a CUDA device"),
+    "resume": (fine, [*DEBUG, "--resume", "elsewhere"], "elsewhere: neither a training-state folder nor a run"),
+    "init": (fine, [*DEBUG, "--init-from", __file__], "not a safetensors"),
+    "two lengths": (fine, ["--kimg", 1, "--duration", 1], "give one"),
+    "no data": (lambda path: None, [], "a.zip: no such file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_before_any_work(mistake, tmp_path):
+    prepare, arguments, message = MISTAKES[mistake]
+    prepare(tmp_path)
+    with pytest.raises(UserError) as caught:
+        diffit("train", "--data", tmp_path / "a.zip", "--outdir", tmp_path / "runs", *arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_images_of_mixed_sizes_are_named(tmp_path):
+    for name, side in (("a", 16), ("b", 8)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match=r"b\.png' is 8x8 RGB but 'a\.png' is 16x16 RGB.*diffit data convert"):
+        diffit("train", *DEBUG, "--data", tmp_path, "--outdir", tmp_path / "runs")
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_files(pets, tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffit.training.checkpoint.save_tensors", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        diffit("train", "--preset", "debug", "--data", pets, "--outdir", tmp_path, "--kimg", "0.008", "--grid", "1x1")
+    (run_dir,) = tmp_path.iterdir()
+    assert not [path for path in run_dir.iterdir() if path.name.startswith((".", "training-state"))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train", "--kimgs", "3"], 2, "--kimg"),
+        (["trian"], 2, "trian"),
+        (["train", "--kimg", "many"], 2, "'many' is not a valid float"),
+        (["train", "--preset", "nothing", "--dry-run"], 1, "unknown preset 'nothing'"),
+    ],
+)
+def test_exit_status_and_message(arguments, status, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(cli, arguments)
+    error = capsys.readouterr().err
+    assert exit_.value.code == status
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    done = command("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert "Train a model" in done.stdout
+    assert "torch.nn" not in done.stderr

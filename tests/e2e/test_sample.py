@@ -1,0 +1,137 @@
+"""Samples from a file, through the command line where that is what is promised."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffit.cli import cli
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.training.step import build_network
+from diffit.weights import save_network
+from helpers import command, write_archive
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A network that is not trained, but whose every part has an effect on the image."""
+    facts = DataFacts(3, (16, 16), 3, ("ant", "bee", "cat"))
+    config = resolve(
+        "debug", {"data": str(write_archive(tmp_path_factory.mktemp("d") / "pets.zip")), "cond": True}, facts
+    )
+    net = build_network(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    path = tmp_path_factory.mktemp("n") / "net.safetensors"
+    save_network(path, net.state_dict(), config, kimg=1)
+    return path
+
+
+def sample(network, outdir, *arguments):
+    cli(["sample", "--network", str(network), "--outdir", str(outdir), *map(str, arguments)], standalone_mode=False)
+    return outdir
+
+
+def pixels(folder, subdirs=False):
+    paths = sorted(folder.glob("*/*.png" if subdirs else "[0-9]*.png"))
+    return np.stack([np.array(Image.open(path)) for path in paths]).astype(int)
+
+
+def assert_same_images(a, b):
+    """What the project promises: no value more than one level apart, and fewer than one in a thousand apart at all."""
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() <= 1
+    assert (a != b).mean() < 1e-3
+
+
+@pytest.mark.parametrize("churn", [(), ("--S-churn", 20)])
+def test_images_do_not_depend_on_the_batch(network, tmp_path, churn):
+    one, seven, all_ = (
+        pixels(sample(network, tmp_path / str(batch), "--seeds", "0-13", "--batch", batch, *churn))
+        for batch in (1, 7, 64)
+    )
+    assert one.std() > 10
+    assert_same_images(one, seven)
+    assert_same_images(one, all_)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["png", "npz"])
+def test_images_do_not_depend_on_the_number_of_processes(network, tmp_path, format_):
+    how = ("--seeds", "0-13", "--batch", 4, "--format", format_, "--grid", "3x2")
+    for processes in (1, 2):
+        command("sample", "--network", network, "--outdir", tmp_path / str(processes), *how, processes=processes)
+    if format_ == "png":
+        arrays = [pixels(tmp_path / str(processes)) for processes in (1, 2)]
+        assert (tmp_path / "1/dataset.json").read_text() == (tmp_path / "2/dataset.json").read_text()
+    else:
+        files = [np.load(tmp_path / str(processes) / "samples_14x16x16x3.npz") for processes in (1, 2)]
+        arrays = [file["arr_0"].astype(int) for file in files]
+        assert (files[0]["arr_1"] == files[1]["arr_1"]).all()
+    assert_same_images(*arrays)
+    assert [path.name for path in (tmp_path / "2").iterdir() if path.name.startswith(".")] == []
+
+
+def test_seeds_may_come_in_any_order_and_company(network, tmp_path):
+    some = pixels(sample(network, tmp_path / "a", "--seeds", "5,2,9"))
+    all_ = pixels(sample(network, tmp_path / "b", "--seeds", "0-9"))
+    assert_same_images(some, all_[[2, 5, 9]])
+
+
+def test_npz_and_png_hold_the_same(network, tmp_path):
+    png = pixels(sample(network, tmp_path / "png", "--seeds", "0-4"))
+    npz = np.load(sample(network, tmp_path / "npz", "--seeds", "0-4", "--format", "npz") / "samples_5x16x16x3.npz")
+    assert npz["arr_0"].dtype == np.uint8
+    assert (npz["arr_0"] == png).all()
+    labels = dict(json.loads((tmp_path / "png/dataset.json").read_text())["labels"])
+    assert npz["arr_1"].tolist() == [labels[f"{seed:06d}.png"] for seed in range(5)]
+
+
+def test_a_folder_of_samples_is_an_archive(network, tmp_path):
+    archive = ImageArchive(sample(network, tmp_path, "--seeds", "0-6", "--subdirs"), cond=True)
+    assert len(archive) == 7
+    assert archive.image_shape == (3, 16, 16)
+    assert archive.class_names == ["ant", "bee", "cat"]
+
+
+def test_classes_go_by_name_or_number_and_change_the_image(network, tmp_path):
+    by_name = pixels(sample(network, tmp_path / "a", "--seeds", "0-3", "--class", "bee"))
+    by_number = pixels(sample(network, tmp_path / "b", "--seeds", "0-3", "--class", "1"))
+    other = pixels(sample(network, tmp_path / "c", "--seeds", "0-3", "--class", "cat"))
+    assert (by_name == by_number).all()
+    assert (by_name != other).any()
+
+
+def test_class_grid_has_a_row_a_class_and_a_column_a_seed(network, tmp_path):
+    sample(network, tmp_path, "--seeds", "0-3", "--class-grid", "--batch", 5)
+    grid = np.array(Image.open(tmp_path / "class-grid.png")).reshape(3, 64, 4, 64, 3)[:, ::4, :, ::4].astype(int)
+    bees = pixels(sample(network, tmp_path / "bees", "--seeds", "0-3", "--class", "bee"))
+    assert_same_images(grid[1].transpose(1, 0, 2, 3), bees)
+
+
+def test_guidance_has_an_effect(network, tmp_path):
+    plain = pixels(sample(network, tmp_path / "a", "--seeds", "0-3"))
+    assert (plain == pixels(sample(network, tmp_path / "b", "--seeds", "0-3", "--cfg-scale", "1"))).all()
+    assert (plain != pixels(sample(network, tmp_path / "c", "--seeds", "0-3", "--cfg-scale", "3"))).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class", "horse"], "horse: unknown; the model knows ant, bee, cat, or 0-2"),
+        (["--class", "3"], "--class 3"),
+        (["--grid", "9x9"], "--grid 9x9 needs 81 images, --seeds names 64"),
+        (["--steps", "0"], "steps: 0"),
+        (["--sigma-min", "100"], "sigma_min 100 must be below sigma_max 80"),
+        (["--precision", "fp16"], "fp16 needs a CUDA device"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(network, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        sample(network, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,209 @@
+"""Whole runs of the debug preset, and the same through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.training.distributed import Processes
+from diffit.training.loop import train
+from diffit.weights import load_network, save_network
+from helpers import command, write_archive
+
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("data") / "pets.zip", 24)
+
+
+def run(pets, outdir, *, resume="auto", val=None, **options):
+    archive = ImageArchive(pets, cond=True)
+    config = resolve("debug", {"data": str(pets), "cond": True, "batch_gpu": 4, **options}, DataFacts(3, (16, 16), 3))
+    return train(config, archive, outdir, ONE, resume=resume, grid=(2, 2), val=val)
+
+
+def tensors(run_dir, kimg="000000"):
+    return {
+        kind: load_file(run_dir / f"training-state-{kimg}" / f"{kind}.safetensors")
+        for kind in ("model", "ema", "optimizer")
+    }
+
+
+def assert_identical(a, b):
+    for kind in a:
+        assert a[kind].keys() == b[kind].keys()
+        for name in a[kind]:
+            assert torch.equal(a[kind][name], b[kind][name]), f"{kind} {name}"
+
+
+def test_a_run_leaves_what_the_documentation_says(pets, tmp_path):
+    outcome = run(pets, tmp_path, snap=2, dump=2, kimg=0.16)
+    names = {path.name for path in outcome.run_dir.iterdir()}
+    assert outcome.run_dir.name == "00000-pets-debug-gpus1-batch8"
+    assert {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png", "fakes000000.png",
+            "network-snapshot-000000.safetensors", "training-state-000000"} <= names  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.startswith(".") for name in names)
+    lines = [json.loads(line) for line in (outcome.run_dir / "stats.jsonl").read_text().splitlines()]
+    assert [line["kimg"] for line in lines] == [0.04, 0.08, 0.12, 0.16]
+    assert all(isinstance(value, int | float) for line in lines for value in line.values())
+    assert Image.open(outcome.run_dir / "fakes000000.png").size == (2 * 16 * 4, 2 * 16 * 4)
+
+
+def test_stopped_and_resumed_equals_run_through_to_the_last_bit(pets, tmp_path):
+    through = run(pets, tmp_path / "through", kimg=0.16)
+    first = run(pets, tmp_path / "parts", kimg=0.064)
+    second = run(pets, tmp_path / "parts", kimg=0.16)
+    assert second.run_dir == first.run_dir
+    assert second.images_seen == 160
+    assert_identical(tensors(through.run_dir), tensors(second.run_dir))
+    a, b = (load_network(outcome.snapshot)[0].state_dict() for outcome in (through, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    curves = [
+        [
+            (json.loads(line)["images"], json.loads(line)["loss"])
+            for line in (d / "stats.jsonl").read_text().splitlines()
+        ]
+        for d in (through.run_dir, second.run_dir)
+    ]
+    assert [point for point in curves[1] if point in curves[0]] == [
+        point for point in curves[1] if point[0] not in (64, 80)
+    ]
+
+
+def test_the_same_command_after_the_end_does_nothing_and_a_new_run_can_be_asked_for(pets, tmp_path):
+    first = run(pets, tmp_path, kimg=0.04)
+    again = run(pets, tmp_path, kimg=0.04)
+    assert again.run_dir == first.run_dir
+    assert again.snapshot is None
+    assert run(pets, tmp_path, kimg=0.04, resume="none").run_dir.name.startswith("00001")
+
+
+def test_two_newest_states_are_kept(pets, tmp_path):
+    outcome = run(pets, tmp_path, kimg=4.0, tick=1.0, snap=0, dump=1, base_dim=4, hidden_dim=4)
+    assert sorted(p.name for p in outcome.run_dir.glob("training-state-*")) == [
+        "training-state-000003",
+        "training-state-000004",
+    ]
+
+
+def test_held_out_loss_is_reported_and_the_same_for_the_same_weights(pets, tmp_path):
+    val = ImageArchive(write_archive(tmp_path / "val.zip", 10), cond=True)
+    outcomes = [run(pets, tmp_path / name, kimg=0.04, val=val) for name in "ab"]
+    losses = [json.loads((o.run_dir / "stats.jsonl").read_text().splitlines()[-1])["val_loss"] for o in outcomes]
+    assert losses[0] == losses[1] > 0
+
+
+def test_a_run_can_begin_with_the_weights_of_a_file(pets, tmp_path):
+    source = run(pets, tmp_path / "a", kimg=0.04)
+    begun = run(pets, tmp_path / "b", kimg=0.008, lr=1e-12, lr_rampup_kimg=0.0, init_from=str(source.snapshot))
+    expected, found = (load_network(outcome.snapshot)[0].state_dict() for outcome in (source, begun))
+    for name in expected:
+        assert_close(found[name], expected[name], rtol=0, atol=1e-10)
+    with pytest.raises(UserError, match="weights of another model"):
+        run(pets, tmp_path / "c", kimg=0.04, base_dim=32, init_from=str(source.snapshot))
+
+
+def test_gradients_that_stay_non_finite_end_the_run_with_the_good_weights_saved(pets, tmp_path):
+    source = run(pets, tmp_path / "a", kimg=0.04)
+    state, config = load_network(source.snapshot)[0].state_dict(), load_network(source.snapshot)[1]
+    state["head.bias"] = torch.full_like(state["head.bias"], float("nan"))
+    save_network(tmp_path / "bad.safetensors", state, config)
+    with pytest.raises(UserError, match=r"in a row had a non-finite gradient.*--lr"):
+        run(pets, tmp_path / "b", kimg=10.0, init_from=str(tmp_path / "bad.safetensors"), max_skipped=3)
+    (run_dir,) = (tmp_path / "b").iterdir()
+    saved = tensors(run_dir)["model"]
+    assert torch.equal(saved["tokenizer.weight"], state["tokenizer.weight"])
+
+
+def test_gradient_checkpointing_and_compilation_change_rounding_only(pets, tmp_path):
+    losses = []
+    for options in ({}, {"grad_ckpt": True}):
+        outcome = run(pets, tmp_path / str(options), kimg=0.08, **options)
+        losses.append([json.loads(line)["loss"] for line in (outcome.run_dir / "stats.jsonl").read_text().splitlines()])
+    assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses(pets, tmp_path):
+    losses = []
+    for options in ({}, {"compile": True}):
+        # Without dropout: the compiler draws its masks from a stream of its own.
+        outcome = run(pets, tmp_path / str(options), kimg=0.04, dropout=0.0, **options)
+        losses.append(json.loads((outcome.run_dir / "stats.jsonl").read_text().splitlines()[-1])["loss"])
+    assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
+ARGUMENTS = ["--preset", "debug", "--cond", "--batch-gpu", "2", "--grid", "2x2"]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(pets, tmp_path):
+    for processes in (1, 2):
+        command(
+            "train",
+            "--outdir",
+            tmp_path / str(processes),
+            "--data",
+            pets,
+            *ARGUMENTS,
+            "--kimg",
+            0.08,
+            processes=processes,
+        )
+    runs = [next((tmp_path / str(processes)).iterdir()) for processes in (1, 2)]
+    assert runs[1].name == "00000-pets-debug-gpus2-batch8"
+    one, two = ([json.loads(line) for line in (r / "stats.jsonl").read_text().splitlines()] for r in runs)
+    for name in ("images", "loss", "grad_norm"):
+        assert_close([line[name] for line in two], [line[name] for line in one], rtol=1e-5, atol=0)
+    # And one process can take up what two have left.
+    command("train", "--outdir", tmp_path / "2", "--data", pets, *ARGUMENTS, "--kimg", 0.16)
+    assert [path.name for path in (tmp_path / "2").iterdir()] == [runs[1].name]
+    assert json.loads((runs[1] / "stats.jsonl").read_text().splitlines()[-1])["images"] == 160
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_everything_and_the_same_command_goes_on(pets, tmp_path, number):
+    words = [
+        "-m",
+        "diffit",
+        "train",
+        "--outdir",
+        tmp_path / "r",
+        "--data",
+        pets,
+        *ARGUMENTS,
+        "--kimg",
+        "50",
+        "--tick",
+        "0.04",
+    ]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("r/*/stats.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again" in output
+    (run_dir,) = (tmp_path / "r").iterdir()
+    seen = json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["images"]
+    words[words.index("50")] = str((seen + 80) / 1000)
+    resumed = command(*words[2:])
+    assert f"resumed at {seen / 1000:g} kimg" in resumed.stdout
+    assert json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["images"] == seen + 80

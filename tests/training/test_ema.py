@@ -1,0 +1,36 @@
+import torch
+from torch.testing import assert_close
+
+from diffit.training.ema import ema_beta, update_ema
+
+
+def test_average_equals_the_closed_form():
+    beta, steps = 0.9, 20
+    values = torch.randn(steps, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    average = [torch.ones(3, dtype=torch.float64)]
+    for value in values:
+        update_ema(average, [value], beta)
+    powers = beta ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    assert_close(
+        average[0], beta**steps * torch.ones(3, dtype=torch.float64) + (1 - beta) * (powers[:, None] * values).sum(0)
+    )
+
+
+def test_half_of_the_average_is_gone_after_one_half_life():
+    share = 1.0
+    for _ in range(5000 // 50):
+        share *= ema_beta(50, images_seen=10**9, halflife_kimg=5, rampup_ratio=0.05)
+    assert_close(share, 0.5)
+
+
+def test_young_average_looks_back_on_a_share_of_the_images_seen():
+    assert_close(ema_beta(100, images_seen=2000, halflife_kimg=500, rampup_ratio=0.05), 0.5)
+    assert ema_beta(100, images_seen=0, halflife_kimg=500, rampup_ratio=0.05) == 0
+
+
+def test_update_leaves_no_graph_behind():
+    current = torch.ones(2, requires_grad=True)
+    average = [torch.zeros(2)]
+    update_ema(average, [current], 0.5)
+    assert not average[0].requires_grad
+    assert_close(average[0], torch.full((2,), 0.5))

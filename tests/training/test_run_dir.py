@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.errors import UserError
+from diffit.training.run_dir import (
+    Records,
+    create_run,
+    find_resumable,
+    locate_state,
+    same_run,
+    truncate_jsonl,
+    write_options,
+)
+
+FACTS = DataFacts(3, (16, 16), 3)
+
+
+def config(**options):
+    return resolve("debug", {"data": "/data/pets.zip", **options}, FACTS)
+
+
+def test_runs_are_numbered_and_say_what_they_are(tmp_path):
+    assert create_run(tmp_path, config(), 1, None).name == "00000-pets-debug-gpus1-batch8"
+    assert create_run(tmp_path, config(batch=32), 2, "try").name == "00001-pets-debug-gpus2-batch32-try"
+
+
+@pytest.mark.parametrize("free", [{"kimg": 9.0}, {"tick": 1.0}, {"snap": 3}, {"workers": 1}, {"cfg_scale": 2.0}])
+def test_a_longer_or_more_talkative_run_is_the_same_run(free):
+    assert same_run(config(), config(**free))
+
+
+@pytest.mark.parametrize("other", [{"lr": 0.5}, {"seed": 1}, {"batch": 16}, {"base_dim": 32}, {"data": "/data/b.zip"},
+                                   {"augment": 0.0}, {"cond": True}, {"precision": "bf16"}])  # fmt: skip
+def test_what_changes_the_weights_makes_another_run(other):
+    assert not same_run(config(), config(**other))
+
+
+def with_state(run, kimg):
+    state = run / f"training-state-{kimg:06d}"
+    state.mkdir()
+    (state / "manifest.json").write_text("{}")
+    return state
+
+
+def test_auto_takes_the_newest_state_of_the_newest_run_that_matches(tmp_path):
+    first, second, third = (create_run(tmp_path, c, 1, None) for c in (config(), config(), config(lr=0.5)))
+    for run, c in ((first, config()), (second, config()), (third, config(lr=0.5))):
+        write_options(run, c)
+        with_state(run, 9)
+        newest = with_state(run, 10)
+    assert find_resumable(tmp_path, config()) == second / "training-state-000010"
+    assert find_resumable(tmp_path, config(lr=0.5)) == newest
+    assert find_resumable(tmp_path, config(lr=0.25)) is None
+    assert find_resumable(tmp_path / "absent", config()) is None
+
+
+def test_auto_passes_over_runs_that_saved_nothing_or_cannot_be_read(tmp_path):
+    first = create_run(tmp_path, config(), 1, None)
+    write_options(first, config())
+    state = with_state(first, 10)
+    write_options(create_run(tmp_path, config(), 1, None), config())
+    broken = create_run(tmp_path, config(), 1, None)
+    (broken / "training_options.json").write_text("{")
+    with_state(broken, 10)
+    assert find_resumable(tmp_path, config()) == state
+
+
+def test_resume_takes_a_run_or_a_state_and_says_what_it_was_given_else(tmp_path):
+    run = create_run(tmp_path, config(), 1, None)
+    with_state(run, 9)
+    state = with_state(run, 10)
+    assert locate_state(run) == locate_state(state) == state
+    with pytest.raises(UserError, match="nowhere"):
+        locate_state(tmp_path / "nowhere")
+
+
+def test_statistics_after_the_resumed_image_are_dropped(tmp_path):
+    path = tmp_path / "stats.jsonl"
+    path.write_text('{"images": 8, "loss": 3}\n{"images": 16, "loss": 2}\n{"images": 24, "lo')
+    truncate_jsonl(path, 8)
+    assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [8]
+
+
+def test_statistics_are_flat_and_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    records = Records(tmp_path, 0)
+    records.stats(8, {"kimg": 0.008, "loss": 2.5})
+    records.close()
+    assert json.loads((tmp_path / "stats.jsonl").read_text()) == {"images": 8, "kimg": 0.008, "loss": 2.5}
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(8, 2.5)]

@@ -1,0 +1,122 @@
+"""The step as such; whole runs are in tests/e2e."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data.archive import ImageArchive
+from diffit.training.distributed import Processes
+from diffit.training.feed import feed, microbatches
+from diffit.training.step import Stepper, build_network, drop_labels
+from helpers import write_archive
+
+CPU = torch.device("cpu")
+ONE = Processes(0, 1, CPU)
+
+
+def make(tmp_path, precision="fp32", **options):
+    archive = ImageArchive(write_archive(tmp_path / "a.zip"), cond=True)
+    config = resolve("debug", {"cond": True, **options}, DataFacts(3, (16, 16), 3))
+    stepper = Stepper(config, ONE, build_network(config), precision)
+    order = microbatches(len(archive), 0, 0, config.training.batch, stepper.batch_gpu, 0, 1)
+    return stepper, feed(archive, order, CPU, resident=archive.load_all(), workers=0)
+
+
+def weights(stepper):
+    return {name: tensor.clone() for name, tensor in stepper.net.state_dict().items()}
+
+
+def test_accumulated_microbatches_give_the_mean_gradient_of_all(tmp_path):
+    stepper, images = make(tmp_path, batch_gpu=2, augment=0.0, dropout=0.0)
+    seen = []
+    stepper.optimizer.step = lambda *a, **k: seen.extend(p.grad.clone() for p in stepper.net.parameters())  # type: ignore[method-assign]
+    stepper.step(images)
+
+    again, images = make(tmp_path, batch_gpu=2, augment=0.0, dropout=0.0)
+    total = sum(again.microbatch_loss(*next(images), m).sum() for m in range(4)) / 8
+    expected = torch.autograd.grad(total, list(again.net.parameters()))
+    for gradient, reference in zip(seen, expected, strict=True):
+        assert_close(gradient, reference, rtol=1e-4, atol=1e-7)
+
+
+def test_a_microbatch_is_a_function_of_seed_images_seen_and_number(tmp_path):
+    stepper, images = make(tmp_path, batch_gpu=4)
+    batch = next(images)
+    stepper.net.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(123)
+    first = stepper.microbatch_loss(*batch, 0)
+    torch.manual_seed(456)
+    assert torch.equal(first, stepper.microbatch_loss(*batch, 0))
+    assert not torch.equal(first, stepper.microbatch_loss(*batch, 1))
+    stepper.images_seen += 8
+    assert not torch.equal(first, stepper.microbatch_loss(*batch, 0))
+
+
+def test_learning_rate_ramps_up_linearly_and_stays(tmp_path):
+    stepper, images = make(tmp_path, lr=0.01, lr_rampup_kimg=0.032)
+    rates = []
+    for _ in range(6):
+        stepper.step(images)
+        rates.append(stepper.optimizer.param_groups[0]["lr"])
+    assert_close(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_with_a_non_finite_gradient_changes_nothing_and_is_counted(tmp_path, precision):
+    stepper, images = make(tmp_path, precision)
+    stepper.step(images)
+    before, moments = weights(stepper), {k: v.clone() for k, v in stepper.optimizer.state_dict()["state"][0].items()}
+    poison = stepper.net.tokenizer.bias.register_hook(lambda gradient: gradient * float("nan"))
+    stepper.step(images)
+    for name, tensor in stepper.net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for kind, tensor in stepper.optimizer.state_dict()["state"][0].items():
+        assert torch.equal(tensor, moments[kind]), kind
+    assert int(stepper.meter.skipped) == int(stepper.meter.skipped_in_a_row) == 1
+    poison.remove()
+    stepper.step(images)
+    assert int(stepper.meter.skipped) == 1
+    assert int(stepper.meter.skipped_in_a_row) == 0
+    assert not torch.equal(weights(stepper)["tokenizer.bias"], before["tokenizer.bias"])
+
+
+def test_average_follows_the_weights_as_the_half_life_says(tmp_path):
+    stepper, images = make(tmp_path, ema_halflife_kimg=0.008, ema_rampup_ratio=1.0)
+    start = weights(stepper)["tokenizer.weight"]
+    stepper.step(images)
+    first = weights(stepper)["tokenizer.weight"]
+    stepper.step(images)
+    second = weights(stepper)["tokenizer.weight"]
+    expected = (start / 2 + first / 2) / 2 + second / 2  # a batch of 8 is one half-life
+    assert_close(stepper.ema.tokenizer.weight, expected)
+
+
+def test_labels_are_dropped_to_the_null_class_as_often_as_asked():
+    labels = torch.arange(5).repeat(4000)
+    dropped = drop_labels(labels, 5, 0.3, torch.Generator().manual_seed(0))
+    gone = dropped != labels
+    assert (dropped[gone] == 5).all()
+    assert_close(gone.double().mean().item(), 0.3, rtol=0, atol=4 * (0.3 * 0.7 / 20000) ** 0.5)
+
+
+def test_loss_falls_on_a_small_archive(tmp_path):
+    stepper, images = make(tmp_path, batch=32, lr=1e-2, lr_rampup_kimg=0.0, augment=0.0, dropout=0.0)
+    losses = []
+    for step in range(1, 81):
+        stepper.step(images)
+        if step % 20 == 0:
+            losses.append(stepper.meter.read(1)["loss"])
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_mean_loss_by_noise_level_covers_all_images(tmp_path):
+    stepper, images = make(tmp_path, batch=64)
+    for _ in range(4):
+        stepper.step(images)
+    counts = stepper.meter.sums[1].clone()
+    scalars = stepper.meter.read(1)
+    bins = [value for name, value in scalars.items() if name.startswith("loss_sigma_")]
+    assert counts.sum() == 256
+    assert len(bins) == 5
+    assert_close(sum(float(c) * b for c, b in zip(counts, bins, strict=True)) / 256, scalars["loss"])
