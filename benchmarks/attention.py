@@ -1,0 +1,48 @@
+"""Fused against plain attention, forward and backward: ``python -m benchmarks.attention``.
+
+With arguments, ``path window map_side``: runs one and prints its peak memory beyond that of its inputs.
+"""
+
+import sys
+
+import torch
+
+from benchmarks.measure import DEVICE, in_turns, peak_mib, peak_of
+from diffit.models.attention import TMSA
+
+WIDTH, COND, HEADS, BATCH = 256, 512, 4, 16
+
+
+def make(fused: bool, window: int, side: int):
+    torch.manual_seed(0)
+    layer = TMSA(WIDTH, COND, HEADS, grid_size=side, window_size=window, fused=fused).to(DEVICE)
+    x = torch.randn(BATCH, side, side, WIDTH, device=DEVICE, requires_grad=True)
+    cond = torch.randn(BATCH, COND, device=DEVICE)
+
+    def run() -> None:
+        layer(x, cond).square().mean().backward()
+
+    return run
+
+
+def main() -> None:
+    for window, side in ((4, 32), (8, 64), (32, 32)):
+        plain, fused = in_turns(make(False, window, side), make(True, window, side))
+        memory = {path: peak_of("benchmarks.attention", path, window, side) for path in ("plain", "fused")}
+        name = f"window {window}" if window < side else f"global, {side * side} tokens"
+        print(
+            f"TMSA, {name}, {side}×{side} map, batch {BATCH}: fused takes {fused / plain:.2f} of plain's time "
+            f"({fused * 1e3:.0f} ms : {plain * 1e3:.0f} ms), {memory['fused'] / memory['plain']:.2f} of its memory "
+            f"({memory['fused']:.0f} MiB : {memory['plain']:.0f} MiB)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run = make(sys.argv[1] == "fused", int(sys.argv[2]), int(sys.argv[3]))
+        before = peak_mib()
+        run()
+        print(peak_mib() - before)
+    else:
+        main()
