@@ -48,3 +48,22 @@ def command(
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def write_vae(path: Path, *, latent_channels: int = 4, seed: int = 0) -> Path:
+    """A folder as diffusers saves it: a tiny VAE of random weights, 8 x 8 pixels a latent position."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=latent_channels,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+    vae.save_pretrained(path)
+    return path
