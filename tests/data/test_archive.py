@@ -271,6 +271,22 @@ def test_a_name_that_is_let_through_stays_below_its_folder(raw):
     assert os.path.normpath("/root/" + name).startswith("/root/")
 
 
+def test_the_content_hash_follows_pixels_names_labels_and_order_alone(tmp_path):
+    files = edm_files()
+    zipped = ImageArchive(write_zip(tmp_path / "a.zip", files), cond=True).content_hash()
+    packed = write_zip(tmp_path / "b.zip", files | {"notes.txt": b"x"}, zipfile.ZIP_DEFLATED)
+    assert ImageArchive(packed, cond=True).content_hash() == zipped
+    assert ImageArchive(write_folder(tmp_path / "c", files), cond=True).content_hash() == zipped
+    swapped = files | {NAMES[0]: files[NAMES[1]], NAMES[1]: files[NAMES[0]]}
+    relabelled = edm_files([[name, 0] for name in NAMES])
+    fewer = edm_files(count=4)
+    others = [
+        ImageArchive(write_zip(tmp_path / f"{i}.zip", other), cond=True).content_hash()
+        for i, other in enumerate((swapped, relabelled, fewer))
+    ]
+    assert len({zipped, *others}) == 4
+
+
 def test_map_ordered_keeps_order_and_reads_only_a_little_ahead():
     started = []
     results = map_ordered(lambda i: started.append(i) or i * i, range(10_000), workers=2)

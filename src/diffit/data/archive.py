@@ -3,6 +3,7 @@
 ``dataset.json`` is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [...]}``.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -190,6 +191,14 @@ class FileTree:
             reason = getattr(error, "strerror", None) or error
             raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
 
+    def checksum(self, name: str) -> tuple[int, int]:
+        """(size, CRC-32) of one file: a zip's directory has them, a folder's file is read."""
+        if self.is_zip:
+            info = self._zip().getinfo(self._raw.get(name, name))
+            return info.file_size, info.CRC
+        data = self.read(name)
+        return len(data), zlib.crc32(data)
+
     def num_bytes(self) -> int:
         """Size on disk."""
         return sum(os.stat(f).st_size for f in ([self.path] if self.is_zip else (self.path / n for n in self.names)))
@@ -318,6 +327,18 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
                 f"`{self._convert_command}` makes them so"
             )
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+    def content_hash(self, workers: int = 0) -> str:
+        """SHA-256 over the names, sizes and CRC-32s of the images, and the labels where ``cond`` loaded them.
+
+        A folder and a zip of the same files have the same. Of a zip only the directory is read.
+        """
+        labels = [None] * len(self) if self.labels is None else self.labels.tolist()
+        sums = map_ordered(self._files.checksum, self.file_names, 1 if self._files.is_zip else workers)
+        digest = hashlib.sha256()
+        for row in zip(self.file_names, sums, labels, strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
 
     def load_all(self, workers: int = 0) -> torch.Tensor:
         """Every image, uint8 (N, C, H, W), decoded on ``workers`` threads (0: as many as are worth it)."""
