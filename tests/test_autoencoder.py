@@ -185,6 +185,7 @@ def python(code: str, **environment: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_found_in_the_cache_without_network(folder, tmp_path):
     """The cache is laid out here by hand, as huggingface_hub documents it."""
     cache = tmp_path / "hub" / "models--someone--vae"

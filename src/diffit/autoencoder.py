@@ -47,6 +47,10 @@ class Autoencoder:
         """Pixels a latent position, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def tiling(self) -> bool:
+        return bool(self.vae.use_tiling)
+
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of images of ``image_size`` (H, W); UserError if the factor does not divide it."""
         height, width = image_size
@@ -64,11 +68,12 @@ class Autoencoder:
         ``images`` (B, 3, H, W) are uint8, or floats in [−1, 1]. Gray ones, (B, 1, H, W), become RGB.
         All images go through the VAE together: split them to bound the memory.
         """
+        images = images.to(self.vae.device)
         if images.dtype == torch.uint8:
             images = to_float(images)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from diffit.errors import UserError
 
 # Subcommand -> (module, one line of help). Modules are imported when needed: `diffit --help` must not wait for torch.
 COMMANDS = {
-    "data": ("diffit.cli.data", "Convert, check and inspect image archives."),
+    "data": ("diffit.cli.data", "Convert, encode, check and inspect image archives."),
     "train": ("diffit.cli.train", "Train a model on an image archive."),
     "sample": ("diffit.cli.sample", "Draw images from a trained model."),
 }

@@ -1,4 +1,4 @@
-"""``diffit data``: make and inspect image archives."""
+"""``diffit data``: make and inspect image archives and latent caches."""
 
 import re
 import time
@@ -13,14 +13,17 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from diffit.autoencoder import SCALE
 from diffit.data.archive import describe_shape
 from diffit.data.check import CheckReport
 from diffit.data.check import check as check_archive
 from diffit.data.convert import TRANSFORMS
 from diffit.data.convert import convert as convert_source
 from diffit.data.grid import save_grid
+from diffit.data.latents import Header, LatentArchive, is_latents, scale_warning
 
 LISTED_CLASSES = 20
+SECONDS_A_LINE = 30
 
 
 class Resolution(click.ParamType):
@@ -35,7 +38,7 @@ class Resolution(click.ParamType):
 
 @click.group()
 def data() -> None:
-    """Convert, check and inspect image archives."""
+    """Convert, encode, check and inspect image archives."""
     # Images above Pillow's limit are refused with a line of our own; its warning would only say it twice.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     # Strange metadata in photographs does not concern the pixels.
@@ -117,6 +120,48 @@ def convert(
 
 
 @data.command()
+@click.option("--source", required=True, type=click.Path(path_type=Path), help="Image archive.")
+@click.option("--dest", required=True, type=click.Path(path_type=Path), help="Folder to write the latents to.")
+@click.option("--vae", metavar="PATH|ID", required=True, help="AutoencoderKL: a folder of diffusers, or a Hub id.")
+@click.option("--scale", type=float, default=SCALE, show_default=True, help="Of the latents that a model sees.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Images at a time.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="On disk."
+)
+@click.option("--tiling", is_flag=True, help="Encode large images in parts: less memory, slightly other numbers.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Images a file.")
+def encode(
+    source: Path, dest: Path, vae: str, scale: float, batch: int, dtype: str, tiling: bool, shard_size: int
+) -> None:
+    """Encode an archive's images, and their mirror images, as latents to train on.
+
+    The same command goes on where it was interrupted. Under torchrun it uses several GPUs.
+    """
+    from diffit.autoencoder import load_autoencoder
+    from diffit.data.encode import encode_archive
+    from diffit.training.distributed import processes
+
+    with processes() as procs:
+        autoencoder = load_autoencoder(vae, scale=scale, device=procs.device, tiling=tiling)
+        with _progress("encoding", quiet=not procs.is_first, lines=True) as progress:
+            header = encode_archive(
+                source,
+                dest,
+                autoencoder,
+                procs=procs,
+                batch=batch,
+                dtype=dtype,
+                shard_size=shard_size,
+                progress=progress,
+                warn=lambda text: _line("warning", text),
+            )
+        if procs.is_first:
+            _print_latents(header)
+            _line("wrote", str(dest))
+            _line("next", f"diffit data check {dest}")
+
+
+@data.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--cond", is_flag=True, help="Require a label for every image.")
 @click.option("--grid", type=click.Path(path_type=Path), help="Sample grid to write.  [default: ./NAME-grid.png]")
@@ -124,7 +169,10 @@ def convert(
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the grid's choice.")
 @click.pass_context
 def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid: bool, seed: int) -> None:
-    """Print what an archive holds; exit with status 1 if something is wrong with it."""
+    """Print what an archive or latent cache holds; exit with status 1 if something is wrong with it."""
+    if is_latents(path):
+        _check_latents(path, cond)
+        return
     with _progress("reading") as progress:
         report = check_archive(path, cond=cond, seed=seed, progress=progress)
     _print_check(report)
@@ -161,14 +209,46 @@ def _print_check(report: CheckReport) -> None:
         _line("damaged", reason)
 
 
+def _check_latents(path: Path, cond: bool) -> None:
+    archive = LatentArchive(path, cond=cond)
+    with _progress("reading") as progress:
+        mean, std = archive.check(progress)
+    _line("latents", f"{path}, {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")
+    _print_latents(archive.header)
+    labelled = f"{archive.num_classes} classes" if archive.has_labels else "none"
+    _line("labels", labelled)
+    if warning := scale_warning(mean, std, archive.header):
+        _line("warning", warning)
+    _line("next", f"diffit train --outdir runs --data {path}" + (" --cond" if archive.has_labels else ""))
+
+
+def _print_latents(header: Header) -> None:
+    height, width = header.image_size
+    shape = "x".join(map(str, header.latent_shape))
+    _line("images", f"{header.count} of {width}x{height} from {header.source}, with their mirror images")
+    _line("vae", f"{header.vae} (weights {header.vae_sha256[:12]})" + (", tiled" if header.tiling else ""))
+    _line("shape", f"{shape}, {header.dtype}, {header.num_shards} files")
+    _line("mean", " ".join(f"{value:.3f}" for value in header.latent_mean or ()) + f"  (scaled by {header.scale:g})")
+    _line("std", " ".join(f"{value:.3f}" for value in header.latent_std or ()))
+
+
 def _line(label: str, text: str) -> None:
     click.echo(f"{label:<10} {text}")
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr if that is a terminal, otherwise nothing."""
+def _progress(title: str, *, quiet: bool = False, lines: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr if that is a terminal; otherwise nothing or, with ``lines``, a line now and then."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        bar.update(task, completed=done, total=total)
+        if bar.disable and lines and not quiet and (done == total or time.monotonic() - shown > SECONDS_A_LINE):
+            click.echo(f"{title} {done} of {total} images", err=True)
+            shown = time.monotonic()
+
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield show

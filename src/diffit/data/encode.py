@@ -1,0 +1,192 @@
+"""An image archive in, a latent cache out: goes on where it was interrupted; several processes share the work."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffit.autoencoder import Autoencoder
+from diffit.data.archive import META, ImageArchive, map_ordered
+from diffit.data.latents import (
+    DTYPES,
+    HEADER,
+    MOMENTS,
+    Header,
+    channel_sums,
+    is_latents,
+    missing_shards,
+    open_shard,
+    read_header,
+    scale_warning,
+    scaled_statistics,
+    shard_path,
+)
+from diffit.errors import UserError
+from diffit.files import disk_errors, whole_file
+from diffit.training.distributed import Processes
+from diffit.weights import save_tensors
+
+SHARD_SIZE = 1024  # images: 64 MB a shard in float32 at 256 pixels
+# Option -> the header's fields that must not change while a cache is made: the first is compared, the others shown.
+SETTINGS = {
+    "--vae": ("vae_sha256", "vae"),
+    "--scale": ("scale",),
+    "--tiling": ("tiling",),
+    "--dtype": ("dtype",),
+    "--shard-size": ("shard_size",),
+    "--source": ("source_sha256", "source"),
+}
+
+
+def encode_archive(
+    source: str | Path,
+    dest: str | Path,
+    vae: Autoencoder,
+    *,
+    procs: Processes | None = None,
+    batch: int = 16,
+    dtype: str = "float32",
+    shard_size: int = SHARD_SIZE,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Header:
+    """Write the latents of every image of ``source``, and of its mirror image, to the folder ``dest``.
+
+    A shard that is there already is kept. All processes call this together; each makes every ``count``-th of the
+    shards that are missing, and holds one in memory. The same settings and batch give the same bytes.
+
+    Args:
+        dtype: ``float32``, or ``float16`` for half the size.
+        shard_size: images a file.
+        progress: called by the first process with (images done, images in all).
+        warn: called by it with one line if the first shard's scaled latents are far from a standard deviation of 1.
+
+    Raises UserError for a source that cannot be encoded, and a ``dest`` that holds something else.
+    """
+    procs = procs or Processes(rank=0, count=1, device=torch.device("cpu"))
+    dest = Path(dest)
+    archive = ImageArchive(source)
+    if archive.has_labels:
+        archive = ImageArchive(source, cond=True)
+    header = _header(archive, vae, dtype, shard_size)
+    missing: list[int] = procs.broadcast(_prepare(dest, archive, header) if procs.is_first else None)
+    done = header.count - sum(len(header.shard_range(shard)) for shard in missing)
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images * procs.count  # as far as the first process can tell
+        if progress is not None and procs.is_first and done < header.count:
+            progress(done, header.count)
+
+    own = missing[procs.rank :: procs.count]
+    for shard in own:
+        tensors = _encode_shard(archive, vae, header, shard, batch, workers, advance)
+        if warn is not None and procs.is_first and shard == own[0]:
+            statistics = scaled_statistics(tensors["sums"], len(header.shard_range(shard)), header)
+            if warning := scale_warning(*statistics, header):
+                warn(warning)
+        with whole_file(shard_path(dest, shard)) as part:
+            save_tensors(tensors, part)
+    procs.barrier()
+    if procs.is_first:
+        _finish(dest)
+        if progress is not None:
+            progress(header.count, header.count)
+    procs.barrier()
+    return read_header(dest)
+
+
+def _header(archive: ImageArchive, vae: Autoencoder, dtype: str, shard_size: int) -> Header:
+    """Of a cache that is to be made; the source's hash is left to the process that needs it."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: not known; use one of {', '.join(DTYPES)}")
+    image_size = archive.image_shape[1:]
+    facts = {
+        "vae": vae.id,
+        "vae_sha256": vae.sha256,
+        "scale": vae.scale,
+        "tiling": vae.tiling,
+        "image_size": image_size,
+        "latent_shape": vae.latent_shape(image_size),
+        "count": len(archive),
+        "shard_size": shard_size,
+        "dtype": dtype,
+        "source": archive.path.resolve().name,
+        "source_sha256": "",
+    }
+    return Header.model_validate(facts)
+
+
+def _prepare(dest: Path, archive: ImageArchive, header: Header) -> list[int]:
+    """Begin the cache, or check that the one that is there is the same; the shards to be made."""
+    with disk_errors(dest / HEADER):
+        others = [item.name for item in dest.iterdir() if not item.name.startswith(".")] if dest.exists() else []
+    if others and not is_latents(dest):
+        raise UserError(f"{dest} holds other files ({sorted(others)[0]}): give a new or empty folder as --dest")
+    header = header.model_copy(update={"source_sha256": archive.content_hash()})
+    if is_latents(dest):
+        _require_same(dest, read_header(dest), header)
+        for part in dest.glob(".*.part"):  # of a process that was killed
+            part.unlink(missing_ok=True)
+    else:
+        _write_header(dest, header)
+    labels = None
+    if archive.labels is not None:
+        labels = list(zip(archive.file_names, archive.labels.tolist(), strict=True))
+    with whole_file(dest / META) as part:
+        part.write_text(json.dumps({"labels": labels, "class_names": archive.class_names}, ensure_ascii=False))
+    return missing_shards(dest, header)
+
+
+def _require_same(dest: Path, old: Header, new: Header) -> None:
+    for option, (field, *shown) in SETTINGS.items():
+        if getattr(old, field) != getattr(new, field):
+            before, now = (
+                " ".join([*(str(getattr(h, name)) for name in shown), str(getattr(h, field))[:12]]) for h in (old, new)
+            )
+            raise UserError(f"{dest} was made with {option} {before}, not {now}: give that again, or another --dest")
+
+
+def _encode_shard(
+    archive: ImageArchive,
+    vae: Autoencoder,
+    header: Header,
+    shard: int,
+    batch: int,
+    workers: int,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    indices = header.shard_range(shard)
+    shape = (len(indices), *header.latent_shape)
+    tensors = {key: torch.empty(shape, dtype=DTYPES[header.dtype]) for key in MOMENTS}
+    images = map_ordered(archive.__getitem__, indices, workers)
+    for start in range(0, len(indices), batch):
+        part = torch.stack(list(islice(images, batch)))
+        rows = slice(start, start + len(part))
+        tensors["mean"][rows], tensors["std"][rows] = vae.encode(part)
+        tensors["mean_mirror"][rows], tensors["std_mirror"][rows] = vae.encode(part.flip(3))
+        advance(len(part))
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        remedy = "take --dtype float32" if header.dtype == "float16" else "give another VAE"
+        raise UserError(f"latents of images {indices.start} to {indices.stop - 1} are not finite: {remedy}")
+    return tensors | {"sums": channel_sums(tensors)}
+
+
+def _finish(dest: Path) -> None:
+    """Write into the header that nothing is missing, with the statistics of all."""
+    header = read_header(dest)
+    if header.complete:
+        return
+    shards = range(header.num_shards)
+    sums = torch.stack([open_shard(dest, header, shard).get_tensor("sums") for shard in shards]).sum(0)
+    mean, std = scaled_statistics(sums, header.count, header)
+    _write_header(dest, header.model_copy(update={"complete": True, "latent_mean": mean, "latent_std": std}))
+
+
+def _write_header(dest: Path, header: Header) -> None:
+    with whole_file(dest / HEADER) as part:
+        part.write_text(header.model_dump_json(indent=2))
