@@ -135,6 +135,8 @@ def damage(folder, kind):
         config.write_text("{")
     elif kind == "another model":
         config.write_text('{"_class_name": "UNet2DModel"}')
+    elif kind == "gray":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 1}))
     elif kind == "pickled weights":
         weights.rename(folder / "diffusion_pytorch_model.bin")
     elif kind == "cut short":
@@ -153,6 +155,7 @@ def damage(folder, kind):
         ("no config", "no config.json; a VAE is a folder"),
         ("broken config", "config.json is damaged"),
         ("another model", "a UNet2DModel, not an AutoencoderKL"),
+        ("gray", "a VAE of images with 1 channels"),
         ("pickled weights", "no diffusion_pytorch_model.safetensors"),
         ("cut short", "not a readable AutoencoderKL"),
         ("a weight is missing", r"missing: decoder.conv_in.bias"),
@@ -174,8 +177,15 @@ def test_wrong_names_and_scales_are_named(tmp_path):
         load_autoencoder(tmp_path / "file")
     with pytest.raises(UserError, match="no such folder, and not a Hub id"):
         load_autoencoder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="scale 0: must be above 0"):
-        load_autoencoder(tmp_path, scale=0)
+    for scale in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"scale {scale:g}: must be a number above 0"):
+            load_autoencoder(tmp_path, scale=scale)
+
+
+def test_without_diffusers_the_remedy_is_named(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'diffit\[latent\]'"):
+        load_autoencoder(folder)
 
 
 def python(code: str, **environment: str) -> str:

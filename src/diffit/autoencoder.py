@@ -6,6 +6,7 @@ diffusers is imported when an autoencoder is loaded, never by ``import diffit``.
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from diffit.errors import UserError
 from diffit.sampling import to_float, to_uint8
 
-SCALE = 0.18215  # brings the latents of Stable Diffusion's VAEs to unit variance (arXiv 2112.10752, appendix G)
+SCALE = 0.18215  # brings the latents of Stable Diffusion's VAEs to unit variance (arXiv 2112.10752, D.1)
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -123,8 +124,8 @@ def load_autoencoder(
 
     Raises UserError for what is not there, not an AutoencoderKL, or damaged.
     """
-    if not scale > 0:
-        raise UserError(f"scale {scale:g}: must be above 0; Stable Diffusion's VAEs have {SCALE}")
+    if not 0 < scale < math.inf:
+        raise UserError(f"scale {scale:g}: must be a number above 0; Stable Diffusion's VAEs have {SCALE}")
     if importlib.util.find_spec("diffusers") is None:
         raise UserError("a VAE needs diffusers: pip install 'diffit[latent]'")
     folder, name = _find(path_or_id)
@@ -173,7 +174,8 @@ def _snapshot(hub_id: str) -> Path:
 def _check_folder(folder: Path, source: str | Path) -> None:
     """What can be told without diffusers: the kind of model, and that its weights are there."""
     try:
-        kind = json.loads((folder / CONFIG).read_text()).get("_class_name")
+        config = json.loads((folder / CONFIG).read_text())
+        kind, channels = config.get("_class_name"), config.get("in_channels", 3)
     except OSError:
         raise UserError(
             f"{source}: no {CONFIG}; a VAE is a folder as AutoencoderKL.save_pretrained writes it"
@@ -182,6 +184,8 @@ def _check_folder(folder: Path, source: str | Path) -> None:
         raise UserError(f"{source}: {CONFIG} is damaged; fetch it again") from None
     if kind != "AutoencoderKL":
         raise UserError(f"{source}: a {kind}, not an AutoencoderKL; give the folder or Hub id of the VAE")
+    if channels != 3:
+        raise UserError(f"{source}: a VAE of images with {channels} channels; give one of RGB images")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{source}: no {WEIGHTS}; other forms of weights (.bin is a pickle) are not read")
 

@@ -57,10 +57,12 @@ def encode_archive(
     """Write the latents of every image of ``source``, and of its mirror image, to the folder ``dest``.
 
     A shard that is there already is kept. All processes call this together; each makes every ``count``-th of the
-    shards that are missing, and holds one in memory. The same settings and batch give the same bytes.
+    shards that are missing, and holds one in memory. The same settings and batch give the same bytes, but for the
+    rounding of another device or number of threads.
 
     Args:
         dtype: ``float32``, or ``float16`` for half the size.
+        batch: images at a time.
         shard_size: images a file.
         progress: called by the first process with (images done, images in all).
         warn: called by it with one line if the first shard's scaled latents are far from a standard deviation of 1.
