@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffit.autoencoder import check_autoencoder, draw_latents, load_autoencoder, truncate_to_uint8
+from diffit.autoencoder import check_autoencoder, draw_latents, load_autoencoder
 from diffit.errors import UserError
+from diffit.sampling import to_uint8
 from helpers import write_vae
 
 diffusers = pytest.importorskip("diffusers")
@@ -88,7 +89,7 @@ def test_slicing_changes_nothing_and_tiling_is_that_of_diffusers(folder, referen
 def test_levels_are_cut_off_as_in_the_official_program():
     x = torch.tensor([-2.0, -1.0, -0.9922, 0.0, 0.004, 0.9999, 1.0, 2.0])
     # In levels: -127.5, 0, 0.99, 127.5, 128.01, 254.99, 255, 382.5.
-    assert truncate_to_uint8(x).tolist() == [0, 0, 0, 127, 128, 254, 255, 255]
+    assert to_uint8(x, "truncate").tolist() == [0, 0, 0, 127, 128, 254, 255, 255]
 
 
 def test_facts_come_from_the_files(folder, tmp_path):
@@ -120,11 +121,13 @@ def test_files_with_the_old_names_of_the_attention_load(folder, images, tmp_path
 
 def test_a_model_of_other_channels_or_images_that_do_not_divide_are_named(folder, tmp_path):
     vae = load_autoencoder(folder)
-    check_autoencoder(vae, 4, (32, 48))
+    check_autoencoder(vae, (4, 4, 6), (32, 48))
     with pytest.raises(UserError, match="VAE tiny has latents of 4 channels, the model takes 16: give the VAE"):
-        check_autoencoder(vae, 16)
+        check_autoencoder(vae, (16, 4, 4), (32, 32))
     with pytest.raises(UserError, match="images of 30x32: VAE tiny needs sides that are multiples of 8"):
-        check_autoencoder(vae, 4, (32, 30))
+        check_autoencoder(vae, (4, 4, 4), (32, 30))
+    with pytest.raises(UserError, match="a latent for every 8 pixels: images of 32x32 do not become the 8x8"):
+        check_autoencoder(vae, (4, 8, 8), (32, 32))
 
 
 def damage(folder, kind):

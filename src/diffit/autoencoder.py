@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffit.errors import UserError
-from diffit.sampling import to_float, to_uint8
+from diffit.sampling import to_float
 
 SCALE = 0.18215  # brings the latents of Stable Diffusion's VAEs to unit variance (arXiv 2112.10752, D.1)
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -89,23 +89,18 @@ def draw_latents(mean: Tensor, std: Tensor, noise: Tensor, scale: float) -> Tens
     return (mean + std * noise) * scale
 
 
-def truncate_to_uint8(images: Tensor) -> Tensor:
-    """[−1, 1] to the level 0…255 below, as the official program writes it; ``to_uint8`` takes the nearest."""
-    return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-
-
-ROUNDINGS = {"truncate": truncate_to_uint8, "round": to_uint8}
-
-
-def check_autoencoder(vae: Autoencoder, in_channels: int, image_size: tuple[int, int] | None = None) -> None:
-    """UserError if ``vae`` does not make the latents that a model of ``in_channels`` takes, or not of such images."""
-    if vae.latent_channels != in_channels:
+def check_autoencoder(vae: Autoencoder, sample_shape: tuple[int, int, int], image_size: tuple[int, int]) -> None:
+    """UserError if ``vae`` does not make latents of ``sample_shape`` (C, h, w) of images of ``image_size`` (H, W)."""
+    if vae.latent_channels != sample_shape[0]:
         raise UserError(
-            f"VAE {vae.id} has latents of {vae.latent_channels} channels, the model takes {in_channels}: "
+            f"VAE {vae.id} has latents of {vae.latent_channels} channels, the model takes {sample_shape[0]}: "
             "give the VAE that the model was trained with"
         )
-    if image_size is not None:
-        vae.latent_shape(image_size)
+    if vae.latent_shape(image_size) != sample_shape:
+        raise UserError(
+            f"VAE {vae.id} has a latent for every {vae.factor} pixels: images of {image_size[1]}x{image_size[0]} do not "
+            f"become the {sample_shape[2]}x{sample_shape[1]} that the model takes; give the VAE that it was trained with"
+        )
 
 
 def load_autoencoder(

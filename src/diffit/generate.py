@@ -1,6 +1,6 @@
 """Many images, by one process or several, streamed to disk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -8,31 +8,66 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffit.autoencoder import Autoencoder
 from diffit.configs.schema import Config, Sampling
 from diffit.data.grid import save_grid
 from diffit.errors import UserError
-from diffit.models.image import ImageDiffiT
-from diffit.outputs import NpzFile, PngFolder
+from diffit.models import DiffiT
+from diffit.outputs import NpzFile, PngFolder, Record
 from diffit.randomness import random_labels
 from diffit.sampling import sample, to_uint8
 from diffit.training.distributed import Processes
 
 
+def draw_images(
+    net: DiffiT,
+    config: Config,
+    seeds: Sequence[int],
+    labels: Tensor | None = None,
+    *,
+    sampling: Sampling | None = None,
+    autoencoder: Autoencoder | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """One image a seed: uint8 (b, C, H, W) on the CPU. A latent model needs its ``autoencoder``."""
+    samples = sample(net, config, seeds, labels, sampling=sampling, precision=precision)
+    if config.autoencoder is not None:
+        assert autoencoder is not None, "a latent model's samples are latents"
+        samples = autoencoder.decode(samples)
+    return to_uint8(samples, (sampling or config.sampling).rounding).cpu()
+
+
+def labels_of(config: Config, seeds: Sequence[int], policy: int | str = "random") -> Tensor | None:
+    """A class a seed, ``(len(seeds),)``; None for an unconditional model.
+
+    ``policy`` is the class itself, or ``random`` (drawn by the seed), or ``balanced`` (in turn).
+    """
+    classes = config.model.num_classes
+    if not classes:
+        return None
+    if isinstance(policy, int):
+        return torch.full((len(seeds),), policy)
+    return random_labels(seeds, classes) if policy == "random" else torch.arange(len(seeds)) % classes
+
+
 def generate(
-    net: ImageDiffiT,
+    net: DiffiT,
     config: Config,
     seeds: Sequence[int],
     labels: Tensor | None = None,
     *,
     procs: Processes | None = None,
     sampling: Sampling | None = None,
+    autoencoder: Autoencoder | None = None,
     batch: int = 64,
     precision: str = "fp32",
     progress: bool = False,
+    done: Callable[[slice], bool] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields ``(start, images)``: uint8 (b, C, H, W) on the CPU for the seeds from position ``start`` on.
 
-    With ``procs``, batch j is drawn by process j mod their number; no process holds more than one batch.
+    With ``procs``, batch j is drawn by process j mod their number; no process holds more than one batch. Batches of
+    which ``done`` says so are left out.
     """
     rank, count = (procs.rank, procs.count) if procs else (0, 1)
     starts = range(0, len(seeds), batch)[rank::count]
@@ -41,22 +76,28 @@ def generate(
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("sampling", total=len(seeds))
         for start in starts:
-            part = seeds[start : start + batch]
-            own = None if labels is None else labels[start : start + batch]
-            images = sample(net, config, part, own, sampling=sampling, precision=precision)
-            yield start, to_uint8(images).cpu()
-            bar.advance(task, len(part) * count)
+            part = slice(start, start + batch)
+            if done is None or not done(part):
+                own = None if labels is None else labels[part]
+                yield (
+                    start,
+                    draw_images(
+                        net, config, seeds[part], own, sampling=sampling, autoencoder=autoencoder, precision=precision
+                    ),
+                )
+            bar.advance(task, len(seeds[part]) * count)
 
 
 def generate_to_disk(
-    net: ImageDiffiT,
+    net: DiffiT,
     config: Config,
     seeds: Sequence[int],
     outdir: Path,
     procs: Processes,
     *,
-    label: int | None = None,
-    sampling: Sampling | None = None,
+    labels: Tensor | None = None,
+    source: str = "",
+    autoencoder: Autoencoder | None = None,
     batch: int = 64,
     precision: str = "fp32",
     npz: bool = False,
@@ -65,39 +106,35 @@ def generate_to_disk(
 ) -> Path:
     """One image a seed into PNG files or an npz; ``grid`` (columns, rows) adds grid.png. Returns what was written.
 
-    All processes call this together. ``label`` is the class of every image; None draws one a seed.
+    All processes call this together. ``labels`` default to random ones. ``source`` names the network; together with
+    the settings it is kept in ``samples.json``, by which the same call knows what an interrupted one has finished.
     """
-    model = config.model
     if grid is not None and grid[0] * grid[1] > len(seeds):
-        raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, --seeds names {len(seeds)}")
-    labels = None
-    if model.num_classes:
-        labels = random_labels(seeds, model.num_classes) if label is None else torch.full((len(seeds),), label)
+        raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
+    labels = labels_of(config, seeds) if labels is None else labels
+    record = Record(outdir, source, net, config, precision)
     output: NpzFile | PngFolder
     if npz:
-        output = NpzFile(outdir, seeds, labels, shape=(model.channels, *model.image_size))
+        output = NpzFile(outdir, seeds, labels, record, shape=config.image_shape)
     else:
-        output = PngFolder(outdir, seeds, labels, subdirs=subdirs)
-    try:
-        output.prepare(procs)
-        batches = generate(
-            net, config, seeds, labels, procs=procs, sampling=sampling, batch=batch, precision=precision, progress=True
-        )
-        for start, images in batches:
-            output.write(start, images)
-        procs.barrier()
-        if procs.is_first:
-            if grid is not None:
-                save_grid(output.read(grid[0] * grid[1]), outdir / "grid.png", grid)
-            return output.finish((model.num_classes and config.data.class_names) or None)
+        output = PngFolder(outdir, seeds, labels, record, subdirs=subdirs)
+    output.prepare(procs)
+    batches = generate(
+        net, config, seeds, labels,
+        procs=procs, autoencoder=autoencoder, batch=batch, precision=precision, progress=True, done=output.done,
+    )  # fmt: skip
+    for start, images in batches:
+        output.write(start, images)
+    procs.barrier()
+    if not procs.is_first:
         return outdir
-    finally:
-        if isinstance(output, NpzFile) and procs.is_first:
-            output.discard()
+    if grid is not None:
+        save_grid(output.read(grid[0] * grid[1]), outdir / "grid.png", grid)
+    return output.finish((config.model.num_classes and config.data.class_names) or None)
 
 
 def generate_class_grid(
-    net: ImageDiffiT, config: Config, seeds: Sequence[int], outdir: Path, procs: Processes, **how: object
+    net: DiffiT, config: Config, seeds: Sequence[int], outdir: Path, procs: Processes, **how: object
 ) -> Path:
     """``class-grid.png``: a row a class, a column a seed, by the first process. Returns its path."""
     classes = config.model.num_classes

@@ -1,18 +1,60 @@
 """Where samples go: numbered PNG files, or one array, written as they arrive and by any number of processes."""
 
+import hashlib
 import json
 import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from diffit.configs.schema import Config
 from diffit.files import disk_errors, whole_file
 from diffit.training.distributed import Processes
+
+
+class Record:
+    """``samples.json``: what the images in a folder were drawn with. Equal records mean equal images."""
+
+    def __init__(self, outdir: Path, source: str, net: torch.nn.Module, config: Config, precision: str) -> None:
+        self.path = outdir / "samples.json"
+        self.facts: dict[str, Any] = {
+            "network": source,
+            "fingerprint": fingerprint(net),
+            "preset": config.preset,
+            "sampling": config.sampling.model_dump(mode="json"),
+            "precision": precision,
+        }
+
+    def begin(self, seeds: Sequence[int], labels: Tensor | None, **layout: Any) -> bool:
+        """Whether an interrupted run with the same settings is to be continued; else the record is written anew."""
+        order = json.dumps([list(seeds), None if labels is None else labels.tolist()])
+        self.facts |= {"images": len(seeds), "seeds_and_labels": hashlib.sha256(order.encode()).hexdigest(), **layout}
+        try:
+            if json.loads(self.path.read_text()) == json.loads(json.dumps(self.facts)):
+                return True
+        except (OSError, ValueError):
+            pass
+        self.path.unlink(missing_ok=True)
+        return False
+
+    def write(self) -> None:
+        with whole_file(self.path) as part:
+            part.write_text(json.dumps(self.facts, indent=2) + "\n")
+
+
+def fingerprint(net: torch.nn.Module) -> str:
+    """A digest of the beginning of every tensor: enough to tell trained networks apart, and read in no time."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        head = tensor.detach().flatten()[:256].float().cpu().numpy()
+        digest.update(name.encode() + head.tobytes())
+    return digest.hexdigest()
 
 
 class PngFolder:
@@ -21,15 +63,27 @@ class PngFolder:
     With labels the folder gets a ``dataset.json``, so that it is itself an archive that ``diffit data check`` reads.
     """
 
-    def __init__(self, outdir: Path, seeds: Sequence[int], labels: Tensor | None, *, subdirs: bool = False) -> None:
-        self.outdir, self.seeds, self.labels, self.subdirs = outdir, seeds, labels, subdirs
+    def __init__(
+        self, outdir: Path, seeds: Sequence[int], labels: Tensor | None, record: Record, *, subdirs: bool = False
+    ) -> None:
+        self.outdir, self.seeds, self.labels, self.record, self.subdirs = outdir, seeds, labels, record, subdirs
 
     def prepare(self, procs: Processes) -> None:
-        with disk_errors(self.outdir):
-            self.outdir.mkdir(parents=True, exist_ok=True)
+        if procs.is_first:
+            with disk_errors(self.outdir):
+                self.outdir.mkdir(parents=True, exist_ok=True)
+                if not self.record.begin(self.seeds, self.labels, format="png", subdirs=self.subdirs):
+                    for seed in self.seeds:  # of other settings: they must not be taken for finished
+                        (self.outdir / self.name(seed)).unlink(missing_ok=True)
+                    self.record.write()
+        procs.barrier()
 
     def name(self, seed: int) -> str:
         return f"{seed - seed % 1000:06d}/{seed:06d}.png" if self.subdirs else f"{seed:06d}.png"
+
+    def done(self, part: slice) -> bool:
+        """Whether the images of these positions are there."""
+        return all((self.outdir / self.name(seed)).exists() for seed in self.seeds[part])
 
     def write(self, start: int, images: Tensor) -> None:
         """``images`` uint8 (b, C, H, W) of the seeds from position ``start`` on."""
@@ -54,31 +108,60 @@ class PngFolder:
 class NpzFile:
     """ADM's sample batch: ``arr_0`` uint8 (N, H, W, C) and, for conditional models, ``arr_1`` int64 (N,).
 
-    The rows are filled in a plain array on disk that all processes map, and packed at the end: memory stays flat.
+    The rows are filled in a plain array on disk that all processes map, and packed at the end: memory stays flat. A
+    second array marks the rows that are there, so that an interrupted run is continued.
     """
 
     def __init__(
-        self, outdir: Path, seeds: Sequence[int], labels: Tensor | None, *, shape: tuple[int, int, int]
+        self,
+        outdir: Path,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        record: Record,
+        *,
+        shape: tuple[int, int, int],
     ) -> None:
         channels, height, width = shape
         self.shape = (len(seeds), height, width, channels)
-        self.labels = labels
+        self.seeds, self.labels, self.record = seeds, labels, record
         self.path = outdir / f"samples_{'x'.join(map(str, self.shape))}.npz"
         self.rows = outdir / f".{self.path.name}.rows"
+        self.marks = outdir / f".{self.path.name}.marks"
 
     def prepare(self, procs: Processes) -> None:
         if procs.is_first:
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                array = np.lib.format.open_memmap(self.rows, "w+", np.uint8, self.shape)
-                with self.rows.open("r+b") as file:  # a sparse file would meet a full disk as a crash (SIGBUS)
-                    os.posix_fallocate(file.fileno(), 0, self.rows.stat().st_size)
-                del array
+                same = self.record.begin(self.seeds, self.labels, format="npz")
+                if not (same and self.rows.exists() and self.marks.exists()):
+                    self.allocate()
+                    self.record.write()
         procs.barrier()
         self.array = np.lib.format.open_memmap(self.rows, "r+")
+        self.finished = np.lib.format.open_memmap(self.marks, "r+")
+
+    def allocate(self) -> None:
+        """Make both arrays and claim their place: a sparse file would meet a full disk as a crash (SIGBUS)."""
+        self.marks.unlink(missing_ok=True)
+        try:
+            for path, dtype, shape in ((self.rows, np.uint8, self.shape), (self.marks, np.bool_, self.shape[:1])):
+                array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                del array
+        except BaseException:
+            self.discard()
+            raise
+
+    def done(self, part: slice) -> bool:
+        """Whether the rows of these positions are there."""
+        return bool(self.finished[part].all())
 
     def write(self, start: int, images: Tensor) -> None:
-        self.array[start : start + len(images)] = images.permute(0, 2, 3, 1).numpy()
+        rows = slice(start, start + len(images))
+        self.array[rows] = images.permute(0, 2, 3, 1).numpy()
+        self.array.flush()  # before the mark says so
+        self.finished[rows] = True
 
     def read(self, count: int) -> Tensor:
         return torch.from_numpy(np.array(self.array[:count])).permute(0, 3, 1, 2)
@@ -90,10 +173,12 @@ class NpzFile:
             if self.labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, self.labels.numpy())
+        self.discard()
         return self.path
 
     def discard(self) -> None:
-        self.rows.unlink(missing_ok=True)
+        for path in (self.rows, self.marks):
+            path.unlink(missing_ok=True)
 
 
 def to_pil(image: Tensor) -> Image.Image:

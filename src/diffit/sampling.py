@@ -2,27 +2,47 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffit.configs.schema import Config, Sampling
-from diffit.diffusion import edm
-from diffit.diffusion.guidance import Denoiser, guided
-from diffit.diffusion.samplers import Callback, euler, heun
-from diffit.models.image import ImageDiffiT
+from diffit.configs.schema import DISCRETE, ADMDiffusion, Config, Sampling
+from diffit.diffusion import adm, edm
+from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
+from diffit.diffusion.samplers import Callback, ddim, ddpm, dpm_solver_pp, euler, heun
+from diffit.models import DiffiT
+from diffit.models.latent import LatentDiffiT
 from diffit.randomness import PerSampleNoise, random_labels
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context that evaluates networks in ``precision``: fp32 (nothing), bf16 or fp16."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
+    return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
 
 
-def channels_last(net: ImageDiffiT) -> ImageDiffiT:
+def channels_last(net: DiffiT) -> DiffiT:
     """Convolutions that hand over tokens without a copy: a fifth faster in fp32 on a CPU, twice in bf16."""
     return net.to(memory_format=torch.channels_last)
+
+
+def prepare(net: DiffiT, precision: str = "fp32") -> DiffiT:
+    """Arrange a network for sampling in ``precision``, in place; it cannot be trained afterwards.
+
+    Autocast would convert the matrices anew in every evaluation, so they are kept in the dtype that they are used in;
+    what is added up between them stays float32.
+    """
+    net.eval().requires_grad_(False)
+    if precision in DTYPES:
+        for module in net.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(DTYPES[precision])
+    if isinstance(net, LatentDiffiT):
+        net.fuse_time_projections()
+        return net
+    return channels_last(net)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -32,31 +52,81 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def make_denoiser(net: Callable[..., Tensor], config: Config, labels: Tensor | None, cfg_scale: float) -> Denoiser:
-    """The guided denoiser of a network for the classes in ``labels`` ``(B,)``, None for an unconditional one."""
-    sigma_data = config.diffusion.sigma_data
-    denoise = edm.denoiser(net, labels, sigma_data=sigma_data)
-    if labels is None or cfg_scale == 1:
-        return denoise
+@lru_cache(maxsize=4)
+def schedule_of(diffusion: ADMDiffusion) -> adm.Schedule:
+    return adm.Schedule.named(diffusion.schedule, diffusion.timesteps)
+
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+
+
+def guide(
+    evaluate: Callable[[Tensor | None], Evaluate],
+    config: Config,
+    labels: Tensor | None,
+    sampling: Sampling,
+    schedule: adm.Schedule | None = None,
+) -> Evaluate:
+    """``evaluate(labels)`` guided as ``sampling`` says, for classes ``(B,)`` or None for an unconditional model.
+
+    On a ``schedule`` levels are timesteps and outputs hold ε and perhaps variances, which stay conditional.
+    """
+    if labels is None or sampling.cfg_scale == 1:
+        return evaluate(labels)
+    scale: float | Scale = sampling.cfg_scale
+    if sampling.cfg_power is not None:
+        scale = power_cosine(
+            sampling.cfg_scale, sampling.cfg_power, timesteps=1000 if schedule is None else len(schedule)
+        )
+    if sampling.cfg_interval is not None:
+        scale = within(scale, *sampling.cfg_interval, None if schedule is None else schedule.sigma_of)
     null = torch.full_like(labels, config.model.num_classes)
-    return guided(denoise, edm.denoiser(net, null, sigma_data=sigma_data), cfg_scale)
+    channels = min(sampling.cfg_channels or config.model.sample_shape[0], config.model.sample_shape[0])
+    return guided(evaluate(labels), evaluate(null), scale, channels, tolerance=sampling.cfg_skip)
+
+
+def make_denoiser(net: Callable[..., Tensor], config: Config, labels: Tensor | None, sampling: Sampling) -> Denoiser:
+    """The guided denoiser of a network of either family, for any continuous-time sampler."""
+    diffusion = config.diffusion
+    if diffusion.kind == "edm":
+        return guide(lambda own: edm.denoiser(net, own, sigma_data=diffusion.sigma_data), config, labels, sampling)
+    schedule = schedule_of(diffusion)
+    predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
+    return adm.denoiser(predict, schedule, clip=diffusion.clip)
 
 
 def run_sampler(
-    denoise: Denoiser, noise: Tensor, sampling: Sampling, noise_source: PerSampleNoise, callback: Callback | None = None
+    net: Callable[..., Tensor],
+    config: Config,
+    labels: Tensor | None,
+    noise: Tensor,
+    sampling: Sampling,
+    noise_source: PerSampleNoise,
+    callback: Callback | None = None,
 ) -> Tensor:
-    sigmas = edm.edm_sigmas(
-        sampling.steps, sigma_min=sampling.sigma_min, sigma_max=sampling.sigma_max, rho=sampling.rho
-    )
-    if sampling.sampler == "euler":
-        return euler(denoise, noise, sigmas, noise_source=noise_source, callback=callback)
+    """``sampling.sampler`` from ``noise`` to clean samples."""
+    diffusion = config.diffusion
+    if isinstance(diffusion, ADMDiffusion):
+        schedule = schedule_of(diffusion)
+        walk = schedule.respace(sampling.steps)
+        if sampling.sampler in DISCRETE:
+            predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
+            sampler = ddpm if sampling.sampler == "ddpm" else partial(ddim, eta=sampling.eta)
+            return sampler(predict, noise, walk, noise_source=noise_source, clip=diffusion.clip, callback=callback)
+        sigmas = walk.sigmas()
+    else:
+        bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
+        sigmas = edm.edm_sigmas(int(sampling.steps), **bounds)
     churn = {name: getattr(sampling, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
-    return heun(denoise, noise, sigmas, noise_source=noise_source, callback=callback, **churn)
+    solvers: dict[str, Callable[..., Tensor]]
+    solvers = {"euler": euler, "dpm++": dpm_solver_pp, "heun": partial(heun, **churn)}
+    denoise = make_denoiser(net, config, labels, sampling)
+    return solvers[sampling.sampler](denoise, noise, sigmas, noise_source=noise_source, callback=callback)
 
 
 @torch.no_grad()
 def sample(
-    net: ImageDiffiT,
+    net: DiffiT,
     config: Config,
     seeds: Sequence[int],
     labels: Tensor | None = None,
@@ -65,14 +135,15 @@ def sample(
     precision: str = "fp32",
     callback: Callback | None = None,
 ) -> Tensor:
-    """One image a seed, ``(len(seeds), C, H, W)`` float32, nominally in [−1, 1], on the network's device.
+    """One sample a seed, ``(len(seeds), C, H, W)`` float32, on the network's device.
 
+    Images nominally in [−1, 1]; of a latent model latents, for :meth:`diffit.autoencoder.Autoencoder.decode`.
     ``labels`` ``(len(seeds),)`` are classes; a class-conditional model without them draws one a seed. ``sampling``
     defaults to that of ``config``. All seeds go through the network together: split them to bound the memory.
     """
     sampling = sampling or config.sampling
     device = next(net.parameters()).device
-    shape = (len(seeds), config.model.channels, *config.model.image_size)
+    shape = (len(seeds), *config.model.sample_shape)
     if not seeds:
         return torch.empty(shape, device=device)
     if config.model.num_classes:
@@ -81,13 +152,13 @@ def sample(
     # The solver's own arithmetic in float64 costs nothing beside the network and keeps its rounding out of the images.
     noise = noise_source(torch.empty(shape, dtype=torch.float64, device=device))
     with autocast(device, precision):
-        denoise = make_denoiser(net, config, labels, sampling.cfg_scale)
-        return run_sampler(denoise, noise, sampling, noise_source, callback).float()
+        return run_sampler(net, config, labels, noise, sampling, noise_source, callback).float()
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[−1, 1] to the nearest of the levels 0…255."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:
+    """[−1, 1] to levels 0…255: the nearest, or with ``truncate`` the next below, as the released program does."""
+    levels = (images.float() + 1) * 127.5
+    return (levels.round() if rounding == "round" else levels).clamp(0, 255).to(torch.uint8)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffit import __version__
+from diffit import __version__, hub
 from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.files import whole_file
-from diffit.models.image import ImageDiffiT
+from diffit.models import DiffiT, build
+from diffit.official import INDEX, recognise, stranger
 
 CONFIG_KEY = "diffit_config"
 
@@ -45,29 +46,59 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def read_network_file(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], Config]:
-    """Tensors and configuration of a file that :func:`save_network` wrote."""
+def locate(path: str | Path) -> Path:
+    """A file for a path, or for a Hub id."""
+    if not Path(path).exists() and hub.looks_like_id(str(path)):
+        return hub.fetch(str(path))
     path = Path(path)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "not there"
-        raise UserError(f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors")
+        raise UserError(f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors, or a Hub id")
+    return path
+
+
+def read_network_file(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], Config]:
+    """Tensors and configuration of a file that :func:`save_network` wrote, or of NVIDIA's released weights.
+
+    Floating-point tensors are converted to ``dtype``, one by one; None keeps the file's. On the CPU what is not
+    converted stays mapped from the file, so that loading takes no more memory than the weights.
+    """
+    path = locate(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
+            keys = list(file.keys())
             metadata = file.metadata() or {}
-            if CONFIG_KEY not in metadata:
-                keys = ", ".join(list(file.keys())[:3])
-                raise UserError(f"{path}: no diffit configuration in its header (it holds {keys}, …): not our network")
-            config = Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
-            return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
+            if CONFIG_KEY in metadata:
+                config = Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
+            else:
+                found = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
+                if found is None:
+                    raise UserError(
+                        f"{path}: not a DiffiT network: no diffit configuration in its header, and by its keys "
+                        f"it is {stranger(keys)}"
+                    )
+                config = found
+            return {key: _as(file.get_tensor(key), dtype) for key in keys}, config
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error}); fetch or save it again") from None
 
 
-def load_network(path: str | Path, device: str | torch.device = "cpu") -> tuple[ImageDiffiT, Config]:
-    """The network of a file, in evaluation mode, and its configuration. Every key and shape is checked."""
-    state, config = read_network_file(path, device)
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def load_network(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> tuple[DiffiT, Config]:
+    """The network of a file or Hub id, in evaluation mode, and its configuration. Every key and shape is checked.
+
+    Files of ours carry their configuration; NVIDIA's released files are known by their keys and shapes.
+    """
+    state, config = read_network_file(path, device, dtype)
     with torch.device("meta"):
-        net = ImageDiffiT.from_config(config.model)
+        net = build(config.model)
     load_into(net, state, path, assign=True)
     return net.eval().requires_grad_(False), config
 
@@ -75,8 +106,11 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> tuple[
 def load_into(net: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path, *, assign: bool = False) -> None:
     """Strict ``load_state_dict`` whose complaint is one line that names the first key that differs."""
     own = net.state_dict()
-    for key in [*own, *state]:
+    for key in [*own, *(key for key in state if not key.endswith(INDEX))]:
         if key not in state or key not in own or own[key].shape != state[key].shape:
             ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, state))
             raise UserError(f"{source}: weights of another model: {key} is {theirs}, this model needs {ours}")
-    net.load_state_dict(dict(state), assign=assign)
+    try:
+        net.load_state_dict(dict(state), assign=assign)
+    except RuntimeError as error:  # keys and shapes fit, so a stored index does not
+        raise UserError(f"{source}: {str(error).splitlines()[-1].strip()}") from None

@@ -128,7 +128,7 @@ MISTAKES = {
     "labels missing": (unlabelled, ["--cond"], "3 of 24 images have no label"),
     "truncated zip": (truncated, [], "a.zip cannot be read as a zip"),
     "another resolution": (fine, ["--resolution", 64], "--resolution 64x64, but the images are 16x16"),
-    "latent resolution": (large, [], "128x128 pixels call for the latent model"),
+    "no VAE": (large, [], "stabilityai/sd-vae-ft-ema"),
     "unknown preset": (fine, ["--preset", "cifar"], "known: cifar10, ffhq64"),
     "batch": (fine, [*DEBUG, "--batch-gpu", 3], "take --batch 9"),
     "heads": (fine, ["--num-heads", 3], "width 128 does not divide into 3 heads"),

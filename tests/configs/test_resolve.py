@@ -44,10 +44,61 @@ def test_the_documented_command_takes_metrics_too():
     assert config.data.path == "a.zip"
 
 
-@pytest.mark.parametrize("size", [(128, 128), (256, 256), (96, 200)])
-def test_large_images_call_for_the_latent_model(size):
-    with pytest.raises(UserError, match=f"{size[1]}x{size[0]}.*latent"):
-        resolve(None, {"resolution": size})
+@pytest.mark.parametrize(
+    ("size", "preset"), [((128, 128), "imagenet256"), ((96, 208), "imagenet256"), ((512, 512), "imagenet512")]
+)
+def test_large_images_call_for_the_latent_model(size, preset):
+    config = resolve(None, {"resolution": size})
+    assert config.preset == preset
+    assert config.model.input_size == (size[0] // 8, size[1] // 8)
+    assert config.image_shape == (3, *size)
+
+
+def test_the_documented_imagenet_command_is_the_preset_with_its_own_depth_and_guidance():
+    options = {"resolution": (256, 256), "base_dim": 128, "hidden_dim": 1152, "num_heads": 16, "num_blocks": (30,),
+               "batch_gpu": 32, "lr": 3e-4, "kimg": 1_000_000.0, "cond": True, "label_drop": 0.1, "cfg_scale": 4.6}  # fmt: skip
+    config = resolve(None, options, processes=8)
+    preset = get_preset("imagenet256")
+    assert config.model == preset.model.model_copy(update={"depth": 30})
+    assert config.sampling == preset.sampling.model_copy(update={"cfg_scale": 4.6})
+    assert config.training == preset.training.model_copy(update={"batch_gpu": 32})
+
+
+def test_without_labels_the_latent_model_has_no_classes_and_no_guidance():
+    config = resolve("latent-s", {}, DataFacts(3, (256, 256), 5))
+    assert config.model.num_classes == 0
+    assert config.sampling.cfg_scale == 1
+    assert resolve("latent-s", {"cond": True}, DataFacts(3, (256, 256), 5)).model.num_classes == 5
+
+
+def test_cached_latents_choose_the_latent_model_and_bring_their_scale():
+    facts = DataFacts(3, (512, 512), latent_scale=0.13025)
+    assert resolve(None, {}, facts).preset == "imagenet512"
+    assert resolve("latent-b", {}, facts).autoencoder.scale == 0.13025
+    with pytest.raises(UserError, match="data are latents, preset cifar10"):
+        resolve("cifar10", {}, facts)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"resolution": (256, 200)}, "200x256: .*multiples of 16.*192x256"),
+        ({"dropout": 0.1}, "--dropout 0.1: the latent model has none"),
+        ({"num_blocks": (2, 4)}, "--num-blocks 2,4: .*one depth"),
+        ({"diffusion": "edm"}, "--diffusion edm: .*linear or cosine"),
+        ({"augment": 0.1}, "latents cannot be augmented"),
+        ({"hidden_dim": 100}, "hidden_size 100 does not divide"),
+    ],
+)
+def test_what_the_latent_model_cannot_do_is_said(options, said):
+    with pytest.raises(UserError, match=said):
+        resolve("imagenet256", options)
+
+
+def test_pixels_train_on_a_discrete_schedule_when_asked():
+    config = resolve("cifar10", {"diffusion": "cosine"})
+    assert (config.diffusion.kind, config.diffusion.schedule, config.diffusion.clip) == ("adm", "cosine", True)
+    assert config.sampling.sampler == "ddim"
 
 
 @pytest.mark.parametrize(("facts", "preset"), [(RGB32, "cifar10"), (DataFacts(1, (64, 48)), "ffhq64")])

@@ -70,7 +70,7 @@ def test_labels_reach_the_network():
 
 def test_the_loss_is_the_weighted_error_of_the_denoiser_written_out():
     y, sigma, loss = images(), torch.tensor(SIGMAS, dtype=torch.float64), EDMLoss(sigma_data=0.7)
-    values = loss(Recorder(), y, generator=torch.Generator().manual_seed(3), sigma=sigma)
+    values = loss(Recorder(), y, generator=torch.Generator().manual_seed(3), level=sigma)
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for i, s in enumerate(SIGMAS):
         total = s**2 + 0.49
@@ -82,7 +82,7 @@ def test_the_loss_is_the_weighted_error_of_the_denoiser_written_out():
 
 def test_weight_and_c_out_cancel_so_that_the_loss_is_the_error_of_the_network_itself():
     y, sigma = images(), torch.tensor(SIGMAS, dtype=torch.float64)
-    values = EDMLoss()(Recorder(), y, generator=torch.Generator().manual_seed(3), sigma=sigma)
+    values = EDMLoss()(Recorder(), y, generator=torch.Generator().manual_seed(3), level=sigma)
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     s = sigma[:, None, None, None]
     c_skip, c_out = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25).sqrt()
@@ -95,13 +95,13 @@ def test_weight_and_c_out_cancel_so_that_the_loss_is_the_error_of_the_network_it
 def test_a_network_of_zeros_has_loss_1_at_every_noise_level(sigma):
     y = torch.randn(4000, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 2
     levels = torch.full((4000,), sigma)
-    values = EDMLoss()(lambda x, *_: torch.zeros_like(x), y, generator=torch.Generator().manual_seed(1), sigma=levels)
+    values = EDMLoss()(lambda x, *_: torch.zeros_like(x), y, generator=torch.Generator().manual_seed(1), level=levels)
     assert values.mean().item() == pytest.approx(1, abs=0.025)  # 64,000 pixels: four standard errors
 
 
 @pytest.mark.parametrize(("P_mean", "P_std"), [(-1.2, 1.2), (0.4, 1.0)])
 def test_the_logarithm_of_sigma_is_normal(P_mean, P_std):
-    sigma = EDMLoss(P_mean, P_std).draw_sigma(torch.empty(20_000, 1), torch.Generator().manual_seed(0))
+    sigma = EDMLoss(P_mean, P_std).draw_level(torch.empty(20_000, 1), torch.Generator().manual_seed(0))
     assert sigma.shape == (20_000,)
     assert stats.kstest(sigma.log().double().numpy(), "norm", (P_mean, P_std)).pvalue > 0.01
 

@@ -125,7 +125,7 @@ def test_guidance_has_an_effect(network, tmp_path):
     [
         (["--class", "horse"], "horse: unknown; the model knows ant, bee, cat, or 0-2"),
         (["--class", "3"], "--class 3"),
-        (["--grid", "9x9"], "--grid 9x9 needs 81 images, --seeds names 64"),
+        (["--grid", "9x9"], "--grid 9x9 needs 81 images, there are 64"),
         (["--steps", "0"], "steps: 0"),
         (["--sigma-min", "100"], "sigma_min 100 must be below sigma_max 80"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),

@@ -1,6 +1,7 @@
 """Values as people type them."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -31,6 +32,44 @@ class Numbers(click.ParamType):
                 self.fail(f"{value!r} is not a list of numbers; write 0-63 or 3,7,9", param, ctx)
             numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
         return numbers
+
+
+class Steps(click.ParamType):
+    """A number of steps, or ``ddim50``."""
+
+    name = "N|ddimN"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if re.fullmatch(r"ddim\d+", text):
+            return text
+        if not re.fullmatch(r"-?\d+", text):
+            self.fail(f"{value!r} is not a number of steps; write 25, or ddim25 for a whole stride", param, ctx)
+        return int(text)
+
+
+class Interval(click.ParamType):
+    """``0.2,5`` as two numbers."""
+
+    name = "LO,HI"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        try:
+            low, high = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not an interval; write 0.2,5", param, ctx)
+        return low, high
+
+
+def with_options(options: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that gives a command these options, in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def switch(*names: str, help: str, default: bool | None = None) -> Any:

@@ -1,57 +1,69 @@
 """``diffit sample``."""
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from diffit.cli.options import Numbers, Size, switch
-from diffit.configs.schema import Config, Sampling
+from diffit.cli.options import Interval, Numbers, Size, Steps, switch, with_options
+from diffit.configs.schema import Config
 from diffit.errors import UserError
+
+OPTIONS: list[Callable[..., Any]] = [
+    click.option("--network", required=True, metavar="FILE|ID",
+                 help="File that training wrote, NVIDIA's released weights, or the Hub id of either."),
+    click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Where the images go."),
+    click.option("--seeds", type=Numbers(), help="One image a seed: 0-63 or 3,7,9.  [default: 0-63]"),
+    click.option("--num-samples", type=click.IntRange(min=1), help="The same as --seeds 0-(N−1)."),
+    click.option("--class", "class_", metavar="NAME|INDEX", help="Class of all images. Default: as --labels says."),
+    click.option("--labels", "label_policy", type=click.Choice(["random", "balanced"]), default="random",
+                 show_default=True, help="Classes drawn by each seed, or in turn."),
+    switch("--class-grid", help="Write class-grid.png instead: a row a class, a column a seed."),
+    click.option("--grid", type=Size(), metavar="WxH", help="Also write grid.png with the first images."),
+    # Solver and guidance; defaults come from the file
+    click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
+                 help="Default: the file's. ddpm and ddim are for discrete schedules."),
+    click.option("--steps", type=Steps(), metavar="N|ddimN", help="Steps of the solver. Default: the file's."),
+    click.option("--eta", type=float, help="Noise of ddim: 0 is deterministic."),
+    click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none. Default: the file's."),
+    click.option("--scale-pow", "cfg_power", type=float, help="Power-cosine exponent of the scale; 0: constant."),
+    click.option("--cfg-interval", type=Interval(), metavar="LO,HI", help="Guide only at sigma in (LO, HI]."),
+    click.option("--cfg-channels", type=click.Choice(["3", "all"]), help="Channels that are guided."),
+    click.option("--cfg-skip", type=float, help="Take scales this near to 1 as 1: saves their unconditional half."),
+    click.option("--sigma-min", type=float, help="Lowest noise level (EDM)."),
+    click.option("--sigma-max", type=float, help="Highest noise level (EDM)."),
+    click.option("--rho", type=float, help="Spacing of the noise levels (EDM)."),
+    click.option("--S-churn", "S_churn", type=float, help="Noise added anew over the whole run (Heun)."),
+    click.option("--S-min", "S_min", type=float, help="Lowest noise level at which it is."),
+    click.option("--S-max", "S_max", type=float, help="Highest noise level at which it is."),
+    click.option("--S-noise", "S_noise", type=float, help="Its standard deviation."),
+    # Machine and output
+    click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the file's."),
+    click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+                 help="Of the network's arithmetic; auto is bf16 on a GPU."),
+    click.option("--rounding", type=click.Choice(["round", "truncate"]),
+                 help="To the nearest of 255 levels, or down as the released program does. Default: the file's."),
+    click.option("--format", "format_", type=click.Choice(["png", "npz"]), default="png", show_default=True,
+                 help="PNG files, or one array as the ADM evaluation reads it."),
+    switch("--subdirs", help="A folder for every thousand PNG files."),
+]  # fmt: skip
 
 
 @click.command()
-@click.option("--network", type=click.Path(path_type=Path), required=True, help="File that training wrote.")
-@click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Where the images go.")
-@click.option("--seeds", type=Numbers(), default="0-63", show_default=True, help="One image a seed: 0-63 or 3,7,9.")
-@click.option("--class", "class_", metavar="NAME|INDEX", help="Class of all images. Default: drawn by each seed.")
-@switch("--class-grid", help="Write class-grid.png instead: a row a class, a column a seed.")
-@click.option("--grid", type=Size(), metavar="WxH", help="Also write grid.png with the first images.")
-@click.option("--sampler", type=click.Choice(["heun", "euler"]), help="Solver. Default: the file's.")
-@click.option("--steps", type=int, help="Steps of the solver. Default: the file's.")
-@click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none. Default: the file's.")
-@click.option("--sigma-min", type=float, help="Lowest noise level.")
-@click.option("--sigma-max", type=float, help="Highest noise level.")
-@click.option("--rho", type=float, help="Spacing of the noise levels.")
-@click.option("--S-churn", "S_churn", type=float, help="Noise added anew over the whole run (Heun).")
-@click.option("--S-min", "S_min", type=float, help="Lowest noise level at which it is.")
-@click.option("--S-max", "S_max", type=float, help="Highest noise level at which it is.")
-@click.option("--S-noise", "S_noise", type=float, help="Its standard deviation.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="Of the network's arithmetic; auto is bf16 on a GPU.",
-)
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["png", "npz"]),
-    default="png",
-    show_default=True,
-    help="PNG files, or one array as the ADM evaluation reads it.",
-)
-@switch("--subdirs", help="A folder for every thousand PNG files.")
+@with_options(OPTIONS)
 def sample(
-    network: Path,
+    network: str,
     outdir: Path,
-    seeds: list[int],
+    seeds: list[int] | None,
+    num_samples: int | None,
     class_: str | None,
+    label_policy: str,
     class_grid: bool | None,
     grid: tuple[int, int] | None,
+    vae: str | None,
     batch: int,
     precision: str,
     format_: str,
@@ -61,52 +73,56 @@ def sample(
     """Draw images from a trained model.
 
     The image of a seed is the same whatever the batch and the number of processes. Under torchrun the
-    same command uses several GPUs.
+    same command uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
-    from diffit.generate import generate_class_grid, generate_to_disk
-    from diffit.sampling import channels_last
+    from diffit.generate import generate_class_grid, generate_to_disk, labels_of
+    from diffit.sampling import prepare
     from diffit.training.distributed import processes
     from diffit.training.loop import check_precision
     from diffit.weights import load_network
 
+    if seeds is not None and num_samples is not None:
+        raise UserError("--seeds and --num-samples say the same thing: give one")
+    chosen: Sequence[int] = seeds if seeds is not None else range(num_samples or 64)
     with processes() as procs:
-        net, config = load_network(network, procs.device)
-        net = channels_last(net)
         precision = check_precision(precision, procs.device)
-        sampling = change_sampling(config.sampling, changes, config)
+        net, config = load_network(network, procs.device)
+        config = with_sampling(config, changes)
         label = None if class_ is None else find_class(class_, config)
+        autoencoder = None if config.autoencoder is None else open_autoencoder(config, vae, procs.device)
+        net = prepare(net, precision)
         if procs.is_first:
-            click.echo(describe(config, sampling, len(seeds), label))
+            click.echo(describe(config, len(chosen), label, precision))
         began = time.monotonic()
-        columns_rows = None if grid is None else (grid[1], grid[0])
+        how: dict[str, Any] = {"autoencoder": autoencoder, "batch": batch, "precision": precision}
         if class_grid:
-            path = generate_class_grid(
-                net, config, seeds, outdir, procs, sampling=sampling, batch=batch, precision=precision
-            )
-            count = len(seeds) * config.model.num_classes
+            path = generate_class_grid(net, config, chosen, outdir, procs, **how)
+            count = len(chosen) * config.model.num_classes
         else:
+            labels = labels_of(config, chosen, label_policy if label is None else label)
+            columns_rows = None if grid is None else (grid[1], grid[0])
             path = generate_to_disk(
-                net,
-                config,
-                seeds,
-                outdir,
-                procs,
-                label=label,
-                sampling=sampling,
-                batch=batch,
-                precision=precision,
-                npz=format_ == "npz",
-                subdirs=bool(subdirs),
-                grid=columns_rows,
-            )
-            count = len(seeds)
+                net, config, chosen, outdir, procs, labels=labels, source=str(network),
+                npz=format_ == "npz", subdirs=bool(subdirs), grid=columns_rows, **how,
+            )  # fmt: skip
+            count = len(chosen)
         if procs.is_first:
             seconds = time.monotonic() - began
-            click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.1f} img/s): {path}")
+            click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")
 
 
-def change_sampling(sampling: Sampling, changes: dict[str, Any], config: Config) -> Sampling:
-    """The file's sampling settings with those that were given."""
+def open_autoencoder(config: Config, vae: str | None, device: Any) -> Any:
+    """The VAE that a file names, or another one of the same latents."""
+    from diffit.autoencoder import check_autoencoder, load_autoencoder
+
+    assert config.autoencoder is not None
+    autoencoder = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale, device=device)
+    check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
+    return autoencoder
+
+
+def with_sampling(config: Config, changes: dict[str, Any]) -> Config:
+    """``config`` with the sampling settings that were given, checked against the model."""
     from pydantic import ValidationError
 
     from diffit.configs.schema import explain
@@ -114,8 +130,18 @@ def change_sampling(sampling: Sampling, changes: dict[str, Any], config: Config)
     changes = {key: value for key, value in changes.items() if value is not None}
     if changes.get("cfg_scale", 1) != 1 and not config.model.num_classes:
         raise UserError(f"--cfg-scale {changes['cfg_scale']:g}: the model has no classes to be guided to; leave it out")
+    for name in ("sigma_min", "sigma_max", "rho"):
+        if name in changes and config.diffusion.kind != "edm":
+            raise UserError(
+                f"--{name.replace('_', '-')} {changes[name]:g}: this model walks the noise levels of its own "
+                "timesteps; choose them with --steps"
+            )
+    if changes.get("cfg_power") == 0:
+        changes["cfg_power"] = None
+    if "cfg_channels" in changes:
+        changes["cfg_channels"] = None if changes["cfg_channels"] == "all" else int(changes["cfg_channels"])
     try:
-        return Sampling.model_validate(sampling.model_dump() | changes)
+        return Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | changes})
     except ValidationError as error:
         raise UserError(f"sampling options: {explain(error)}") from None
 
@@ -134,11 +160,21 @@ def find_class(text: str, config: Config) -> int:
     raise UserError(f"--class {text}: unknown; the model knows {known}")
 
 
-def describe(config: Config, sampling: Sampling, count: int, label: int | None) -> str:
-    height, width = config.model.image_size
-    line = f"{config.preset}, {width}×{height}×{config.model.channels}: {sampling.sampler}, {sampling.steps} steps"
+def describe(config: Config, count: int, label: int | None, precision: str) -> str:
+    """What is about to be drawn, guidance included, in one line."""
+    sampling = config.sampling
+    channels, height, width = config.image_shape
+    line = (
+        f"{config.preset}, {count} images of {width}×{height}×{channels}: "
+        f"{sampling.sampler}, {sampling.steps} steps, {precision}"
+    )
     if config.model.num_classes:
         names = config.data.class_names
-        chosen = "drawn by each seed" if label is None else f"{label} ({names[label]})" if names else str(label)
+        chosen = "drawn" if label is None else f"{label} ({names[label]})" if names else str(label)
         line += f", class {chosen}, guidance {sampling.cfg_scale:g}"
+        if sampling.cfg_scale != 1:
+            line += f", power-cosine {sampling.cfg_power:g}" if sampling.cfg_power else ", constant"
+            line += f", first {sampling.cfg_channels} channels" if sampling.cfg_channels else ", all channels"
+            if sampling.cfg_interval:
+                line += ", sigma in ({:g}, {:g}]".format(*sampling.cfg_interval)
     return line

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from diffit.cli.options import Numbers, Size, switch
+from diffit.cli.options import Numbers, Size, switch, with_options
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.configs.schema import Config
@@ -19,6 +19,8 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--outdir", "--results-dir", type=click.Path(path_type=Path), help="Where run folders go."),
     click.option("--data", "--data-path", help="Image archive: folder or zip (see `diffit data convert`)."),
     click.option("--preset", metavar="NAME", help=f"Recipe: {', '.join(PRESETS)}. Default: chosen by image size."),
+    click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the latents' own, or the preset's."),
+    click.option("--diffusion", type=click.Choice(["edm", "cosine", "linear"]), help="Default: the preset's."),
     switch("--cond", help="Class-conditional, with the labels of the archive."),
     click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
     # Network
@@ -26,7 +28,8 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--base-dim", type=int, help="Width of the first stage."),
     click.option("--hidden-dim", type=int, help="Width of the others."),
     click.option("--num-heads", type=int, help="Attention heads in every stage."),
-    click.option("--num-blocks", type=Numbers(), help="ResBlocks a stage: one number, or one a stage (2,4,4)."),
+    click.option("--num-blocks", "--depth", type=Numbers(),
+                 help="ResBlocks a stage: one number, or one a stage (2,4,4). Latent model: its depth."),
     click.option("--window-size", type=int, help="Side of the attention windows, in tokens."),
     click.option("--dropout", type=float, help="Dropout in the MLPs."),
     # Recipe
@@ -63,14 +66,8 @@ OPTIONS: list[Callable[..., Any]] = [
 ]  # fmt: skip
 
 
-def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command()
-@with_options
+@with_options(OPTIONS)
 def train(**options: Any) -> None:
     """Train DiffiT on an image archive.
 
@@ -80,7 +77,6 @@ def train(**options: Any) -> None:
     preset = options.pop("preset")
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
-    from diffit.data.archive import ImageArchive
     from diffit.training.distributed import processes
     from diffit.training.dry_run import describe
     from diffit.training.loop import train as run_training
@@ -90,8 +86,10 @@ def train(**options: Any) -> None:
     with processes() as procs:
         archive = val = None
         if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
-            archive = ImageArchive(options["data"], cond=bool(options["cond"]))
+            archive = open_data(options["data"], options["cond"], preset)
             options["data"] = str(archive.path.resolve())
+            if options["vae"] is None and hasattr(archive, "header"):
+                options["vae"] = archive.header.vae
         config = resolve(preset, options, facts_of(archive), processes=procs.count)
         if config.training.metrics and procs.is_first:
             click.echo(
@@ -104,9 +102,11 @@ def train(**options: Any) -> None:
         assert archive is not None
         if options["val"] is not None:
             val = open_val(options["val"], archive, config)
+        autoencoder = None if config.autoencoder is None else open_autoencoder(config, archive, procs.device)
         outcome = run_training(
-            config, archive, outdir, procs, resume=resume, desc=desc, grid=(grid[1], grid[0]), val=val
-        )
+            config, archive, outdir, procs,
+            resume=resume, desc=desc, grid=(grid[1], grid[0]), val=val, autoencoder=autoencoder,
+        )  # fmt: skip
         if outcome.snapshot is None and procs.is_first:
             click.echo(
                 f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg goes on, --resume none begins anew"
@@ -131,20 +131,43 @@ def normalise(options: dict[str, Any]) -> None:
         options["num_blocks"] = tuple(options["num_blocks"])
 
 
+def open_data(path: str, cond: bool | None, preset: str | None) -> Any:
+    """The archive of images or of latents at ``path``; with labels where ``cond``, or else the preset, says so."""
+    from diffit.configs.presets import get_preset
+    from diffit.data.archive import ImageArchive
+    from diffit.data.latents import LatentArchive, is_latents
+
+    if cond is None and preset is not None:
+        cond = get_preset(preset).data.cond
+    return (LatentArchive if is_latents(path) else ImageArchive)(path, cond=bool(cond))
+
+
+def open_autoencoder(config: Config, archive: Any, device: Any) -> Any:
+    """The VAE of a latent model, checked against the network and against cached latents."""
+    from diffit.autoencoder import check_autoencoder, load_autoencoder
+
+    spec = config.autoencoder
+    assert spec is not None
+    autoencoder = load_autoencoder(spec.vae, scale=spec.scale, device=device)
+    check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
+    if hasattr(archive, "header"):
+        archive.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
+    return autoencoder
+
+
 def facts_of(archive: Any) -> DataFacts | None:
     if archive is None:
         return None
-    channels, height, width = archive.image_shape
     names = tuple(archive.class_names) if archive.class_names else None
+    if hasattr(archive, "header"):
+        return DataFacts(3, archive.image_size, archive.num_classes, names, latent_scale=archive.header.scale)
+    channels, height, width = archive.image_shape
     return DataFacts(channels, (height, width), archive.num_classes, names)
 
 
 def open_val(path: str, archive: Any, config: Config) -> Any:
-    from diffit.data.archive import ImageArchive
-
-    val = ImageArchive(path, cond=config.data.cond)
-    if val.image_shape != archive.image_shape:
-        raise UserError(
-            f"--val {path}: images of {val.image_shape}, the training images are {archive.image_shape} (C, H, W)"
-        )
+    val = open_data(path, config.data.cond, None)
+    shapes = [tuple(a[0].shape) for a in (val, archive)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"--val {path}: holds {shapes[0]}, the training data {shapes[1]}; convert both alike")
     return val

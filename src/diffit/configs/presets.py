@@ -7,7 +7,17 @@ A preset fixes the recipe; what only the data knows (channels, size, classes) is
 from collections.abc import Callable
 from typing import Any
 
-from diffit.configs.schema import Config, ImageModel, Sampling, StageSpec, Training
+from diffit.configs.schema import (
+    ADMDiffusion,
+    AutoencoderSpec,
+    Config,
+    Data,
+    ImageModel,
+    LatentModel,
+    Sampling,
+    StageSpec,
+    Training,
+)
 from diffit.errors import UserError
 
 AUGMENT_LABELS = 9  # what diffit.data.augment tells of its transforms
@@ -100,26 +110,103 @@ def debug() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {preset.__name__: preset for preset in (cifar10, ffhq64, digits, debug)}
-LATENT = ("imagenet256", "imagenet512")
+def _latent(preset: str, model: LatentModel, sampling: Sampling, *, cond: bool = False, **training: Any) -> Config:
+    """What all latent models share: the released procedure, Adam with a constant rate, EMA 0.9999 a step."""
+    recipe: dict[str, Any] = {"kimg": 1_000_000, "lr_rampup_kimg": 0.0, "ema_decay": 0.9999}
+    return Config(
+        preset=preset,
+        model=model,
+        autoencoder=AutoencoderSpec(),
+        diffusion=ADMDiffusion(schedule="linear"),
+        sampling=sampling,
+        training=Training(**recipe | training),
+        data=Data(cond=cond),
+    )
+
+
+def released_sampling(side: int) -> Sampling:
+    """NVIDIA's sampling for latents of this side: 250 DDPM steps; guidance that rises up to 32, else a constant one."""
+    scale, power = (4.4, 4.0) if side <= 32 else (1.49, None)
+    return Sampling(sampler="ddpm", steps=250, cfg_scale=scale, cfg_power=power, cfg_channels=3, rounding="truncate")
+
+
+def imagenet256() -> Config:
+    """256×256: DiffiT Table 9 and §I.2, with the released weights' depth of 28."""
+    return _latent("imagenet256", LatentModel(), released_sampling(32), cond=True, batch=256, lr=3e-4)
+
+
+def imagenet512() -> Config:
+    """512×512: the same network on latents of 64×64."""
+    return _latent(
+        "imagenet512", LatentModel(input_size=(64, 64)), released_sampling(64), cond=True, batch=512, lr=1e-4
+    )
+
+
+def latent_s() -> Config:
+    """The width and depth of DiT-S/2 (arXiv 2212.09748, Table 1), for one GPU."""
+    model = LatentModel(hidden_size=384, depth=12, num_heads=6)
+    return _latent("latent-s", model, released_sampling(32), batch=256, lr=3e-4, kimg=100_000)
+
+
+def latent_b() -> Config:
+    """The width and depth of DiT-B/2."""
+    model = LatentModel(hidden_size=768, depth=12, num_heads=12)
+    return _latent("latent-b", model, released_sampling(32), batch=256, lr=3e-4, kimg=100_000)
+
+
+def latent_l() -> Config:
+    """The width and depth of DiT-L/2."""
+    model = LatentModel(hidden_size=1024, depth=24, num_heads=16)
+    return _latent("latent-l", model, released_sampling(32), batch=256, lr=3e-4, kimg=100_000)
+
+
+def latent_debug() -> Config:
+    """Every part of a latent run in seconds on a CPU. Its samples are noise."""
+    model = LatentModel(input_size=(4, 4), hidden_size=32, depth=2, num_heads=2, num_classes=0)
+    sampling = Sampling(sampler="ddim", steps=4, cfg_channels=3, rounding="truncate")
+    return _latent("latent-debug", model, sampling, batch=8, lr=1e-3, kimg=0.16, tick=0.04, workers=0)
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__.replace("_", "-"): preset
+    for preset in (
+        cifar10, ffhq64, digits, debug, imagenet256, imagenet512, latent_s, latent_b, latent_l, latent_debug,
+    )
+}  # fmt: skip
 
 
 def get_preset(name: str) -> Config:
     """The preset of that name; a :class:`UserError` lists the known ones."""
-    if name in LATENT:
-        raise UserError(f"preset {name!r} comes with the latent model, which this release does not have yet")
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; known: {', '.join([*PRESETS, *LATENT])}")
+        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def latent_preset_for(side: int) -> Config:
+    """The published recipe for latents of this side."""
+    return imagenet256() if side <= 32 else imagenet512()
 
 
 def get_diffit_config(name: str) -> dict[str, Any]:
     """The network of a preset as a plain dict, under the names of the command line's options."""
     config = get_preset(name)
-    stages = config.model.stages
-    return {
-        "resolution": config.model.image_size[0],
-        "in_channels": config.model.channels,
+    model = config.model
+    common = {
+        "resolution": config.image_shape[1],
+        "in_channels": model.sample_shape[0],
+        "mlp_ratio": model.mlp_ratio,
+        "num_classes": model.num_classes,
+    }
+    if isinstance(model, LatentModel):
+        return common | {
+            "input_size": model.input_size[0],
+            "patch_size": model.patch_size,
+            "hidden_dim": model.hidden_size,
+            "num_heads": model.num_heads,
+            "num_blocks": model.depth,
+        }
+    stages = model.stages
+    return common | {
         "base_dim": stages[0].width,
         "hidden_dim": stages[-1].width,
         "num_heads": stages[0].heads,
@@ -127,11 +214,9 @@ def get_diffit_config(name: str) -> dict[str, Any]:
         "window_size": stages[0].window,
         "num_stages": len(stages),
         "stages": [stage.model_dump() for stage in stages],
-        "cond_dim": config.model.cond_dim,
-        "mlp_ratio": config.model.mlp_ratio,
-        "dropout": config.model.dropout,
-        "augment_dim": config.model.augment_dim,
-        "num_classes": config.model.num_classes,
+        "cond_dim": model.cond_dim,
+        "dropout": model.dropout,
+        "augment_dim": model.augment_dim,
     }
 
 

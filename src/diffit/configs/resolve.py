@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffit.configs.presets import AUGMENT_LABELS, LATENT, get_preset
-from diffit.configs.schema import Config, StageSpec, Training, explain
+from diffit.configs.presets import AUGMENT_LABELS, get_preset
+from diffit.configs.schema import ADMDiffusion, Config, ImageModel, LatentModel, Sampling, StageSpec, Training, explain
 from diffit.errors import UserError
 
 
@@ -19,6 +19,8 @@ class DataFacts:
     image_size: tuple[int, int]
     num_classes: int = 0
     class_names: tuple[str, ...] | None = None
+    latent_scale: float | None = None
+    """Of cached latents; None for images."""
 
 
 def preset_for(image_size: tuple[int, int]) -> str:
@@ -62,8 +64,8 @@ def resolve(
 
     Keys are the fields of :class:`Training` and :class:`Sampling`, and ``resolution`` (H, W), ``base_dim``,
     ``hidden_dim``, ``num_heads``, ``num_blocks`` (a tuple, one a stage or one for all), ``window_size``, ``dropout``,
-    ``data``, ``val``, ``cond``. Without a preset the size of the images chooses one, and the batch is
-    ``batch_gpu`` × processes.
+    ``diffusion`` (edm, cosine or linear), ``vae``, ``data``, ``val``, ``cond``. Without a preset the size of the images
+    chooses one, and the batch is ``batch_gpu`` × processes.
 
     Raises :class:`UserError` for values that do not fit together.
     """
@@ -76,52 +78,105 @@ def resolve(
             f"leave it out, or resize them: diffit data convert --resolution {asked} --source … --dest …"
         )
     if preset is None:
-        if size is None:
+        if facts and facts.latent_scale:
+            preset = "imagenet512" if max(facts.image_size) > 256 else "imagenet256"
+        elif size is None:
             raise UserError("nothing says what to train: give --preset, or --data, or --resolution")
-        preset = preset_for(size)
-        if preset in LATENT:
-            raise UserError(
-                f"{size[1]}x{size[0]} pixels call for the latent model, which this release does not have yet; "
-                "smaller images: diffit data convert --resolution 64x64 …"
-            )
+        else:
+            preset = preset_for(size)
         if "batch_gpu" in options:
             options.setdefault("batch", options["batch_gpu"] * processes)
         adapt_depth = True
     else:
         adapt_depth = "resolution" in options
     base = get_preset(preset)
-    return apply(base, options, size or base.model.image_size, facts, adapt_depth)
+    if facts and facts.latent_scale and isinstance(base.model, ImageModel):
+        raise UserError(
+            f"the data are latents, preset {base.preset} is an image-space model: take latent-s, imagenet256 …"
+        )
+    changed = base.model_dump()
+    changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
+    if "diffusion" in options:
+        change_diffusion(changed, options["diffusion"])
+    changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}
+    cond = options.get("cond", base.data.cond)
+    changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond}
+    if isinstance(base.model, ImageModel):
+        changed["model"] |= image_changes(base, options, size or base.model.image_size, facts, adapt_depth)
+        changed["model"]["augment_dim"] = AUGMENT_LABELS if changed["training"]["augment"] else 0
+    else:
+        changed["model"] |= latent_changes(base, options, size or base.image_shape[1:])
+        if "vae" in options:
+            changed["autoencoder"]["vae"] = options["vae"]
+        if facts and facts.latent_scale:
+            changed["autoencoder"]["scale"] = facts.latent_scale
+    if not cond:
+        changed["model"]["num_classes"] = 0
+        if "cfg_scale" not in options:
+            changed["sampling"] |= {"cfg_scale": 1.0, "cfg_power": None}
+    elif facts:
+        changed["model"]["num_classes"] = facts.num_classes
+        changed["data"]["class_names"] = facts.class_names
+    try:
+        return Config.model_validate(changed)
+    except ValidationError as error:
+        raise UserError(f"the options do not fit together: {explain(error)}") from None
 
 
-def apply(
+def change_diffusion(changed: dict[str, Any], name: str) -> None:
+    """Put the named diffusion in, and a sampler that suits it."""
+    if name == "edm":
+        if changed["diffusion"]["kind"] != "edm":
+            raise UserError(
+                "--diffusion edm: the latent model predicts noise on a discrete schedule; take linear or cosine"
+            )
+        return
+    was_edm = changed["diffusion"]["kind"] == "edm"
+    changed["diffusion"] = ADMDiffusion(schedule=name, clip=was_edm).model_dump()  # type: ignore[arg-type]
+    if was_edm:
+        changed["sampling"] |= {"sampler": "ddim", "steps": 50}
+
+
+def image_changes(
     base: Config, options: Mapping[str, Any], size: tuple[int, int], facts: DataFacts | None, adapt_depth: bool
-) -> Config:
-    """``base`` with ``options`` and the data's facts put in, validated as a whole."""
+) -> dict[str, Any]:
+    """What options and data change of an image-space model."""
+    assert isinstance(base.model, ImageModel)
     blocks = options.get("num_blocks", ())
     if len(blocks) > 1:
         count = len(blocks)
     else:
         count = stage_count(size) if adapt_depth and size != base.model.image_size else len(base.model.stages)
-
-    changed = base.model_dump()
-    changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
-    changed["sampling"] |= {key: options[key] for key in type(base.sampling).model_fields if key in options}
-    changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": options.get("cond", False)}
-    changed["model"] |= {
+    changes = {
         "image_size": tuple(size),
         "stages": edit_stages(base.model.stages, count, options),
         "dropout": options.get("dropout", base.model.dropout),
-        "augment_dim": AUGMENT_LABELS if changed["training"]["augment"] else 0,
     }
-    if facts:
-        changed["model"]["channels"] = facts.channels
-        if options.get("cond"):
-            changed["model"]["num_classes"] = facts.num_classes
-            changed["data"]["class_names"] = facts.class_names
-    try:
-        return Config.model_validate(changed)
-    except ValidationError as error:
-        raise UserError(f"the options do not fit together: {explain(error)}") from None
+    return changes | ({"channels": facts.channels} if facts else {})
+
+
+def latent_changes(base: Config, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """What options and data change of a latent model. ``base_dim`` has no place in it: all tokens are of one width."""
+    assert isinstance(model := base.model, LatentModel)
+    assert base.autoencoder is not None
+    for name in ("window_size", "dropout"):
+        if name in options:
+            raise UserError(f"--{name.replace('_', '-')} {options[name]}: the latent model has none; leave it out")
+    blocks, factor = options.get("num_blocks", ()), base.autoencoder.factor
+    if len(blocks) > 1:
+        raise UserError(f"--num-blocks {','.join(map(str, blocks))}: the latent model has one depth; give one number")
+    unit = factor * model.patch_size
+    if any(side % unit for side in size):
+        raise UserError(
+            f"images of {size[1]}x{size[0]}: the latent model takes sides that are multiples of {unit}; "
+            f"diffit data convert --resolution {size[1] // unit * unit}x{size[0] // unit * unit} …"
+        )
+    changes = {"hidden_size": "hidden_dim", "num_heads": "num_heads"}
+    return {
+        "input_size": tuple(side // factor for side in size),
+        "depth": blocks[0] if blocks else model.depth,
+        **{field: options[option] for field, option in changes.items() if option in options},
+    }
 
 
 def accumulation(batch: int, batch_gpu: int | None, processes: int) -> tuple[int, int]:

@@ -4,9 +4,10 @@ A :class:`Config` is what a preset returns, what a training run writes to ``trai
 the header of a weights file.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from diffit.errors import UserError
 
@@ -62,6 +63,51 @@ class ImageModel(Frozen):
             )
         return self
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.image_size
+
+
+class LatentModel(Frozen):
+    """Arguments of :class:`diffit.models.latent.LatentDiffiT`."""
+
+    family: Literal["latent"] = "latent"
+    input_size: tuple[Count, Count] = (32, 32)
+    """Height and width of the latents."""
+    patch_size: Count = 2
+    in_channels: Count = 4
+    hidden_size: Count = 1152
+    depth: Count = 28
+    num_heads: Count = 16
+    mlp_ratio: Positive = 4.0
+    num_classes: Annotated[int, Field(ge=0)] = 1000
+    """0 is an unconditional model."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> "LatentModel":
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads and by 4")
+        if any(side % self.patch_size for side in self.input_size):
+            raise ValueError(
+                f"latents of {self.input_size[0]}x{self.input_size[1]} do not divide into patches of {self.patch_size}"
+            )
+        return self
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, *self.input_size
+
+
+class AutoencoderSpec(Frozen):
+    """The VAE whose latents a latent model draws."""
+
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """A local folder or a Hub id, in diffusers' ``AutoencoderKL`` layout."""
+    scale: Positive = 0.18215
+    """Latents are multiplied by this, which brings their standard deviation near 1."""
+    factor: Count = 8
+    """Pixels a latent, along each side."""
+
 
 class EDMDiffusion(Frozen):
     """Noise distribution and preconditioning of EDM (arXiv 2206.00364, Table 1)."""
@@ -72,19 +118,55 @@ class EDMDiffusion(Frozen):
     P_std: Positive = 1.2
 
 
+class ADMDiffusion(Frozen):
+    """Discrete noise schedule; the network predicts the noise (arXiv 2102.09672)."""
+
+    kind: Literal["adm"] = "adm"
+    schedule: Literal["linear", "cosine"] = "linear"
+    timesteps: Count = 1000
+    clip: bool = False
+    """Clamp the predicted clean image to [−1, 1] while sampling: for pixels, not for latents."""
+
+
+DISCRETE = ("ddpm", "ddim")
+"""Samplers that walk the schedule's own timesteps."""
+
+
+def _steps(value: object) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"ddim[1-9]\d*", value):
+        return value
+    raise ValueError(f"{value!r} should be a number of steps from 1 on, or ddim50 and the like")
+
+
 class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
-    sampler: Literal["heun", "euler"] = "heun"
-    steps: Count = 18
+    sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] = "heun"
+    steps: Annotated[int | str, PlainValidator(_steps)] = 18
+    """``ddim50`` spaces 50 timesteps by a whole number, for discrete schedules."""
     sigma_min: Positive = 0.002
+    """This, sigma_max and rho space EDM's noise levels; a discrete schedule has its own."""
     sigma_max: Positive = 80.0
     rho: Positive = 7.0
     S_churn: NonNegative = 0.0
     S_min: NonNegative = 0.0
     S_max: NonNegative = 1e6
     S_noise: Positive = 1.0
+    eta: Probability = 0.0
+    """Noise of ``ddim``: 0 is deterministic, 1 that of the posterior."""
     cfg_scale: NonNegative = 1.0
+    cfg_power: Positive | None = None
+    """Exponent of the power-cosine schedule that rises to cfg_scale at the end; None keeps the scale constant."""
+    cfg_interval: tuple[NonNegative, Positive] | None = None
+    """Noise levels sigma between which guidance is on (arXiv 2404.07724)."""
+    cfg_channels: Count | None = None
+    """Guide only the first so many channels; None guides all."""
+    cfg_skip: NonNegative = 0.0
+    """Steps whose scale is within this of 1 count as 1: their unconditional half is not evaluated."""
+    rounding: Literal["round", "truncate"] = "round"
+    """How images become levels 0…255."""
 
     @model_validator(mode="after")
     def _range(self) -> "Sampling":
@@ -108,6 +190,8 @@ class Training(Frozen):
     ema_halflife_kimg: NonNegative = 500.0
     ema_rampup_ratio: NonNegative = 0.05
     """The half-life is at most this share of the images seen."""
+    ema_decay: Share | None = None
+    """Share of the average that stays after each step, whatever the batch; replaces the half-life."""
     augment: Probability = 0.0
     """Probability of each non-leaking augmentation; 0 switches them off, flips included."""
     mirror: bool = False
@@ -148,11 +232,40 @@ class Config(Frozen):
     """Everything that determines a run."""
 
     preset: str
-    model: ImageModel
-    diffusion: EDMDiffusion = EDMDiffusion()
+    model: Annotated[ImageModel | LatentModel, Field(discriminator="family")]
+    autoencoder: AutoencoderSpec | None = None
+    """Only latent models have one."""
+    diffusion: Annotated[EDMDiffusion | ADMDiffusion, Field(discriminator="kind")] = EDMDiffusion()
     sampling: Sampling = Sampling()
     training: Training
     data: Data = Data()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Config":
+        if (self.autoencoder is not None) != (self.model.family == "latent"):
+            raise ValueError("a latent model needs an autoencoder, and only a latent model")
+        if self.model.family == "latent" and self.diffusion.kind != "adm":
+            raise ValueError("a latent model predicts noise on a discrete schedule: diffusion must be of kind adm")
+        if self.model.family == "latent" and self.training.augment:
+            raise ValueError("latents cannot be augmented: take --augment 0, and --mirror for mirror images")
+        if self.diffusion.kind == "edm" and self.sampling.sampler in DISCRETE:
+            raise ValueError(
+                f"sampler {self.sampling.sampler} needs a discrete schedule, this model has EDM's: "
+                "take heun, euler or dpm++"
+            )
+        if self.diffusion.kind == "edm" and isinstance(self.sampling.steps, str):
+            raise ValueError(
+                f"steps {self.sampling.steps} needs a discrete schedule, this model has EDM's: take a number"
+            )
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures, which for a latent model are the decoder's."""
+        if self.autoencoder is None:
+            return self.model.sample_shape
+        _, height, width = self.model.sample_shape
+        return 3, height * self.autoencoder.factor, width * self.autoencoder.factor
 
     @classmethod
     def from_json(cls, text: str, source: str) -> "Config":
@@ -163,16 +276,23 @@ class Config(Frozen):
             raise UserError(f"{source}: {explain(error)}") from None
 
 
+KINDS = ("image", "latent", "edm", "adm")
+
+
 def explain(error: ValidationError) -> str:
     """A validation error as one line: each value with its place and what was wrong with it."""
     parts: list[str] = []
     for item in error.errors():
         if item["type"] == "too_short" and parts:  # of what is left when faulty items are taken out
             continue
-        place = ".".join(str(key) for key in item["loc"])
+        # Pydantic puts the kind of a model or diffusion into the place; the user's JSON has no such level.
+        place = ".".join(str(key) for i, key in enumerate(item["loc"]) if not (i == 1 and key in KINDS))
         message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
+        elif item["type"] == "union_tag_invalid":
+            place += "." + item["ctx"]["discriminator"].strip("'")
+            message = f"{item['ctx']['tag']!r} should be one of {item['ctx']['expected_tags']}"
         elif item["type"] not in ("value_error", "missing"):
             message = f"{item['input']!r} {message}"
         parts.append(f"{place}: {message}" if place else message)

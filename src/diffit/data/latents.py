@@ -201,6 +201,18 @@ class LatentArchive:
             std[k] = self._shard(shard).get_slice(f"std{suffix}")[row]
         return mean, std
 
+    def __getitem__(self, index: int) -> Tensor:
+        """Moments of one image and of its mirror image, (4, C, h, w) float32: mean, std, mirrored mean and std."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        shard, row = divmod(index, self.header.shard_size)
+        return torch.stack([self._shard(shard).get_slice(key)[row] for key in MOMENTS]).float()
+
+    def load_all(self) -> Tensor:
+        """All of it, (N, 4, C, h, w) in the dtype of the file."""
+        shards = (self._shard(shard) for shard in range(self.header.num_shards))
+        return torch.cat([torch.stack([shard.get_tensor(key) for key in MOMENTS], dim=1) for shard in shards])
+
     def check_vae(self, sha256: str, scale: float, name: str = "another VAE") -> None:
         """UserError unless the latents are those of the VAE with these weights, to be scaled alike."""
         header = self.header

@@ -1,6 +1,7 @@
 """EDM: preconditioning, training loss and noise schedule (Karras et al., arXiv 2206.00364, Table 1)."""
 
 from collections.abc import Callable
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -40,15 +41,22 @@ def denoiser(
 class EDMLoss:
     """λ(σ)·‖D(y + n; σ) − y‖² with ln σ ~ N(P_mean, P_std²) and λ = (σ² + σ_data²)/(σ·σ_data)²."""
 
+    level_name = "sigma"
+
     def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5) -> None:
         self.P_mean = P_mean
         self.P_std = P_std
         self.sigma_data = sigma_data
 
-    def draw_sigma(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw_level(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One noise level an image, ``(B,)``."""
         normal = torch.randn(images.shape[0], device=images.device, generator=generator)
         return (self.P_mean + self.P_std * normal).exp()
+
+    def bin_edges(self, bins: int) -> Tensor:
+        """Noise levels between bins that training visits equally often."""
+        normal = NormalDist(self.P_mean, self.P_std)
+        return torch.tensor([normal.inv_cdf(i / bins) for i in range(1, bins)]).exp()
 
     def __call__(
         self,
@@ -58,13 +66,13 @@ class EDMLoss:
         augment_labels: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
-        sigma: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
         """``images`` ``(B, C, H, W)`` in [−1, 1] -> weighted squared error, a mean over pixels, ``(B,)``.
 
-        ``generator`` lives on the images' device. ``sigma`` ``(B,)`` replaces the drawn noise levels.
+        ``generator`` lives on the images' device. ``level`` ``(B,)`` replaces the drawn sigmas.
         """
-        sigma = self.draw_sigma(images, generator) if sigma is None else sigma
+        sigma = self.draw_level(images, generator) if level is None else level
         noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)
         noisy = images + noise * sigma.reshape(-1, *[1] * (images.ndim - 1))
         denoise = denoiser(net, labels, augment_labels, sigma_data=self.sigma_data)

@@ -1,5 +1,6 @@
-"""Classifier-free guidance (arXiv 2207.12598) as a wrapper round two denoisers."""
+"""Classifier-free guidance (arXiv 2207.12598) as a wrapper round two denoisers, and schedules of its scale."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,25 +9,57 @@ from torch import Tensor
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``denoise(x, sigma) -> x0``: x ``(B, …)``, sigma a tensor of no dimension or ``(B,)``."""
 
+Scale = Callable[[Tensor], float]
+"""The guidance scale at a noise level: sigma, or the timestep where timesteps are what is walked."""
+
 
 def guided(
     denoise_cond: Denoiser,
     denoise_uncond: Denoiser,
-    scale: float | Callable[[Tensor], float],
+    scale: float | Scale,
     channels: int | None = None,
+    *,
+    tolerance: float = 0.0,
 ) -> Denoiser:
     """u + s·(c − u), with s the constant ``scale`` or ``scale(sigma)``.
 
-    ``channels`` guides only the first so many channels; the others stay conditional. Where the scale is 1 the
-    unconditional denoiser is not evaluated, which is why samplers pass sigma on the CPU: asking costs no wait.
+    ``channels`` guides only the first so many channels; the others stay conditional. Where s is within ``tolerance``
+    of 1 the unconditional denoiser is not evaluated, which is why samplers pass sigma on the CPU: asking costs no
+    wait. A network's raw output may stand in for the denoised image: guidance is linear, and ``channels`` keeps its
+    variances conditional.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         s = float(scale(sigma)) if callable(scale) else scale
         cond = denoise_cond(x, sigma)
-        if s == 1:
+        if abs(s - 1) <= tolerance:
             return cond
-        guided = torch.lerp(denoise_uncond(x, sigma), cond, s)
-        return guided if channels is None else torch.cat([guided[:, :channels], cond[:, channels:]], dim=1)
+        part = slice(None, channels)
+        mixed = torch.lerp(denoise_uncond(x, sigma)[:, part], cond[:, part], s)
+        return mixed if channels is None else torch.cat([mixed, cond[:, channels:]], dim=1)
 
     return denoise
+
+
+def power_cosine(scale: float, power: float = 4.0, *, timesteps: int = 1000) -> Scale:
+    """1 + (S − 1)·½(1 − cos(π(1 − t/T)^power)): from 1 at the noisiest timestep t = T to S at t = 0."""
+
+    def at(t: Tensor) -> float:
+        return 1 + (scale - 1) * 0.5 * (1 - math.cos(math.pi * (1 - float(t) / timesteps) ** power))
+
+    return at
+
+
+def within(scale: float | Scale, low: float, high: float, sigma_of: Callable[[Tensor], Tensor] | None = None) -> Scale:
+    """``scale`` at noise levels sigma in (low, high], no guidance elsewhere (arXiv 2404.07724).
+
+    ``sigma_of`` tells the sigma of a timestep where timesteps are what is walked.
+    """
+
+    def at(level: Tensor) -> float:
+        sigma = level if sigma_of is None else sigma_of(level)
+        if not low < float(sigma) <= high:
+            return 1.0
+        return float(scale(level)) if callable(scale) else scale
+
+    return at

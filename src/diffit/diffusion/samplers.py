@@ -1,20 +1,26 @@
 """Solvers of the probability-flow ODE and its stochastic relatives, as pure functions.
 
-Each is ``sampler(denoise, noise, sigmas, *, noise_source, callback) -> x``:
+On continuous noise levels ``heun``, ``euler`` and ``dpm_solver_pp`` are
+``sampler(denoise, noise, sigmas, *, noise_source, callback) -> x``:
 
 - ``noise`` is standard normal, ``(B, …)``; the state keeps its dtype and device (float64 costs nothing here);
 - ``sigmas`` falls, and ends in 0 for a clean image; it is read on the CPU;
 - ``noise_source(x)`` returns standard normal noise like ``x``: ``torch.randn_like``, or a
   :class:`~diffit.randomness.PerSampleNoise` for samples that do not depend on the batch that they are drawn in;
 - ``callback(i, sigma, x, denoised)`` is called once a step, before the state is advanced.
+
+On a discrete schedule ``ddpm`` and ``ddim`` take ``(predict, noise, schedule, …)``, with a network's output in place of
+the denoised image; their callback sees the timestep in place of sigma.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 from math import sqrt
 
+import torch
 from torch import Tensor
 
+from diffit.diffusion.adm import Predictor, Schedule, at, split_output
 from diffit.diffusion.guidance import Denoiser
 
 NoiseSource = Callable[[Tensor], Tensor]
@@ -72,4 +78,88 @@ def heun(
             slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
             x_next = x + (slope + slope_next) * ((sigma_next - sigma) / 2)
         x = x_next
+    return x
+
+
+def dpm_solver_pp(
+    denoise: Denoiser,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    noise_source: NoiseSource | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order, one evaluation a step. Draws no noise.
+
+    With λ = −ln σ and h the step in λ: x ← (σ'/σ)·x + (1 − e^−h)·D, D extrapolated from the last two denoised images.
+    The first step, and the last onto σ = 0, are of first order.
+    """
+    sigmas = sigmas.cpu().double()
+    x = noise * sigmas[0]
+    previous: tuple[Tensor, float] | None = None
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(i, sigma, x, denoised)
+        h = float((sigma / sigma_next).log())  # inf onto σ = 0
+        target = denoised
+        if previous is not None and sigma_next > 0:
+            before, h_before = previous
+            target = torch.lerp(before, denoised, 1 + h / (2 * h_before))
+        x = target + (x - target) * (sigma_next / sigma)
+        previous = denoised, h
+    return x
+
+
+def ddpm(
+    predict: Predictor,
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    noise_source: NoiseSource,
+    clip: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Ancestral sampling (DDPM, Algorithm 2) with the network's variance where it learns one, else β̃.
+
+    The last step adds no noise.
+    """
+    x = noise
+    for i in reversed(range(len(schedule))):
+        step, t = torch.tensor(i), schedule.timesteps[i]
+        mean, log_variance, x0 = schedule.p_step(predict(x, t.reshape(1)), x, step, clip=clip)
+        if callback is not None:
+            callback(len(schedule) - 1 - i, t, x, x0)
+        x = mean if i == 0 else mean + (log_variance / 2).exp() * noise_source(x)
+    return x
+
+
+def ddim(
+    predict: Predictor,
+    noise: Tensor,
+    schedule: Schedule,
+    *,
+    eta: float = 0.0,
+    noise_source: NoiseSource | None = None,
+    clip: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, Eq. 12); ``eta`` 0 is deterministic, 1 has the noise of DDPM with β̃."""
+    if eta > 0 and noise_source is None:
+        raise ValueError("eta > 0 adds noise in every step: pass noise_source, for example torch.randn_like")
+    x = noise
+    spread = eta * schedule.posterior_variance.sqrt()
+    for i in reversed(range(len(schedule))):
+        step, t = torch.tensor(i), schedule.timesteps[i]
+        eps, _ = split_output(predict(x, t.reshape(1)), x.shape[1])
+        x0 = schedule.predict_x0(eps, x, step)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - at(schedule.alpha_bar.sqrt(), step, x) * x0) / at((1 - schedule.alpha_bar).sqrt(), step, x)
+        if callback is not None:
+            callback(len(schedule) - 1 - i, t, x, x0)
+        before = schedule.alpha_bar_before
+        x = at(before.sqrt(), step, x) * x0 + at((1 - before - spread**2).clamp(min=0).sqrt(), step, x) * eps
+        if eta > 0 and i > 0 and noise_source is not None:
+            x = x + at(spread, step, x) * noise_source(x)
     return x

@@ -5,6 +5,7 @@ Everything here keeps tokens in their place on the map, ``(B, H, W, D)``, so tha
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,20 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
     # and a = h − 1 − yj makes that yi − yj + h − 1.
     bias = offsets.unfold(0, h, 1).unfold(1, w, 1).flip(-2, -1)
     return bias.permute(2, 0, 1, 3, 4).reshape(-1, h * w, h * w)
+
+
+def relative_position_index(window: tuple[int, int]) -> Tensor:
+    """The row of the table for every pair of tokens, int64 ``(N, N)``; the released weights store it in each layer."""
+    h, w = window
+    y, x = (grid.flatten() for grid in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
+
+
+def _drop_index(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Accept the released weights' index buffer: it must be the one that this layer implies, and is not kept."""
+    index = state.pop(prefix + "relative_position_index", None)
+    if index is not None and not torch.equal(index.cpu(), relative_position_index(module.window)):
+        rest[-1].append(f"{prefix}relative_position_index is not that of a {module.window} window")
 
 
 def padding_bias(window: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
@@ -112,14 +127,19 @@ class TMSA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_load_state_dict_pre_hook(_drop_index)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return self.attend(x, self.qkv_temb(cond))
+
+    def attend(self, x: Tensor, time_qkv: Tensor) -> Tensor:
+        """The same for a caller that has ``qkv_temb(cond)`` ``(B, 3·dim)`` already."""
         B, H, W, D = x.shape
         if self.is_global and (self.window[0] < H or self.window[1] < W):
             raise ValueError(f"a map of {H}×{W} tokens exceeds the {self.window[0]}×{self.window[1]} of the bias table")
         window = (min(self.window[0], H), min(self.window[1], W))
 
-        qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # (B, H, W, 3D), Eq. 3–5
+        qkv = self.qkv(x) + time_qkv[:, None, None]  # (B, H, W, 3D), Eq. 3–5
         qkv = window_partition(qkv, window)  # (B, windows, N, 3D)
         windows, N = qkv.shape[1:3]
         q, k, v = qkv.reshape(B * windows, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B·windows, heads, N, d)

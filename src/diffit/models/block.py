@@ -45,7 +45,11 @@ class DiffiTBlock(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio), dropout)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cond)
+        return self.transform(x, self.attn.qkv_temb(cond))
+
+    def transform(self, x: Tensor, time_qkv: Tensor) -> Tensor:
+        """The same for a caller that has ``attn.qkv_temb(cond)`` ``(B, 3·dim)`` already."""
+        x = x + self.attn.attend(self.norm1(x), time_qkv)
         return x + self.mlp(self.norm2(x))
 
 

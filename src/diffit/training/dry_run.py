@@ -15,8 +15,7 @@ def describe(config: Config, processes: int, archive: ImageArchive | None) -> st
     batch_gpu, rounds = accumulation(training.batch, training.batch_gpu, processes)
     cost = estimate(config, batch_gpu, training.precision)
     steps = math.ceil(training.kimg * 1000 / training.batch)
-    model = config.model
-    height, width = model.image_size
+    channels, height, width = config.image_shape
     if archive is not None:
         data = f"{len(archive)} images: {archive.path}"
         epochs = f", {steps * training.batch / len(archive):.3g} epochs"
@@ -27,7 +26,7 @@ def describe(config: Config, processes: int, archive: ImageArchive | None) -> st
         epochs = ""
     lines = [
         json.dumps(config.model_dump(mode="json"), indent=2),
-        f"preset      {config.preset}, {width}×{height}×{model.channels}, {model.num_classes or 'no'} classes",
+        f"preset      {config.preset}, {width}×{height}×{channels}, {config.model.num_classes or 'no'} classes",
         f"data        {data}",
         f"parameters  {cost.parameters:,}",
         f"compute     {cost.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",

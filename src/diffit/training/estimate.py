@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffit.configs.schema import Config
-from diffit.models.image import ImageDiffiT
+from diffit.configs.schema import Config, ImageModel
+from diffit.models import build
 from diffit.sampling import autocast
 
 FLOAT = 4  # bytes
@@ -32,14 +32,16 @@ class Cost:
 def _inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...]:
     model = config.model
     labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
-    augment = torch.zeros(batch, model.augment_dim) if model.augment_dim else None
-    return torch.zeros(batch, model.channels, *model.image_size), torch.zeros(batch), labels, augment
+    inputs = (torch.zeros(batch, *model.sample_shape), torch.zeros(batch), labels)
+    if isinstance(model, ImageModel) and model.augment_dim:
+        return *inputs, torch.zeros(batch, model.augment_dim)
+    return inputs
 
 
 def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
     """Parameters and multiply-accumulates are exact; memory leaves out workspaces and the allocator's waste."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net = ImageDiffiT.from_config(config.model)
+        net = build(config.model)
         net(*_inputs(config, 1))
     parameters = sum(parameter.numel() for parameter in net.parameters())
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffit.data.archive import ImageArchive
+from diffit.data.latents import LatentArchive
 from diffit.randomness import ORDER, derive_seed
 
+Archive = ImageArchive | LatentArchive
 RESIDENT_SHARE = 0.25  # of the free memory may go to keeping the decoded images
 
 
@@ -55,7 +57,7 @@ def fits(need: int, free: int, sharers: int = 1) -> bool:
 class _Fetch(torch.utils.data.Dataset):
     """Loads a whole microbatch in one call, so that a worker sends one tensor."""
 
-    def __init__(self, archive: ImageArchive) -> None:
+    def __init__(self, archive: Archive) -> None:
         self.archive = archive
 
     def __getitem__(self, indices: Tensor) -> Tensor:
@@ -63,16 +65,17 @@ class _Fetch(torch.utils.data.Dataset):
 
 
 def feed(
-    archive: ImageArchive,
+    archive: Archive,
     order: Iterator[Tensor],
     device: torch.device,
     *,
     resident: Tensor | None,
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """``(images (b, C, H, W) uint8, labels (b,) int64 or None)`` on ``device``, for every index tensor of ``order``.
+    """``(data, labels (b,) int64 or None)`` on ``device``, for every index tensor of ``order``.
 
-    ``resident`` holds all images, on any device; without it worker processes decode ahead.
+    ``data`` is uint8 images (b, C, H, W) or cached moments (b, 4, C, h, w). ``resident`` holds all of it, on any
+    device; without it worker processes read ahead.
     """
     if resident is not None:
         for indices in order:

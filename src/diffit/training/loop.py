@@ -15,18 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffit.autoencoder import Autoencoder
 from diffit.configs.schema import Config
-from diffit.data.archive import ImageArchive
 from diffit.data.grid import save_grid
 from diffit.errors import UserError
-from diffit.models.image import ImageDiffiT
+from diffit.generate import draw_images
+from diffit.models import DiffiT
 from diffit.randomness import SUBSET, VALIDATION, make_generator
-from diffit.sampling import autocast, resolve_precision, sample, to_float, to_uint8
+from diffit.sampling import autocast, resolve_precision, to_uint8
 from diffit.training.checkpoint import PREFIX, load_optimizer_tensors, load_state, save_state, states
 from diffit.training.display import Display, duration
 from diffit.training.distributed import Processes
 from diffit.training.estimate import estimate
-from diffit.training.feed import feed, fits, image_indices, microbatches
+from diffit.training.feed import Archive, feed, fits, image_indices, microbatches
 from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, write_options
 from diffit.training.step import Stepper, build_network
 from diffit.weights import load_into, read_network_file, save_network
@@ -48,16 +49,17 @@ class Outcome:
 
 def train(
     config: Config,
-    archive: ImageArchive,
+    archive: Archive,
     outdir: Path,
     procs: Processes,
     *,
     resume: str = "auto",
     desc: str | None = None,
     grid: tuple[int, int] = GRID,
-    val: ImageArchive | None = None,
+    val: Archive | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Outcome:
-    """Train on ``archive`` in a run folder below ``outdir``.
+    """Train on ``archive`` in a run folder below ``outdir``; a latent model needs its ``autoencoder``.
 
     ``resume`` is ``auto`` (the newest state of the newest run in ``outdir`` whose options match), ``none``, or the
     path of a state or a run. All processes call this together; the first one writes. Raises :class:`UserError`
@@ -69,7 +71,7 @@ def train(
         net = build_network(config)
         if config.training.init_from and state is None:
             load_into(net, read_network_file(config.training.init_from)[0], config.training.init_from)
-        stepper = Stepper(config, procs, net, precision)
+        stepper = Stepper(config, procs, net, precision, autoencoder)
         if state is not None:
             restore(stepper, state)
         total = math.ceil(config.training.kimg * 1000 / config.training.batch) * config.training.batch
@@ -128,11 +130,11 @@ class Run:
     def __init__(
         self,
         stepper: Stepper,
-        archive: ImageArchive,
+        archive: Archive,
         run_dir: Path,
         total: int,
         grid: tuple[int, int],
-        val: ImageArchive | None,
+        val: Archive | None,
     ) -> None:
         self.stepper, self.archive, self.run_dir, self.total = stepper, archive, run_dir, total
         self.config, self.procs = stepper.config, stepper.procs
@@ -185,7 +187,7 @@ class Run:
         training, stepper, procs = self.config.training, self.stepper, self.procs
         cost = estimate(self.config, stepper.batch_gpu, stepper.precision)
         images = self.total - stepper.images_seen
-        channels, height, width = self.archive.image_shape
+        channels, height, width = self.config.image_shape
         classes = f"{self.config.model.num_classes} classes" if self.config.model.num_classes else "unconditional"
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         gib = 2**30
@@ -205,7 +207,7 @@ class Run:
 
     def load_resident(self) -> Tensor | None:
         """All images as one tensor, on the device or in memory, where they fit; None where they must be streamed."""
-        need = len(self.archive) * math.prod(self.archive.image_shape)
+        need = len(self.archive) * self.archive[0].nbytes
         device = self.procs.device
         on_device = device.type == "cuda" and fits(need, torch.cuda.mem_get_info(device)[0])
         if not on_device and not fits(need, psutil.virtual_memory().available, self.procs.count):
@@ -262,7 +264,7 @@ class Run:
         self.display.say(f"{scalars['kimg']:.2f} kimg   {shown}{skipped}")
 
     @torch.no_grad()
-    def validate(self, archive: ImageArchive) -> float:
+    def validate(self, archive: Archive) -> float:
         """Loss of the averaged weights on held-out images, with the same noise every time, over all processes."""
         stepper, device = self.stepper, self.procs.device
         count = min(len(archive), VALIDATION_IMAGES)
@@ -271,9 +273,10 @@ class Run:
         starts = range(0, count, stepper.batch_gpu)
         for start in starts[self.procs.rank :: self.procs.count]:
             indices = chosen[start : start + stepper.batch_gpu]
-            images = to_float(torch.stack([archive[i] for i in indices.tolist()]).to(device))
+            data = torch.stack([archive[i] for i in indices.tolist()]).to(device)
             labels = archive.labels[indices].to(device) if archive.labels is not None else None
             generator = make_generator(self.config.training.seed, VALIDATION, start, device=device)
+            images = stepper.clean(data, generator, mirror=False)
             with autocast(device, stepper.precision):
                 loss = stepper.loss(stepper.ema, images, labels, generator=generator)
             sums += torch.stack([loss.double().sum(), torch.tensor(len(indices), device=device)])
@@ -284,22 +287,26 @@ class Run:
     def save_reals(self) -> None:
         count = min(self.grid[0] * self.grid[1], len(self.archive))
         indices = torch.randperm(len(self.archive), generator=make_generator(self.config.training.seed, SUBSET))[:count]
-        save_grid(
-            torch.stack([self.archive[i] for i in sorted(indices.tolist())]), self.run_dir / "reals.png", self.grid
-        )
+        reals = torch.stack([self.archive[i] for i in sorted(indices.tolist())])
+        if reals.ndim == 5:  # cached latents: as the autoencoder shows them
+            assert self.stepper.autoencoder is not None
+            reals = to_uint8(
+                self.stepper.autoencoder.decode(reals[:, 0].float() * self.stepper.autoencoder.scale)
+            ).cpu()
+        save_grid(reals, self.run_dir / "reals.png", self.grid)
 
-    def save_fakes(self, name: str, net: ImageDiffiT) -> None:
+    def save_fakes(self, name: str, net: DiffiT) -> None:
         """A grid whose image at each place keeps its seed and class through the run."""
-        seeds = range(self.grid[0] * self.grid[1])
+        stepper, seeds = self.stepper, range(self.grid[0] * self.grid[1])
         classes = self.config.model.num_classes
         labels = torch.arange(len(seeds)) % classes if classes else None
         net.eval()
         images = [
-            to_uint8(sample(net, self.config, part, None if labels is None else labels[part.start : part.stop],
-                            precision=self.stepper.precision)).cpu()
-            for part in (seeds[i : i + self.stepper.batch_gpu] for i in range(0, len(seeds), self.stepper.batch_gpu))
+            draw_images(net, self.config, seeds[part], None if labels is None else labels[part],
+                        autoencoder=stepper.autoencoder, precision=stepper.precision)
+            for part in (slice(i, i + stepper.batch_gpu) for i in range(0, len(seeds), stepper.batch_gpu))
         ]  # fmt: skip
-        net.train(net is self.stepper.net)
+        net.train(net is stepper.net)
         save_grid(torch.cat(images), self.run_dir / name, self.grid)
 
     def save_snapshot(self) -> None:

@@ -1,13 +1,13 @@
 """Running sums on the device, read once a tick."""
 
 from itertools import pairwise
-from statistics import NormalDist
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffit.configs.schema import EDMDiffusion
+from diffit.diffusion.adm import ADMLoss
+from diffit.diffusion.edm import EDMLoss
 
 BINS = 5
 
@@ -15,20 +15,19 @@ BINS = 5
 class Meter:
     """Mean loss, also by noise level in bins that training visits equally often; gradient norm; skipped steps."""
 
-    def __init__(self, diffusion: EDMDiffusion, device: torch.device) -> None:
-        normal = NormalDist(diffusion.P_mean, diffusion.P_std)
-        log_edges = torch.tensor([normal.inv_cdf(i / BINS) for i in range(1, BINS)])
-        self.edges = log_edges.exp().to(device)
-        bounds = ["0", *(f"{edge:.2g}" for edge in log_edges.exp().tolist()), "inf"]
-        self.names = [f"loss_sigma_{low}_{high}" for low, high in pairwise(bounds)]
+    def __init__(self, loss: EDMLoss | ADMLoss, device: torch.device) -> None:
+        edges = loss.bin_edges(BINS)
+        self.edges = edges.to(device)
+        bounds = ["0", *(f"{edge:.2g}" if edge < 100 else f"{edge:.0f}" for edge in edges.tolist()), "inf"]
+        self.names = [f"loss_{loss.level_name}_{low}_{high}" for low, high in pairwise(bounds)]
         self.sums = torch.zeros(2, BINS, device=device, dtype=torch.float64)  # of losses; of ones
         self.gradients = torch.zeros(2, device=device, dtype=torch.float64)  # sum of finite norms; their number
         self.last_loss = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
 
-    def add_losses(self, sigma: Tensor, loss: Tensor) -> None:
-        bins = torch.bucketize(sigma, self.edges)
+    def add_losses(self, level: Tensor, loss: Tensor) -> None:
+        bins = torch.bucketize(level, self.edges)
         values = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
         self.sums.index_add_(1, bins, values)
         self.last_loss = loss.mean()

@@ -8,23 +8,35 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from diffit.autoencoder import Autoencoder, draw_latents
 from diffit.configs.resolve import accumulation
-from diffit.configs.schema import Config
+from diffit.configs.schema import ADMDiffusion, Config
 from diffit.data.augment import Augment
+from diffit.diffusion.adm import ADMLoss
 from diffit.diffusion.edm import EDMLoss
+from diffit.models import DiffiT, build
 from diffit.models.image import ImageDiffiT
 from diffit.randomness import DROPOUT, INIT, STEP, derive_seed
-from diffit.sampling import autocast, channels_last, to_float
+from diffit.sampling import autocast, channels_last, schedule_of, to_float
 from diffit.training.distributed import Processes
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.meter import Meter
 
 
-def build_network(config: Config) -> ImageDiffiT:
+def build_network(config: Config) -> DiffiT:
     """The network with weights that are a function of the seed, on the CPU so that every device begins alike."""
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.training.seed, INIT))
-        return channels_last(ImageDiffiT.from_config(config.model))
+        net = build(config.model)
+    return channels_last(net) if isinstance(net, ImageDiffiT) else net
+
+
+def build_loss(config: Config) -> EDMLoss | ADMLoss:
+    """The training loss of a configuration's diffusion."""
+    diffusion = config.diffusion
+    if isinstance(diffusion, ADMDiffusion):
+        return ADMLoss(schedule_of(diffusion))
+    return EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)
 
 
 def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -33,9 +45,32 @@ def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.
     return torch.where(dropped, null, labels)
 
 
-def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
-    flip = torch.rand(images.shape[0], device=images.device, generator=generator) < 0.5
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
+def clean_samples(
+    data: Tensor, generator: torch.Generator, *, mirror: bool, autoencoder: Autoencoder | None, scale: float | None
+) -> Tensor:
+    """What the network is to learn of ``data``: images in [−1, 1], or latents drawn from their distribution.
+
+    ``data`` is uint8 images ``(B, C, H, W)``, or cached moments ``(B, 4, C, h, w)``: mean and standard deviation, then
+    those of the mirror image. ``scale`` is None for an image-space model. ``mirror`` flips half of the images. Cached
+    or encoded here, the draws are the same.
+    """
+    chosen = torch.rand(len(data), device=data.device, generator=generator) < 0.5 if mirror else None
+    if data.ndim == 5:
+        moments = data[:, :2]
+        if chosen is not None:
+            moments = torch.where(chosen[:, None, None, None, None], data[:, 2:], moments)
+        mean, std = moments.float().unbind(1)
+    else:
+        images = to_float(data)
+        if chosen is not None:
+            images = torch.where(chosen[:, None, None, None], images.flip(3), images)
+        if scale is None:
+            return images
+        assert autoencoder is not None
+        mean, std = autoencoder.encode(images)
+    assert scale is not None
+    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
+    return draw_latents(mean, std, noise, scale)
 
 
 class Stepper:
@@ -45,9 +80,11 @@ class Stepper:
     computes which microbatch.
     """
 
-    def __init__(self, config: Config, procs: Processes, net: ImageDiffiT, precision: str) -> None:
+    def __init__(
+        self, config: Config, procs: Processes, net: DiffiT, precision: str, autoencoder: Autoencoder | None = None
+    ) -> None:
         training = config.training
-        self.config, self.procs, self.precision = config, procs, precision
+        self.config, self.procs, self.precision, self.autoencoder = config, procs, precision, autoencoder
         self.batch_gpu, self.rounds = accumulation(training.batch, training.batch_gpu, procs.count)
         self.net = net.to(procs.device).train()
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
@@ -61,14 +98,13 @@ class Stepper:
 
         if training.compile:
             self.net.compile(fullgraph=not training.grad_ckpt)
-        self.ddp: ImageDiffiT | DistributedDataParallel = self.net
+        self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1:
             self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
-        diffusion = config.diffusion
-        self.loss = EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)
+        self.loss = build_loss(config)
         self.augment = Augment(training.augment) if training.augment else None
         self.generator = torch.Generator(procs.device)
-        self.meter = Meter(diffusion, procs.device)
+        self.meter = Meter(self.loss, procs.device)
 
     def step(self, feed: Iterator[tuple[Tensor, Tensor | None]]) -> None:
         training = self.config.training
@@ -93,23 +129,30 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.images_seen = seen
-        beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
+        beta = training.ema_decay
+        if beta is None:
+            beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
         update_ema(self.ema.parameters(), self.net.parameters(), beta)
 
-    def microbatch_loss(self, images: Tensor, labels: Tensor | None, m: int) -> Tensor:
-        """Per-sample loss of the m-th microbatch of this step; images ``(b, C, H, W)`` uint8."""
+    def clean(self, data: Tensor, generator: torch.Generator, *, mirror: bool) -> Tensor:
+        """See :func:`clean_samples`."""
+        spec = self.config.autoencoder
+        return clean_samples(
+            data, generator, mirror=mirror, autoencoder=self.autoencoder, scale=None if spec is None else spec.scale
+        )
+
+    def microbatch_loss(self, data: Tensor, labels: Tensor | None, m: int) -> Tensor:
+        """Per-sample loss of the m-th microbatch of this step; ``data`` as in :func:`clean_samples`."""
         training = self.config.training
         self.generator.manual_seed(derive_seed(training.seed, STEP, self.images_seen, m))
         torch.manual_seed(derive_seed(training.seed, DROPOUT, self.images_seen, m))  # dropout has no generator
-        x, augment_labels = to_float(images), None
-        if training.mirror:
-            x = flip_half(x, self.generator)
+        x, augment_labels = self.clean(data, self.generator, mirror=training.mirror), None
         if self.augment is not None:
             x, augment_labels = self.augment(x, generator=self.generator)
         if labels is not None and training.label_drop:
             labels = drop_labels(labels, self.config.model.num_classes, training.label_drop, self.generator)
-        sigma = self.loss.draw_sigma(x, self.generator)
+        level = self.loss.draw_level(x, self.generator)
         with autocast(self.procs.device, self.precision):
-            loss = self.loss(self.ddp, x, labels, augment_labels, generator=self.generator, sigma=sigma)
-        self.meter.add_losses(sigma, loss.detach())
+            loss = self.loss(self.ddp, x, labels, augment_labels, generator=self.generator, level=level)
+        self.meter.add_losses(level, loss.detach())
         return loss

@@ -1,0 +1,56 @@
+"""Network files by Hub id: ``owner/name``, or ``owner/name/file.safetensors`` where the repository has several."""
+
+import re
+import sys
+from pathlib import Path
+
+from diffit.errors import UserError
+
+NOTICE = (
+    "note: weights from the Hub keep their authors' licence; NVIDIA's released DiffiT weights are for "
+    "non-commercial use only (see the model card)"
+)
+
+
+def looks_like_id(name: str) -> bool:
+    """Whether a name that is no path here can be a Hub id rather than a mistyped path."""
+    parts = name.split("/")
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w][\w.-]*", part) for part in parts) or Path(parts[0]).exists():
+        return False
+    return not name.endswith(".safetensors") if len(parts) == 2 else name.endswith(".safetensors")
+
+
+def fetch(name: str) -> Path:
+    """The file behind a Hub id, from the cache or downloaded (an interrupted download goes on where it stopped).
+
+    ``HF_HUB_OFFLINE`` and ``HF_HOME`` work as everywhere. Raises :class:`UserError`.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    try:
+        if not file:
+            try:
+                files = [
+                    path.name for path in Path(snapshot_download(repo, local_files_only=True)).glob("*.safetensors")
+                ]
+            except Exception:
+                files = []
+            files = files or [path for path in HfApi().list_repo_files(repo) if path.endswith(".safetensors")]
+            if len(files) != 1:
+                known = ", ".join(f"{repo}/{path}" for path in sorted(files)) or "none"
+                raise UserError(f"{name}: name one of its .safetensors files: {known}")
+            file = files[0]
+        try:
+            return Path(hf_hub_download(repo, file, local_files_only=True))
+        except Exception:  # not in the cache: this is the first time
+            print(NOTICE, file=sys.stderr)
+            return Path(hf_hub_download(repo, file))
+    except UserError:
+        raise
+    except Exception as error:  # the client raises a dozen kinds, from HTTP and its own; all mean that there is no file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no such file here, and the Hub did not give it ({reason}); check the name, the network and "
+            "HF_HUB_OFFLINE, or download the .safetensors file by hand and give its path"
+        ) from None

@@ -1,0 +1,79 @@
+"""NVIDIA's released latent weights: told apart by keys and shapes, read and written in their layout."""
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from diffit.configs.presets import latent_preset_for
+from diffit.configs.schema import Config, LatentModel
+from diffit.errors import UserError
+from diffit.models.attention import relative_position_index
+
+INDEX = ".attn.relative_position_index"
+MARK = "blocks.0.attn.relative_position_bias_table"
+
+# What else people have on their disks under a similar name, by a key that gives it away.
+STRANGERS = {
+    "adaLN_modulation": "a DiT network, which modulates its norms",
+    "decoder.conv_in.weight": "an autoencoder: give it to --vae",
+    "exp_avg.": "an optimiser's state: take the run's network-snapshot file",
+    "Mixed_5b": "an Inception network: give it to --detector",
+    "text_model.": "a text encoder",
+    "tokenizer.weight": "bare weights without their configuration: take the run's network-snapshot file",
+    "model.diffusion_model": "a Stable Diffusion checkpoint",
+}
+
+
+def stranger(keys: list[str]) -> str:
+    """What a file with these keys seems to be."""
+    for mark, what in STRANGERS.items():
+        if any(mark in key for key in keys):
+            return what
+    return f"something else (it holds {', '.join(keys[:3])}, …)"
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> Config | None:
+    """The configuration of a file in the released layout, None for another file.
+
+    Size, depth, width, heads and classes come from the shapes, recipe and sampling from the preset nearest in size.
+    Raises :class:`UserError` where the shapes contradict each other.
+    """
+    if MARK not in shapes or "pos_embed" not in shapes:
+        return None
+    try:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        tokens = shapes["pos_embed"][1]
+        rows, heads = shapes[MARK]
+        hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+        classes = (
+            shapes["y_embedder.embedding_table.weight"][0] - 1 if "y_embedder.embedding_table.weight" in shapes else 0
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{source}: looks like released DiffiT weights, but {error} is missing or misshapen") from None
+    side = isqrt(tokens)
+    if side**2 != tokens or (2 * side - 1) ** 2 != rows:
+        raise UserError(f"{source}: {tokens} tokens and a bias table of {rows} rows do not belong to one square map")
+    model = LatentModel(
+        input_size=(side * patch, side * patch),
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=width,
+        depth=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+        num_heads=heads,
+        mlp_ratio=hidden / width,
+        num_classes=classes,
+    )
+    changes: dict[str, Any] = {"model": model}
+    preset = latent_preset_for(side * patch)
+    if not classes:
+        changes["sampling"] = preset.sampling.model_copy(update={"cfg_scale": 1.0})
+    return preset.model_copy(update=changes)
+
+
+def to_official(state: Mapping[str, Tensor], model: LatentModel) -> dict[str, Tensor]:
+    """The state dict with the index buffers that the released layout has in every layer (one tensor, shared)."""
+    window = (model.input_size[0] // model.patch_size, model.input_size[1] // model.patch_size)
+    index = relative_position_index(window)
+    return {**state, **{f"blocks.{i}{INDEX}": index.clone() for i in range(model.depth)}}
