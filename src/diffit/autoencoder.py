@@ -98,8 +98,8 @@ def check_autoencoder(vae: Autoencoder, sample_shape: tuple[int, int, int], imag
         )
     if vae.latent_shape(image_size) != sample_shape:
         raise UserError(
-            f"VAE {vae.id} has a latent for every {vae.factor} pixels: images of {image_size[1]}x{image_size[0]} do not "
-            f"become the {sample_shape[2]}x{sample_shape[1]} that the model takes; give the VAE that it was trained with"
+            f"VAE {vae.id} has a latent for every {vae.factor} pixels: images of {image_size[1]}x{image_size[0]} do "
+            f"not become the {sample_shape[2]}x{sample_shape[1]} that the model takes; give the one it was trained with"
         )
 
 

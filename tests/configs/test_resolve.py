@@ -55,9 +55,9 @@ def test_large_images_call_for_the_latent_model(size, preset):
 
 
 def test_the_documented_imagenet_command_is_the_preset_with_its_own_depth_and_guidance():
-    options = {"resolution": (256, 256), "base_dim": 128, "hidden_dim": 1152, "num_heads": 16, "num_blocks": (30,),
-               "batch_gpu": 32, "lr": 3e-4, "kimg": 1_000_000.0, "cond": True, "label_drop": 0.1, "cfg_scale": 4.6}  # fmt: skip
-    config = resolve(None, options, processes=8)
+    network = {"resolution": (256, 256), "base_dim": 128, "hidden_dim": 1152, "num_heads": 16, "num_blocks": (30,)}
+    recipe = {"batch_gpu": 32, "lr": 3e-4, "kimg": 1_000_000.0, "cond": True, "label_drop": 0.1, "cfg_scale": 4.6}
+    config = resolve(None, network | recipe, processes=8)
     preset = get_preset("imagenet256")
     assert config.model == preset.model.model_copy(update={"depth": 30})
     assert config.sampling == preset.sampling.model_copy(update={"cfg_scale": 4.6})

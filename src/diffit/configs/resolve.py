@@ -157,7 +157,8 @@ def image_changes(
 
 def latent_changes(base: Config, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """What options and data change of a latent model. ``base_dim`` has no place in it: all tokens are of one width."""
-    assert isinstance(model := base.model, LatentModel)
+    model = base.model
+    assert isinstance(model, LatentModel)
     assert base.autoencoder is not None
     for name in ("window_size", "dropout"):
         if name in options:
