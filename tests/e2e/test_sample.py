@@ -127,6 +127,8 @@ def test_guidance_has_an_effect(network, tmp_path):
         (["--class", "3"], "--class 3"),
         (["--grid", "9x9"], "--grid 9x9 needs 81 images, --seeds names 64"),
         (["--steps", "0"], "steps: 0"),
+        (["--seeds", "0-3,2"], "--seeds names 2 more than once"),
+        (["--class-grid", "--class", "bee"], "takes no --class"),
         (["--sigma-min", "100"], "sigma_min 100 must be below sigma_max 80"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),
     ],

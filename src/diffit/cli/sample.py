@@ -1,6 +1,7 @@
 """``diffit sample``."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from diffit.errors import UserError
 
 
 @click.command()
-@click.option("--network", type=click.Path(path_type=Path), required=True, help="File that training wrote.")
+@click.option("--network", "--ckpt", type=click.Path(path_type=Path), required=True, help="File that training wrote.")
 @click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Where the images go.")
 @click.option("--seeds", type=Numbers(), default="0-63", show_default=True, help="One image a seed: 0-63 or 3,7,9.")
 @click.option("--class", "class_", metavar="NAME|INDEX", help="Class of all images. Default: drawn by each seed.")
 @switch("--class-grid", help="Write class-grid.png instead: a row a class, a column a seed.")
 @click.option("--grid", type=Size(), metavar="WxH", help="Also write grid.png with the first images.")
-@click.option("--sampler", type=click.Choice(["heun", "euler"]), help="Solver. Default: the file's.")
-@click.option("--steps", type=int, help="Steps of the solver. Default: the file's.")
+@click.option("--sampler", "--solver", type=click.Choice(["heun", "euler"]), help="Solver. Default: the file's.")
+@click.option("--steps", "--num-sampling-steps", type=int, help="Steps of the solver. Default: the file's.")
 @click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none. Default: the file's.")
 @click.option("--sigma-min", type=float, help="Lowest noise level.")
 @click.option("--sigma-max", type=float, help="Highest noise level.")
@@ -68,6 +69,14 @@ def sample(
     from diffit.training.distributed import processes
     from diffit.training.loop import check_precision
     from diffit.weights import load_network
+
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed, count in Counter(seeds).items() if count > 1)
+        raise UserError(f"--seeds names {twice} more than once: one seed gives one image")
+    given = {"--class": class_ is not None, "--grid": grid is not None, "--format npz": format_ == "npz"}
+    if class_grid and any(given.values()):
+        others = ", ".join(option for option in given if given[option])
+        raise UserError(f"--class-grid writes one picture of all classes and takes no {others}: leave one of them out")
 
     with processes() as procs:
         net, config = load_network(network, procs.device)
@@ -138,7 +147,8 @@ def describe(config: Config, sampling: Sampling, count: int, label: int | None) 
     height, width = config.model.image_size
     line = f"{config.preset}, {width}×{height}×{config.model.channels}: {sampling.sampler}, {sampling.steps} steps"
     if config.model.num_classes:
-        names = config.data.class_names
-        chosen = "drawn by each seed" if label is None else f"{label} ({names[label]})" if names else str(label)
+        chosen = "drawn by each seed" if label is None else str(label)
+        if label is not None and label < len(config.data.class_names or ()):
+            chosen += f" ({(config.data.class_names or ())[label]})"
         line += f", class {chosen}, guidance {sampling.cfg_scale:g}"
     return line
