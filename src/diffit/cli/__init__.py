@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 
 import click
 
@@ -40,17 +41,36 @@ def cli() -> None:
 def run(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command and exit. What the user got wrong is one line on stderr: status 2 for the words, else 1."""
     try:
-        sys.exit(command.main(args=args, standalone_mode=False))
+        # --sigma_min is --sigma-min: EDM's sampler and torchrun's habit write underscores.
+        sys.exit(
+            command.main(args=args, standalone_mode=False, token_normalize_func=lambda name: name.replace("_", "-"))
+        )
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else command.name
         fail(f"{error.format_message().rstrip('.')} (see {path} --help)", 2)
     except (UserError, click.ClickException) as error:
         fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 1)
+    except OSError as error:  # what no one foresaw, such as a folder that may not be listed
+        place = f"{error.filename}: " if error.filename else ""
+        fail(f"{place}{error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
+    except Exception:
+        _let_the_first_process_speak()
+        raise
+
+
+def _let_the_first_process_speak() -> None:
+    """Most errors are met by all processes alike, or by the others because the first has gone.
+
+    The launcher ends these within a second of the first one's exit; who is still there then tells its own story.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
 
 
 def fail(message: str, status: int) -> None:
+    _let_the_first_process_speak()
     click.echo(f"error: {message}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -51,7 +51,10 @@ def pick_device() -> torch.device:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the process group that torchrun's environment describes, and leave it at the end."""
+    """Join the process group that torchrun's environment describes, and leave it at the end.
+
+    After an error it is not left: that may wait for processes which themselves wait for this one.
+    """
     count = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device()
     if device.type == "cuda":
@@ -63,7 +66,5 @@ def processes() -> Iterator[Processes]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield Processes(rank=dist.get_rank(), count=count, device=device)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(rank=dist.get_rank(), count=count, device=device)
+    dist.destroy_process_group()
