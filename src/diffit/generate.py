@@ -78,22 +78,18 @@ def generate_to_disk(
         output = NpzFile(outdir, seeds, labels, shape=(model.channels, *model.image_size))
     else:
         output = PngFolder(outdir, seeds, labels, subdirs=subdirs)
-    try:
-        output.prepare(procs)
-        batches = generate(
-            net, config, seeds, labels, procs=procs, sampling=sampling, batch=batch, precision=precision, progress=True
-        )
-        for start, images in batches:
-            output.write(start, images)
-        procs.barrier()
-        if procs.is_first:
-            if grid is not None:
-                save_grid(output.read(grid[0] * grid[1]), outdir / "grid.png", grid)
-            return output.finish((model.num_classes and config.data.class_names) or None)
+    output.prepare(procs)
+    batches = generate(
+        net, config, seeds, labels, procs=procs, sampling=sampling, batch=batch, precision=precision, progress=True
+    )
+    for start, images in batches:
+        output.write(start, images)
+    procs.barrier()
+    if not procs.is_first:
         return outdir
-    finally:
-        if isinstance(output, NpzFile) and procs.is_first:
-            output.discard()
+    if grid is not None:
+        save_grid(output.read(grid[0] * grid[1]), outdir / "grid.png", grid)
+    return output.finish((model.num_classes and config.data.class_names) or None)
 
 
 def generate_class_grid(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ class NpzFile:
     """ADM's sample batch: ``arr_0`` uint8 (N, H, W, C) and, for conditional models, ``arr_1`` int64 (N,).
 
     The rows are filled in a plain array on disk that all processes map, and packed at the end: memory stays flat.
+    That array has no name while it is filled, so that nothing is left of it however the processes end.
     """
 
     def __init__(
@@ -70,12 +72,23 @@ class NpzFile:
         if procs.is_first:
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                array = np.lib.format.open_memmap(self.rows, "w+", np.uint8, self.shape)
-                with self.rows.open("r+b") as file:  # a sparse file would meet a full disk as a crash (SIGBUS)
-                    os.posix_fallocate(file.fileno(), 0, self.rows.stat().st_size)
-                del array
+                try:
+                    self.allocate()
+                except BaseException:
+                    self.rows.unlink(missing_ok=True)
+                    raise
         procs.barrier()
         self.array = np.lib.format.open_memmap(self.rows, "r+")
+        self.file = self.rows.open("rb")
+        procs.barrier()
+        if procs.is_first:
+            self.rows.unlink()
+
+    def allocate(self) -> None:
+        np.lib.format.open_memmap(self.rows, "w+", np.uint8, self.shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS; a sparse file meets a full disk as a crash (SIGBUS)
+            with self.rows.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.rows.stat().st_size)
 
     def write(self, start: int, images: Tensor) -> None:
         self.array[start : start + len(images)] = images.permute(0, 2, 3, 1).numpy()
@@ -86,14 +99,13 @@ class NpzFile:
     def finish(self, class_names: Sequence[str] | None) -> Path:
         self.array.flush()
         with whole_file(self.path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            archive.write(self.rows, "arr_0.npy")
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                shutil.copyfileobj(self.file, file)
             if self.labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, self.labels.numpy())
+        self.file.close()
         return self.path
-
-    def discard(self) -> None:
-        self.rows.unlink(missing_ok=True)
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -93,6 +93,11 @@ def test_other_projects_spellings_mean_the_same(pets, capsys):
     assert first.training.ema_halflife_kimg == 250
 
 
+def test_a_dry_run_without_data_does_not_deny_its_classes(capsys):
+    assert "the data's classes" in dry_run(capsys, *DEBUG, "--cond")[1]
+    assert "no classes" in dry_run(capsys, *DEBUG)[1]
+
+
 def test_epochs_are_passes_over_the_data(pets, capsys):
     config, text = dry_run(capsys, *DEBUG, "--data", pets, "--epochs", 10)
     assert config.training.steps * config.training.batch == 240

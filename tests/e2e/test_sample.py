@@ -1,6 +1,9 @@
 """Samples from a file, through the command line where that is what is promised."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -75,6 +78,19 @@ def test_images_do_not_depend_on_the_number_of_processes(network, tmp_path, form
         assert (files[0]["arr_1"] == files[1]["arr_1"]).all()
     assert_same_images(*arrays)
     assert [path.name for path in (tmp_path / "2").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_half_written(network, tmp_path):
+    words = ["sample", "--network", network, "--outdir", tmp_path / "out", "--seeds", "0-99999", "--format", "npz"]
+    process = subprocess.Popen([sys.executable, "-m", "diffit", *map(str, words)])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_seeds_may_come_in_any_order_and_company(network, tmp_path):

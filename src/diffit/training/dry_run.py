@@ -23,9 +23,11 @@ def describe(config: Config, processes: int, archive: ImageArchive | None) -> st
             f"{config.data.path} is not there: size and channels are the preset's" if config.data.path else "not given"
         )
         epochs = ""
+    # Only the data knows how many classes --cond will have.
+    classes = model.num_classes or ("no" if not config.data.cond else "the data's")
     lines = [
         json.dumps(config.model_dump(mode="json"), indent=2),
-        f"preset      {config.preset}, {width}×{height}×{model.channels}, {model.num_classes or 'no'} classes",
+        f"preset      {config.preset}, {width}×{height}×{model.channels}, {classes} classes",
         f"data        {data}",
         f"parameters  {cost.parameters:,}",
         f"compute     {cost.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",
