@@ -27,6 +27,17 @@ def weights(stepper):
     return {name: tensor.clone() for name, tensor in stepper.net.state_dict().items()}
 
 
+def test_building_a_network_leaves_gpus_and_ambient_randomness_alone(monkeypatch):
+    def touched(*_):
+        raise AssertionError("a GPU was touched")
+
+    for name in ("device_count", "manual_seed_all", "get_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    before = torch.get_rng_state()
+    build_network(resolve("debug", {}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_accumulated_microbatches_give_the_mean_gradient_of_all(tmp_path):
     stepper, images = make(tmp_path, batch_gpu=2, augment=0.0, dropout=0.0)
     seen = []

@@ -88,7 +88,7 @@ def train(**options: Any) -> None:
 
     if not dry_run and (options["data"] is None or outdir is None):
         raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
-    with processes() as procs:
+    with processes(join=not dry_run) as procs:
         archive = val = None
         if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
             archive = ImageArchive(options["data"], cond=bool(options["cond"]))

@@ -27,7 +27,7 @@ from diffit.training.display import Display, duration
 from diffit.training.distributed import Processes
 from diffit.training.estimate import estimate
 from diffit.training.feed import feed, fits, image_indices, microbatches
-from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, write_options
+from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, read_options, write_options
 from diffit.training.step import Stepper, build_network
 from diffit.weights import load_into, read_network_file, save_network
 
@@ -75,11 +75,13 @@ def train(
         total = config.training.steps * config.training.batch
         if state is not None and stepper.images_seen >= total:
             return Outcome(state.parent, stepper.images_seen, False, None)
-        resident, loading = load_resident(
-            archive, procs, config.training.workers
-        )  # finds faulty images, so comes first
-        new_dir = create_run(outdir, config, procs.count, desc) if procs.is_first and state is None else None
-        run_dir = state.parent if state is not None else procs.broadcast(new_dir)
+        # Before there is a run folder, because this finds faulty images.
+        resident, loading = load_resident(archive, procs, config.training.workers)
+        run_dir = None
+        if procs.is_first:  # a new run also for a state that was copied away from its own
+            lonely = state is None or read_options(state.parent) is None
+            run_dir = create_run(outdir, config, procs.count, desc) if lonely else state.parent
+        run_dir = procs.broadcast(run_dir)
         run = Run(stepper, archive, run_dir, total, grid, val)
         return run.go(resident, loading, resumed=state is not None)
 
