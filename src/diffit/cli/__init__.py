@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import time
 
@@ -40,6 +41,8 @@ def cli() -> None:
 
 def run(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command and exit. What the user got wrong is one line on stderr: status 2 for the words, else 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
     try:
         # --sigma_min is --sigma-min: EDM's sampler and torchrun's habit write underscores.
         sys.exit(
