@@ -104,6 +104,11 @@ def test_epochs_are_passes_over_the_data(pets, capsys):
     assert "30 steps, 10 epochs" in text
 
 
+@pytest.mark.parametrize("size", ["16", "16x16", "16X16", "16×16", "016"])
+def test_a_size_is_written_as_data_convert_takes_it(pets, capsys, size):
+    assert dry_run(capsys, *DEBUG, "--data", pets, "--resolution", size)[0].model.image_size == (16, 16)
+
+
 def test_underscores_are_as_good_as_hyphens(capsys):
     for underscored in ("--batch_gpu=2", "--dry_run"):
         with pytest.raises(SystemExit) as exit_:
