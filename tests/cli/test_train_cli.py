@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -246,6 +249,32 @@ def test_of_several_processes_one_tells_what_is_wrong(tmp_path, monkeypatch, arg
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
     assert "[rank" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_error_of_another_process_than_the_first_is_told_alone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import click\n"
+        "from diffit.cli import run\n"
+        "from diffit.errors import UserError\n"
+        "from diffit.training.distributed import processes\n"
+        "@click.command()\n"
+        "def main():\n"
+        "    with processes() as procs:\n"
+        "        if not procs.is_first:\n"
+        "            raise UserError('only mine')\n"
+        "        procs.barrier()\n"
+        "run(main)\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == ["error: only mine"]
+    assert "[rank" not in done.stderr
 
 
 def test_help_does_not_wait_for_torch():

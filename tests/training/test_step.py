@@ -38,6 +38,16 @@ def test_building_a_network_leaves_gpus_and_ambient_randomness_alone(monkeypatch
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_a_dropped_label_is_the_null_class(tmp_path, probability):
+    stepper, images = make(tmp_path, label_drop=probability)
+    pictures, labels = next(images)
+    seen = []
+    stepper.net.y_embedder.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0].tolist()))
+    stepper.microbatch_loss(pictures, labels, 0)
+    assert seen == ([3] * len(labels) if probability else labels.tolist())
+
+
 def test_accumulated_microbatches_give_the_mean_gradient_of_all(tmp_path):
     stepper, images = make(tmp_path, batch_gpu=2, augment=0.0, dropout=0.0)
     seen = []

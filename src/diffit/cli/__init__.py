@@ -59,21 +59,21 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except Exception:
-        _let_the_first_process_speak()
+        _let_another_process_speak(first_waits=1)
         raise
 
 
-def _let_the_first_process_speak() -> None:
-    """Most errors are met by all processes alike, or by the others because the first has gone.
+def _let_another_process_speak(first_waits: float) -> None:
+    """Most errors are met by all processes alike, or are lost connections to one that has told its error and gone.
 
-    The launcher ends these within a second of the first one's exit; who is still there then tells its own story.
+    The launcher ends the others within a second of that one's exit; who is still there then tells its own story.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(first_waits if os.environ.get("RANK", "0") == "0" else 3)
 
 
 def fail(message: str, status: int) -> None:
-    _let_the_first_process_speak()
+    _let_another_process_speak(first_waits=0)
     click.echo(f"error: {message}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
