@@ -1,5 +1,6 @@
 """The step as such; whole runs are in tests/e2e."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,7 +9,7 @@ from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.training.distributed import Processes
 from diffit.training.feed import feed, microbatches
-from diffit.training.step import Stepper, build_network, drop_labels
+from diffit.training.step import Stepper, build_network, drop_labels, flip_half
 from helpers import write_archive
 
 CPU = torch.device("cpu")
@@ -46,6 +47,23 @@ def test_a_dropped_label_is_the_null_class(tmp_path, probability):
     stepper.net.y_embedder.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0].tolist()))
     stepper.microbatch_loss(pictures, labels, 0)
     assert seen == ([3] * len(labels) if probability else labels.tolist())
+
+
+def test_mirror_flips_about_half_of_the_images_and_touches_no_other():
+    images = torch.arange(400 * 6.0).reshape(400, 1, 2, 3)
+    out = flip_half(images, torch.Generator().manual_seed(0))
+    flipped = [i for i in range(400) if (out[i].numpy() == np.fliplr(images[i, 0].numpy())).all()]
+    assert 160 < len(flipped) < 240
+    kept = [i for i in range(400) if i not in flipped]
+    assert torch.equal(out[kept], images[kept])
+
+
+def test_mirror_reaches_the_step(tmp_path):
+    losses = []
+    for mirror in (False, True):
+        stepper, images = make(tmp_path, mirror=mirror, augment=0.0)
+        losses.append(stepper.microbatch_loss(*next(images), 0))
+    assert not torch.equal(*losses)
 
 
 def test_accumulated_microbatches_give_the_mean_gradient_of_all(tmp_path):
