@@ -127,8 +127,7 @@ def apply(
 def accumulation(batch: int, batch_gpu: int | None, processes: int) -> tuple[int, int]:
     """``(batch_gpu, rounds)`` with ``batch = batch_gpu × processes × rounds``, or a :class:`UserError`."""
     if batch % processes:
-        above = -(-batch // processes) * processes
-        raise UserError(f"--batch {batch} does not divide among {processes} processes; take --batch {above}")
+        raise UserError(f"--batch {batch} does not divide among {processes} processes")
     batch_gpu = min(batch_gpu or batch, batch // processes)
     if batch % (batch_gpu * processes):
         above = -(-batch // (batch_gpu * processes)) * batch_gpu * processes
