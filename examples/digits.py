@@ -99,7 +99,8 @@ def main(outdir: Path, kimg: float | None) -> None:
 
     samples, classes = draw(network)
     by_class = torch.cat([samples[classes == digit][:8] for digit in range(10)])
-    save_grid(by_class.unflatten(0, (10, 8)).transpose(0, 1).flatten(0, 1), outdir / "samples.png", (10, 8))
+    framed = torch.nn.functional.pad(by_class, (1, 1, 1, 1), value=80)
+    save_grid(framed.unflatten(0, (10, 8)).transpose(0, 1).flatten(0, 1), outdir / "samples.png", (10, 8))
     summary = judge(samples, classes, real, heldout)
     summary |= {
         "images_seen": outcome.images_seen,

@@ -98,6 +98,7 @@ def _swap(new: Path, path: Path) -> None:
         os.rename(new, path)
         return
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a killed process that had the same number
     os.rename(path, old)
     try:
         os.rename(new, path)

@@ -141,14 +141,13 @@ class NpzFile:
         self.finished = np.lib.format.open_memmap(self.marks, "r+")
 
     def allocate(self) -> None:
-        """Make both arrays and claim their place: a sparse file would meet a full disk as a crash (SIGBUS)."""
         self.marks.unlink(missing_ok=True)
         try:
             for path, dtype, shape in ((self.rows, np.uint8, self.shape), (self.marks, np.bool_, self.shape[:1])):
-                array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-                del array
+                np.lib.format.open_memmap(path, "w+", dtype, shape)
+                if hasattr(os, "posix_fallocate"):  # not on macOS; a sparse file meets a full disk as a crash (SIGBUS)
+                    with path.open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except BaseException:
             self.discard()
             raise

@@ -1,9 +1,15 @@
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from diffit.cli import cli, run
+from helpers import write_archive
 
 
 @pytest.fixture
@@ -78,6 +84,22 @@ def test_a_resolution_that_is_no_size_is_a_usage_error(raw, size):
     result = invoke(f"data convert --source raw --dest out.zip --resolution={size}")
     assert result.exit_code == 2
     assert "is not a size in pixels" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_conversion_that_is_stopped_leaves_nothing_behind(tmp_path, number, status):
+    source = write_archive(tmp_path / "source.zip", 3000, side=32)
+    (tmp_path / "out").mkdir()
+    words = ["-m", "diffit", "data", "convert", "--source", source, "--dest", tmp_path / "out" / "a.zip"]
+    process = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == status
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_user_error_is_one_line_without_traceback(raw, capsys):

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -93,6 +96,29 @@ def test_other_projects_spellings_mean_the_same(pets, capsys):
     assert first.training.ema_halflife_kimg == 250
 
 
+def test_a_dry_run_without_data_does_not_deny_its_classes(capsys):
+    assert "the data's classes" in dry_run(capsys, *DEBUG, "--cond")[1]
+    assert "no classes" in dry_run(capsys, *DEBUG)[1]
+
+
+def test_epochs_are_passes_over_the_data(pets, capsys):
+    config, text = dry_run(capsys, *DEBUG, "--data", pets, "--epochs", 10)
+    assert config.training.steps * config.training.batch == 240
+    assert "30 steps, 10 epochs" in text
+
+
+@pytest.mark.parametrize("size", ["16", "16x16", "16X16", "16×16", "016"])
+def test_a_size_is_written_as_data_convert_takes_it(pets, capsys, size):
+    assert dry_run(capsys, *DEBUG, "--data", pets, "--resolution", size)[0].model.image_size == (16, 16)
+
+
+def test_underscores_are_as_good_as_hyphens(capsys):
+    for underscored in ("--batch_gpu=2", "--dry_run"):
+        with pytest.raises(SystemExit) as exit_:
+            run(cli, ["train", *DEBUG, underscored, "-n"])
+        assert not exit_.value.code
+
+
 def test_size_and_channels_come_from_the_data(tmp_path, capsys):
     gray = write_archive(tmp_path / "gray.zip", side=28, channels=1)
     config = dry_run(capsys, "--data", gray)[0]
@@ -124,6 +150,11 @@ def fine(path):
     write_archive(path / "a.zip")
 
 
+def more_classes(path):
+    write_archive(path / "a.zip", classes=2)
+    write_archive(path / "val.zip", classes=3)
+
+
 MISTAKES = {
     "labels missing": (unlabelled, ["--cond"], "3 of 24 images have no label"),
     "truncated zip": (truncated, [], "a.zip cannot be read as a zip"),
@@ -138,12 +169,16 @@ MISTAKES = {
     "resume": (fine, [*DEBUG, "--resume", "elsewhere"], "elsewhere: neither a training-state folder nor a run"),
     "init": (fine, [*DEBUG, "--init-from", __file__], "not a safetensors"),
     "two lengths": (fine, ["--kimg", 1, "--duration", 1], "give one"),
+    "two precisions": (fine, ["--fp16", "--precision", "bf16"], "say different things"),
+    "epochs": (fine, ["--kimg", 1, "--epochs", 1], "--epochs says the same thing"),
+    "classes of --val": (more_classes, [*DEBUG, "--cond", "--val", "val.zip"], "3 classes, the training images have 2"),
     "no data": (lambda path: None, [], "a.zip: no such file"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_before_any_work(mistake, tmp_path):
+def test_a_mistake_is_one_line_before_any_work(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     prepare, arguments, message = MISTAKES[mistake]
     prepare(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -158,6 +193,7 @@ def test_images_of_mixed_sizes_are_named(tmp_path):
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match=r"b\.png' is 8x8 RGB but 'a\.png' is 16x16 RGB.*diffit data convert"):
         diffit("train", *DEBUG, "--data", tmp_path, "--outdir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_files(pets, tmp_path, monkeypatch):
@@ -178,6 +214,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_files(pets, tmp_path, monkeypat
         (["trian"], 2, "trian"),
         (["train", "--kimg", "many"], 2, "'many' is not a valid float"),
         (["train", "--preset", "nothing", "--dry-run"], 1, "unknown preset 'nothing'"),
+        (["train", *DEBUG, "--grid", "00x3", "-n"], 2, "'00x3' is not a size"),
     ],
 )
 def test_exit_status_and_message(arguments, status, message, capsys):
@@ -188,6 +225,56 @@ def test_exit_status_and_message(arguments, status, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_failed_system_call_is_one_line(tmp_path, monkeypatch, capsys):
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("diffit.data.archive.os.scandir", forbidden)  # to the superuser nothing is unreadable
+    with pytest.raises(SystemExit) as exit_:
+        run(cli, ["train", *DEBUG, "--data", str(tmp_path), "--outdir", str(tmp_path / "runs")])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: Permission denied\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--resume", "nonsense"], ["--outdir", "a.zip"], ["--data", "nowhere"]])
+def test_of_several_processes_one_tells_what_is_wrong(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    write_archive(tmp_path / "a.zip")
+    base = ["train", *DEBUG, "--data", "a.zip", "--outdir", "runs"]
+    done = command(*base, *arguments, processes=2, check=False)
+    assert done.returncode
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
+    assert "[rank" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_error_of_another_process_than_the_first_is_told_alone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import click\n"
+        "from diffit.cli import run\n"
+        "from diffit.errors import UserError\n"
+        "from diffit.training.distributed import processes\n"
+        "@click.command()\n"
+        "def main():\n"
+        "    with processes() as procs:\n"
+        "        if not procs.is_first:\n"
+        "            raise UserError('only mine')\n"
+        "        procs.barrier()\n"
+        "run(main)\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == ["error: only mine"]
+    assert "[rank" not in done.stderr
 
 
 def test_help_does_not_wait_for_torch():

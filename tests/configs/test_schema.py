@@ -136,3 +136,10 @@ def test_a_missing_key_is_named():
 
 def test_a_square_of_stages_may_shrink_to_one_pixel():
     assert len(ImageModel(**MODEL | {"stages": (StageSpec(**STAGE),) * 4}).stages) == 4
+
+
+@pytest.mark.parametrize(
+    ("kimg", "batch", "steps"), [(0.07, 10, 7), (0.07, 9, 8), (200_000, 512, 390_625), (1e-9, 8, 1), (0.29, 10, 29)]
+)
+def test_steps_show_the_images_asked_for_and_no_more_than_a_batch_above(kimg, batch, steps):
+    assert Training(batch=batch, kimg=kimg, lr=1.0).steps == steps

@@ -1,6 +1,9 @@
 """Samples from a file, through the command line where that is what is promised."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -77,6 +80,27 @@ def test_images_do_not_depend_on_the_number_of_processes(network, tmp_path, form
     assert [path.name for path in (tmp_path / "2").iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
+def test_a_killed_run_is_continued_by_the_same_command(network, tmp_path):
+    words = ["sample", "--network", network, "--outdir", tmp_path / "out", "--seeds", "0-199", "--format", "npz"]
+    words += ["--batch", 2]
+    process = subprocess.Popen([sys.executable, "-m", "diffit", *map(str, words)])
+    marks = tmp_path / "out/.samples_200x16x16x3.npz.marks"
+    deadline = time.monotonic() + 60
+    while not (marks.exists() and np.load(marks, mmap_mode="r").any()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/samples_200x16x16x3.npz").exists()
+    finished = np.load(marks)
+    assert 0 < finished.sum() < 200
+    command(*words)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["samples.json", "samples_200x16x16x3.npz"]
+    whole = np.load(sample(network, tmp_path / "whole", "--seeds", "0-199", "--format", "npz") / names[1])["arr_0"]
+    assert_same_images(np.load(tmp_path / "out" / names[1])["arr_0"].astype(int), whole.astype(int))
+
+
 def test_seeds_may_come_in_any_order_and_company(network, tmp_path):
     some = pixels(sample(network, tmp_path / "a", "--seeds", "5,2,9"))
     all_ = pixels(sample(network, tmp_path / "b", "--seeds", "0-9"))
@@ -127,6 +151,8 @@ def test_guidance_has_an_effect(network, tmp_path):
         (["--class", "3"], "--class 3"),
         (["--grid", "9x9"], "--grid 9x9 needs 81 images, there are 64"),
         (["--steps", "0"], "steps: 0"),
+        (["--seeds", "0-3,2"], "--seeds names 2 more than once"),
+        (["--class-grid", "--class", "bee"], "takes no --class"),
         (["--sigma-min", "100"], "sigma_min 100 must be below sigma_max 80"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),
     ],

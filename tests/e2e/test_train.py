@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,15 @@ def test_the_same_command_after_the_end_does_nothing_and_a_new_run_can_be_asked_
     assert again.run_dir == first.run_dir
     assert again.snapshot is None
     assert run(pets, tmp_path, kimg=0.04, resume="none").run_dir.name.startswith("00001")
+
+
+def test_a_state_that_was_copied_away_goes_on_in_a_new_run(pets, tmp_path):
+    first = run(pets, tmp_path / "runs", kimg=0.04)
+    copy = shutil.copytree(first.run_dir / "training-state-000000", tmp_path / "copy" / "training-state-000000")
+    second = run(pets, tmp_path / "runs", kimg=0.08, resume=str(copy))
+    assert second.run_dir.name.startswith("00001")
+    assert [path.name for path in copy.parent.iterdir()] == ["training-state-000000"]
+    assert_identical(tensors(second.run_dir), tensors(run(pets, tmp_path / "through", kimg=0.08).run_dir))
 
 
 def test_two_newest_states_are_kept(pets, tmp_path):

@@ -59,6 +59,13 @@ def test_a_damaged_state_is_refused_and_the_file_named(tmp_path, name, damage):
         load_state(folder)
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", "nonsense", '{"name": "a web page", "icons": []}'])
+def test_a_folder_with_a_manifest_of_another_kind_is_no_state(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match="not a training state"):
+        load_state(tmp_path)
+
+
 def test_nothing_in_a_state_is_a_pickle(tmp_path):
     folder = tmp_path / "training-state-000003"
     net, optimizer = trained()

@@ -3,8 +3,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
 from diffit.training.feed import feed, fits, image_indices, microbatches
 from helpers import write_archive
 
@@ -50,6 +52,18 @@ def test_streamed_images_are_those_in_memory(tmp_path, workers):
         (images, labels), (other_images, other_labels) = next(resident), next(streamed)
         assert torch.equal(images, other_images)
         assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_faulty_streamed_image_is_named_in_one_line(tmp_path, workers):
+    for name, side in (("a", 16), ("b", 8)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    images = feed(
+        ImageArchive(tmp_path), microbatches(2, 0, 0, 2, 2, 0, 1), torch.device("cpu"), resident=None, workers=workers
+    )
+    with pytest.raises(UserError, match=r"b\.png' is 8x8") as caught:
+        next(images)
+    assert "\n" not in str(caught.value)
 
 
 def test_images_fit_while_all_processes_of_the_machine_together_take_a_quarter():

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -24,6 +25,13 @@ def config(**options):
 def test_runs_are_numbered_and_say_what_they_are(tmp_path):
     assert create_run(tmp_path, config(), 1, None).name == "00000-pets-debug-gpus1-batch8"
     assert create_run(tmp_path, config(batch=32), 2, "try").name == "00001-pets-debug-gpus2-batch32-try"
+
+
+@pytest.mark.parametrize("desc", ["a/b", "", "two\nlines", "a\\b"])
+def test_a_description_that_is_no_part_of_a_name_is_refused(tmp_path, desc):
+    with pytest.raises(UserError, match="--desc"):
+        create_run(tmp_path, config(), 1, desc)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("free", [{"kimg": 9.0}, {"tick": 1.0}, {"snap": 3}, {"workers": 1}, {"cfg_scale": 2.0}])
@@ -81,6 +89,16 @@ def test_statistics_after_the_resumed_image_are_dropped(tmp_path):
     path.write_text('{"images": 8, "loss": 3}\n{"images": 16, "loss": 2}\n{"images": 24, "lo')
     truncate_jsonl(path, 8)
     assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [8]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@pytest.mark.parametrize("name", ["log.txt", "stats.jsonl"])
+def test_a_disk_that_is_full_for_records_is_a_user_error(tmp_path, name):
+    records = Records(tmp_path, 0)
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(UserError, match="the disk is full"):
+        records.log("text") if name == "log.txt" else records.stats(8, {"loss": 1.0})
+    records.close()
 
 
 def test_statistics_are_flat_and_reach_tensorboard(tmp_path):

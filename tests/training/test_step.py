@@ -1,5 +1,6 @@
 """The step as such; whole runs are in tests/e2e."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,7 +9,7 @@ from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.training.distributed import Processes
 from diffit.training.feed import feed, microbatches
-from diffit.training.step import Stepper, build_network, drop_labels
+from diffit.training.step import Stepper, build_network, clean_samples, drop_labels
 from helpers import write_archive
 
 CPU = torch.device("cpu")
@@ -25,6 +26,47 @@ def make(tmp_path, precision="fp32", **options):
 
 def weights(stepper):
     return {name: tensor.clone() for name, tensor in stepper.net.state_dict().items()}
+
+
+def test_building_a_network_leaves_gpus_and_ambient_randomness_alone(monkeypatch):
+    def touched(*_):
+        raise AssertionError("a GPU was touched")
+
+    for name in ("device_count", "manual_seed_all", "get_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    before = torch.get_rng_state()
+    build_network(resolve("debug", {}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_a_dropped_label_is_the_null_class(tmp_path, probability):
+    stepper, images = make(tmp_path, label_drop=probability)
+    pictures, labels = next(images)
+    seen = []
+    stepper.net.y_embedder.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0].tolist()))
+    stepper.microbatch_loss(pictures, labels, 0)
+    assert seen == ([3] * len(labels) if probability else labels.tolist())
+
+
+def test_mirror_flips_about_half_of_the_images_and_touches_no_other():
+    images = torch.randint(256, (400, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    images, out = (
+        clean_samples(images, generator, mirror=mirror, autoencoder=None, scale=None) for mirror in (False, True)
+    )
+    flipped = [i for i in range(400) if (out[i].numpy() == np.fliplr(images[i, 0].numpy())).all()]
+    assert 160 < len(flipped) < 240
+    kept = [i for i in range(400) if i not in flipped]
+    assert torch.equal(out[kept], images[kept])
+
+
+def test_mirror_reaches_the_step(tmp_path):
+    losses = []
+    for mirror in (False, True):
+        stepper, images = make(tmp_path, mirror=mirror, augment=0.0)
+        losses.append(stepper.microbatch_loss(*next(images), 0))
+    assert not torch.equal(*losses)
 
 
 def test_accumulated_microbatches_give_the_mean_gradient_of_all(tmp_path):

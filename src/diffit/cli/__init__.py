@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import signal
 import sys
+import time
 
 import click
 
@@ -39,18 +41,39 @@ def cli() -> None:
 
 def run(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command and exit. What the user got wrong is one line on stderr: status 2 for the words, else 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
     try:
-        sys.exit(command.main(args=args, standalone_mode=False))
+        # --sigma_min is --sigma-min: EDM's sampler and torchrun's habit write underscores.
+        sys.exit(
+            command.main(args=args, standalone_mode=False, token_normalize_func=lambda name: name.replace("_", "-"))
+        )
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else command.name
         fail(f"{error.format_message().rstrip('.')} (see {path} --help)", 2)
     except (UserError, click.ClickException) as error:
         fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 1)
+    except OSError as error:  # what no one foresaw, such as a folder that may not be listed
+        place = f"{error.filename}: " if error.filename else ""
+        fail(f"{place}{error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
+    except Exception:
+        _let_another_process_speak(first_waits=1)
+        raise
+
+
+def _let_another_process_speak(first_waits: float) -> None:
+    """Most errors are met by all processes alike, or are lost connections to one that has told its error and gone.
+
+    The launcher ends the others within a second of that one's exit; who is still there then tells its own story.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(first_waits if os.environ.get("RANK", "0") == "0" else 3)
 
 
 def fail(message: str, status: int) -> None:
+    _let_another_process_speak(first_waits=0)
     click.echo(f"error: {message}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,8 +13,8 @@ class Size(click.ParamType):
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", value) if isinstance(value, str) else None
-        if match is None or "0" in (match[1], match[2]):
+        match = re.fullmatch(r"0*([1-9]\d*)(?:[xX×]0*([1-9]\d*))?", value) if isinstance(value, str) else None
+        if match is None:
             self.fail(f"{value!r} is not a size; write 32 or 48x32 (width x height)", param, ctx)
         return int(match[2] or match[1]), int(match[1])
 

@@ -1,6 +1,7 @@
 """``diffit sample``."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 
 OPTIONS: list[Callable[..., Any]] = [
-    click.option("--network", required=True, metavar="FILE|ID",
+    click.option("--network", "--ckpt", required=True, metavar="FILE|ID",
                  help="File that training wrote, NVIDIA's released weights, or the Hub id of either."),
     click.option("--outdir", type=click.Path(path_type=Path), required=True, help="Where the images go."),
     click.option("--seeds", type=Numbers(), help="One image a seed: 0-63 or 3,7,9.  [default: 0-63]"),
@@ -23,9 +24,10 @@ OPTIONS: list[Callable[..., Any]] = [
     switch("--class-grid", help="Write class-grid.png instead: a row a class, a column a seed."),
     click.option("--grid", type=Size(), metavar="WxH", help="Also write grid.png with the first images."),
     # Solver and guidance; defaults come from the file
-    click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
+    click.option("--sampler", "--solver", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
                  help="Default: the file's. ddpm and ddim are for discrete schedules."),
-    click.option("--steps", type=Steps(), metavar="N|ddimN", help="Steps of the solver. Default: the file's."),
+    click.option("--steps", "--num-sampling-steps", type=Steps(), metavar="N|ddimN",
+                 help="Steps of the solver. Default: the file's."),
     click.option("--eta", type=float, help="Noise of ddim: 0 is deterministic."),
     click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none. Default: the file's."),
     click.option("--scale-pow", "cfg_power", type=float, help="Power-cosine exponent of the scale; 0: constant."),
@@ -84,6 +86,14 @@ def sample(
     if seeds is not None and num_samples is not None:
         raise UserError("--seeds and --num-samples say the same thing: give one")
     chosen: Sequence[int] = seeds if seeds is not None else range(num_samples or 64)
+    if len(set(chosen)) < len(chosen):
+        twice = next(seed for seed, count in Counter(chosen).items() if count > 1)
+        raise UserError(f"--seeds names {twice} more than once: one seed gives one image")
+    given = {"--class": class_ is not None, "--grid": grid is not None, "--format npz": format_ == "npz"}
+    if class_grid and any(given.values()):
+        others = ", ".join(option for option in given if given[option])
+        raise UserError(f"--class-grid writes one picture of all classes and takes no {others}: leave one of them out")
+
     with processes() as procs:
         precision = check_precision(precision, procs.device)
         net, config = load_network(network, procs.device)
@@ -169,8 +179,9 @@ def describe(config: Config, count: int, label: int | None, precision: str) -> s
         f"{sampling.sampler}, {sampling.steps} steps, {precision}"
     )
     if config.model.num_classes:
-        names = config.data.class_names
-        chosen = "drawn" if label is None else f"{label} ({names[label]})" if names else str(label)
+        chosen = "drawn" if label is None else str(label)
+        if label is not None and label < len(config.data.class_names or ()):
+            chosen += f" ({(config.data.class_names or ())[label]})"
         line += f", class {chosen}, guidance {sampling.cfg_scale:g}"
         if sampling.cfg_scale != 1:
             line += f", power-cosine {sampling.cfg_power:g}" if sampling.cfg_power else ", constant"

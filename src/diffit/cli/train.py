@@ -37,6 +37,7 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--batch-gpu", type=int, help="Images a forward pass; accumulation makes up the rest of --batch."),
     click.option("--kimg", type=float, help="Length of the training in thousands of images."),
     click.option("--duration", type=float, metavar="MIMG", help="The same in millions of images."),
+    click.option("--epochs", type=float, help="The same in passes over the data."),
     click.option("--lr", type=float, help="Learning rate."),
     click.option("--lr-rampup-kimg", type=float, help="Length of its linear ramp-up."),
     click.option("--ema", type=float, metavar="MIMG", help="Half-life of the moving average in millions of images."),
@@ -74,7 +75,7 @@ def train(**options: Any) -> None:
     Starting the same command again resumes it. Under torchrun the same command uses several GPUs.
     """
     outdir, dry_run, resume, desc, grid = (options.pop(key) for key in ("outdir", "dry_run", "resume", "desc", "grid"))
-    preset = options.pop("preset")
+    preset, epochs = options.pop("preset"), options.pop("epochs")
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.training.distributed import processes
@@ -83,13 +84,15 @@ def train(**options: Any) -> None:
 
     if not dry_run and (options["data"] is None or outdir is None):
         raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
-    with processes() as procs:
+    with processes(join=not dry_run) as procs:
         archive = val = None
         if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
             archive = open_data(options["data"], options["cond"], preset)
             options["data"] = str(archive.path.resolve())
             if options["vae"] is None and hasattr(archive, "header"):
                 options["vae"] = archive.header.vae
+        if epochs is not None:
+            options["kimg"] = kimg_of(epochs, options["kimg"], archive)
         config = resolve(preset, options, facts_of(archive), processes=procs.count)
         if config.training.metrics and procs.is_first:
             click.echo(
@@ -124,6 +127,8 @@ def normalise(options: dict[str, Any]) -> None:
                 raise UserError(f"--{ours} and --{theirs} say the same thing: give one")
             options[ours] = value * factor
     if options.pop("fp16"):
+        if options["precision"] not in (None, "fp16"):
+            raise UserError(f"--fp16 and --precision {options['precision']} say different things: give one")
         options["precision"] = "fp16"
     if options["metrics"] is not None:
         options["metrics"] = tuple(name for name in options["metrics"].split(",") if name and name != "none")
@@ -155,6 +160,14 @@ def open_autoencoder(config: Config, archive: Any, device: Any) -> Any:
     return autoencoder
 
 
+def kimg_of(epochs: float, kimg: float | None, archive: Any) -> float:
+    if kimg is not None:
+        raise UserError("--epochs says the same thing as --kimg and --duration: give one")
+    if archive is None:
+        raise UserError("--epochs counts passes over the data: give --data too, or --kimg")
+    return epochs * len(archive) / 1000
+
+
 def facts_of(archive: Any) -> DataFacts | None:
     if archive is None:
         return None
@@ -170,4 +183,6 @@ def open_val(path: str, archive: Any, config: Config) -> Any:
     shapes = [tuple(a[0].shape) for a in (val, archive)]
     if shapes[0] != shapes[1]:
         raise UserError(f"--val {path}: holds {shapes[0]}, the training data {shapes[1]}; convert both alike")
+    if config.data.cond and val.num_classes > config.model.num_classes:
+        raise UserError(f"--val {path}: {val.num_classes} classes, the training images have {archive.num_classes}")
     return val

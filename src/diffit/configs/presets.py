@@ -75,7 +75,7 @@ def digits() -> Config:
             ),
             cond_dim=128,
         ),
-        sampling=Sampling(steps=18),
+        sampling=Sampling(steps=18, cfg_scale=1.2),
         training=Training(
             batch=64,
             kimg=200,

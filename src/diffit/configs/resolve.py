@@ -183,7 +183,7 @@ def latent_changes(base: Config, options: Mapping[str, Any], size: tuple[int, in
 def accumulation(batch: int, batch_gpu: int | None, processes: int) -> tuple[int, int]:
     """``(batch_gpu, rounds)`` with ``batch = batch_gpu × processes × rounds``, or a :class:`UserError`."""
     if batch % processes:
-        raise UserError(f"--batch {batch} does not divide among {processes} processes")
+        raise UserError(f"--batch {batch} does not divide among {processes} processes; take a multiple of {processes}")
     batch_gpu = min(batch_gpu or batch, batch // processes)
     if batch % (batch_gpu * processes):
         above = -(-batch // (batch_gpu * processes)) * batch_gpu * processes

@@ -4,6 +4,7 @@ A :class:`Config` is what a preset returns, what a training run writes to ``trai
 the header of a weights file.
 """
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -216,6 +217,11 @@ class Training(Frozen):
     metrics: tuple[str, ...] = ()
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that show ``kimg``, in whole images first: 0.07 · 1000 is a little more than 70 in floating point."""
+        return max(math.ceil(round(self.kimg * 1000) / self.batch), 1)
 
 
 class Data(Frozen):

@@ -18,6 +18,7 @@ from diffit.files import whole_folder
 from diffit.weights import save_tensors
 
 PREFIX = "training-state-"
+FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 
 
 def _sha256(path: Path) -> str:
@@ -67,7 +68,9 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
     try:
         sums = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{folder}: not a training state (no readable manifest.json)") from None
+        sums = None
+    if not isinstance(sums, dict) or not sums.keys() >= FILES:
+        raise UserError(f"{folder}: not a training state (its manifest.json is not one of ours); give another --resume")
     for name, expected in sums.items():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
             raise UserError(f"{folder}: {name} is missing or damaged; remove this state to resume from an earlier one")

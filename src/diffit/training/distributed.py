@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from diffit.errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -44,15 +46,25 @@ class Processes:
 
 
 def pick_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"process {index + 1} of this machine finds {count} GPUs: give --nproc_per_node={count}")
+    return torch.device("cuda", index)
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
-    """Join the process group that torchrun's environment describes, and leave it at the end."""
+def processes(*, join: bool = True) -> Iterator[Processes]:
+    """Join the process group that torchrun's environment describes, and leave it at the end.
+
+    After an error it is not left: that may wait for processes which themselves wait for this one.
+    Without ``join`` they are only counted, for what needs neither the others nor a GPU.
+    """
     count = int(os.environ.get("WORLD_SIZE", 1))
+    if not join:
+        yield Processes(rank=int(os.environ.get("RANK", 0)), count=count, device=torch.device("cpu"))
+        return
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -63,7 +75,5 @@ def processes() -> Iterator[Processes]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield Processes(rank=dist.get_rank(), count=count, device=device)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(rank=dist.get_rank(), count=count, device=device)
+    dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """``--dry-run``: the resolved configuration and what it takes, on any machine."""
 
 import json
-import math
 
 from diffit.configs.resolve import accumulation
 from diffit.configs.schema import Config
@@ -14,24 +13,25 @@ def describe(config: Config, processes: int, archive: ImageArchive | None) -> st
     training = config.training
     batch_gpu, rounds = accumulation(training.batch, training.batch_gpu, processes)
     cost = estimate(config, batch_gpu, training.precision)
-    steps = math.ceil(training.kimg * 1000 / training.batch)
     channels, height, width = config.image_shape
     if archive is not None:
         data = f"{len(archive)} images: {archive.path}"
-        epochs = f", {steps * training.batch / len(archive):.3g} epochs"
+        epochs = f", {training.steps * training.batch / len(archive):.3g} epochs"
     else:
         data = (
             f"{config.data.path} is not there: size and channels are the preset's" if config.data.path else "not given"
         )
         epochs = ""
+    # Only the data knows how many classes --cond will have.
+    classes = config.model.num_classes or ("no" if not config.data.cond else "the data's")
     lines = [
         json.dumps(config.model_dump(mode="json"), indent=2),
-        f"preset      {config.preset}, {width}×{height}×{channels}, {config.model.num_classes or 'no'} classes",
+        f"preset      {config.preset}, {width}×{height}×{channels}, {classes} classes",
         f"data        {data}",
         f"parameters  {cost.parameters:,}",
         f"compute     {cost.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",
         f"batch       {training.batch} = {batch_gpu} per GPU × {processes} processes × {rounds} accumulated",
-        f"duration    {training.kimg:,g} kimg, {steps:,} steps{epochs}",
+        f"duration    {training.kimg:,g} kimg, {training.steps:,} steps{epochs}",
         f"memory      about {cost.training_bytes / 2**30:.2f} GiB a process: {cost.state_bytes / 2**30:.2f} for "
         f"weights, gradients, moments and average, {cost.activation_bytes / 2**30:.2f} for activations",
         f"sampling    {config.sampling.sampler}, {config.sampling.steps} steps",

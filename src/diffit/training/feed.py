@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from diffit.data.archive import ImageArchive
 from diffit.data.latents import LatentArchive
+from diffit.errors import UserError
 from diffit.randomness import ORDER, derive_seed
 
 Archive = ImageArchive | LatentArchive
@@ -55,13 +56,19 @@ def fits(need: int, free: int, sharers: int = 1) -> bool:
 
 
 class _Fetch(torch.utils.data.Dataset):
-    """Loads a whole microbatch in one call, so that a worker sends one tensor."""
+    """Loads a whole microbatch in one call, so that a worker sends one tensor.
+
+    A :class:`UserError` is sent too: raised in a worker it would come out with that worker's traceback for a message.
+    """
 
     def __init__(self, archive: Archive) -> None:
         self.archive = archive
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        return torch.stack([self.archive[i] for i in indices.tolist()])
+    def __getitem__(self, indices: Tensor) -> Tensor | UserError:
+        try:
+            return torch.stack([self.archive[i] for i in indices.tolist()])
+        except UserError as error:
+            return UserError(str(error))
 
 
 def feed(
@@ -102,6 +109,8 @@ def feed(
         worker_init_fn=_leave_signals_to_the_run,
     )
     for images in loader:
+        if isinstance(images, UserError):
+            raise images
         indices = sent.pop(0)
         labels = None if archive.labels is None else archive.labels[indices]
         yield _to(images, device), None if labels is None else _to(labels, device)

@@ -1,6 +1,5 @@
 """A training run from start-up line to the last snapshot. To resume, run the same command again."""
 
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from diffit.training.display import Display, duration
 from diffit.training.distributed import Processes
 from diffit.training.estimate import estimate
 from diffit.training.feed import Archive, feed, fits, image_indices, microbatches
-from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, write_options
+from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, read_options, write_options
 from diffit.training.step import Stepper, build_network
 from diffit.weights import load_into, read_network_file, save_network
 
@@ -74,13 +73,18 @@ def train(
         stepper = Stepper(config, procs, net, precision, autoencoder)
         if state is not None:
             restore(stepper, state)
-        total = math.ceil(config.training.kimg * 1000 / config.training.batch) * config.training.batch
+        total = config.training.steps * config.training.batch
         if state is not None and stepper.images_seen >= total:
             return Outcome(state.parent, stepper.images_seen, False, None)
-        new_dir = create_run(outdir, config, procs.count, desc) if procs.is_first and state is None else None
-        run_dir = state.parent if state is not None else procs.broadcast(new_dir)
+        # Before there is a run folder, because this finds faulty images.
+        resident, loading = load_resident(archive, procs, config.training.workers)
+        run_dir = None
+        if procs.is_first:  # a new run also for a state that was copied away from its own
+            lonely = state is None or read_options(state.parent) is None
+            run_dir = create_run(outdir, config, procs.count, desc) if lonely else state.parent
+        run_dir = procs.broadcast(run_dir)
         run = Run(stepper, archive, run_dir, total, grid, val)
-        return run.go(resumed=state is not None)
+        return run.go(resident, loading, resumed=state is not None)
 
 
 def check_precision(precision: str, device: torch.device) -> str:
@@ -104,6 +108,22 @@ def restore(stepper: Stepper, folder: Path) -> None:
     if facts["scaler"]:
         stepper.scaler.load_state_dict(facts["scaler"])
     stepper.images_seen = facts["images_seen"]
+
+
+def load_resident(archive: Archive, procs: Processes, workers: int) -> tuple[Tensor | None, str]:
+    """All images as one tensor, on the device or in memory, where they fit; None where they must be streamed.
+
+    And what to say of it.
+    """
+    need = len(archive) * archive[0].nbytes
+    on_device = procs.device.type == "cuda" and fits(need, torch.cuda.mem_get_info(procs.device)[0])
+    if not on_device and not fits(need, psutil.virtual_memory().available, procs.count):
+        return None, f"streamed by {workers} workers: {need / 2**30:.1f} GiB do not fit"
+    began = time.monotonic()
+    images = archive.load_all()
+    place = "on the device" if on_device else "in memory"
+    said = f"{need / 2**20:.0f} MiB {place}, decoded in {duration(time.monotonic() - began)}"
+    return images.to(procs.device) if on_device else images, said
 
 
 @contextmanager
@@ -143,12 +163,12 @@ class Run:
         self.display = Display(self.records, total, stepper.images_seen)
         self.snapshot: Path | None = None
 
-    def go(self, *, resumed: bool) -> Outcome:
+    def go(self, resident: Tensor | None, loading: str, *, resumed: bool) -> Outcome:
         training, stepper = self.config.training, self.stepper
         if self.procs.is_first:
             write_options(self.run_dir, self.config)
         self.announce(resumed)
-        resident = self.load_resident()
+        self.display.say(f"loading   {loading}")
         order = microbatches(
             len(self.archive), training.seed, stepper.images_seen, training.batch, stepper.batch_gpu,
             self.procs.rank, self.procs.count,
@@ -167,10 +187,10 @@ class Run:
                 end = done or stop
                 if end or self.crossed(1):
                     self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
+                    if end or self.crossed(training.dump):  # first: who asked the run to stop may not wait for grids
+                        self.save_state()
                     if end or self.crossed(training.snap):
                         self.save_snapshot()
-                    if end or self.crossed(training.dump):
-                        self.save_state()
                     began, seen = time.monotonic(), stepper.images_seen
         return self.finish(stop and not done)
 
@@ -205,21 +225,6 @@ class Run:
         ):
             self.display.say(line)
 
-    def load_resident(self) -> Tensor | None:
-        """All images as one tensor, on the device or in memory, where they fit; None where they must be streamed."""
-        need = len(self.archive) * self.archive[0].nbytes
-        device = self.procs.device
-        on_device = device.type == "cuda" and fits(need, torch.cuda.mem_get_info(device)[0])
-        if not on_device and not fits(need, psutil.virtual_memory().available, self.procs.count):
-            workers = self.config.training.workers
-            self.display.say(f"loading   streamed by {workers} workers: {need / 2**30:.1f} GiB do not fit")
-            return None
-        began = time.monotonic()
-        images = self.archive.load_all()
-        place = "on the device" if on_device else "in memory"
-        self.display.say(f"loading   {need / 2**20:.0f} MiB {place}, decoded in {duration(time.monotonic() - began)}")
-        return images.to(device) if on_device else images
-
     def must_stop(self, received: list[int]) -> bool:
         """Whether to end here: on request, or because gradients stay non-finite. The same answer on all processes."""
         stepper, limit = self.stepper, self.config.training.max_skipped
@@ -230,7 +235,7 @@ class Run:
             raise UserError(
                 f"{limit} steps in a row had a non-finite gradient and were skipped; the last good weights are "
                 f"saved in {self.run_dir}. Remedies: a lower --lr, --precision bf16 or fp32, a look at the data with "
-                "`diffit data check`; then run again"
+                f"`diffit data check`; then go on with --resume {self.run_dir}"
             )
         # With several processes asking costs a collective, so they ask every tenth step.
         if self.procs.count > 1 and steps % 10:

@@ -38,6 +38,8 @@ def runs(outdir: Path) -> list[Path]:
 
 def create_run(outdir: Path, config: Config, processes: int, desc: str | None) -> Path:
     """``<outdir>/00000-<data>-<preset>-gpus1-batch128[-desc]`` with the next free number."""
+    if desc is not None and not re.fullmatch(r"[\w.+=,-]+", desc):
+        raise UserError(f"--desc {desc!r}: it becomes part of a folder's name; use letters, digits and . _ + = , -")
     number = max((int(path.name[:5]) for path in runs(outdir)), default=-1) + 1
     data = Path(config.data.path).stem if config.data.path else "data"
     parts = [f"{number:05d}", data, config.preset, f"gpus{processes}", f"batch{config.training.batch}", desc]
@@ -89,16 +91,17 @@ class Records:
         self.board = _tensorboard(run_dir, images_seen)
 
     def log(self, text: str) -> None:
-        with (self.run_dir / "log.txt").open("a") as file:
+        with disk_errors(self.run_dir), (self.run_dir / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def stats(self, images_seen: int, scalars: dict[str, float]) -> None:
-        with disk_errors(self.run_dir), (self.run_dir / "stats.jsonl").open("a") as file:
-            file.write(json.dumps({"images": images_seen, **scalars}) + "\n")
-        if self.board is not None:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, images_seen)
-            self.board.flush()
+        with disk_errors(self.run_dir):
+            with (self.run_dir / "stats.jsonl").open("a") as file:
+                file.write(json.dumps({"images": images_seen, **scalars}) + "\n")
+            if self.board is not None:
+                for name, value in scalars.items():
+                    self.board.add_scalar(name, value, images_seen)
+                self.board.flush()
 
     def close(self) -> None:
         if self.board is not None:

@@ -25,8 +25,8 @@ from diffit.training.meter import Meter
 
 def build_network(config: Config) -> DiffiT:
     """The network with weights that are a function of the seed, on the CPU so that every device begins alike."""
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(config.training.seed, INIT))
+    with torch.random.fork_rng(devices=[]):  # by default it would open a context on every GPU of the machine
+        torch.default_generator.manual_seed(derive_seed(config.training.seed, INIT))
         net = build(config.model)
     return channels_last(net) if isinstance(net, ImageDiffiT) else net
 
