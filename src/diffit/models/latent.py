@@ -60,8 +60,10 @@ class LatentDiffiT(nn.Module):
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
-        self._time_weight: Tensor | None = None
-        self._time_bias: Tensor | None = None
+        self._time_weight: Tensor | None
+        self._time_bias: Tensor | None
+        self.register_buffer("_time_weight", None, persistent=False)
+        self.register_buffer("_time_bias", None, persistent=False)
         self.init_weights()
 
     @classmethod
