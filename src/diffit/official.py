@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from diffit.configs.presets import latent_preset_for
-from diffit.configs.schema import Config, LatentModel
+from diffit.configs.schema import Config, Data, LatentModel, explain
 from diffit.errors import UserError
-from diffit.models.attention import relative_position_index
+from diffit.models.attention import is_relative_position_index, relative_position_index
 
 INDEX = ".attn.relative_position_index"
 MARK = "blocks.0.attn.relative_position_bias_table"
@@ -55,25 +56,42 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> Config | No
     side = isqrt(tokens)
     if side**2 != tokens or (2 * side - 1) ** 2 != rows:
         raise UserError(f"{source}: {tokens} tokens and a bias table of {rows} rows do not belong to one square map")
-    model = LatentModel(
-        input_size=(side * patch, side * patch),
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
-        num_heads=heads,
-        mlp_ratio=hidden / width,
-        num_classes=classes,
-    )
+    try:
+        model = LatentModel(
+            input_size=(side * patch, side * patch),
+            patch_size=patch,
+            in_channels=channels,
+            hidden_size=width,
+            depth=len({key.split(".")[1] for key in shapes if key.startswith("blocks.")}),
+            num_heads=heads,
+            mlp_ratio=hidden / width,
+            num_classes=classes,
+        )
+    except ValidationError as error:
+        raise UserError(f"{source}: looks like released DiffiT weights, but {explain(error)}") from None
     changes: dict[str, Any] = {"model": model}
     preset = latent_preset_for(side * patch)
     if not classes:
-        changes["sampling"] = preset.sampling.model_copy(update={"cfg_scale": 1.0})
+        changes["sampling"] = preset.sampling.model_copy(update={"cfg_scale": 1.0, "cfg_power": None})
+        changes["data"] = Data(cond=False)
     return preset.model_copy(update=changes)
 
 
+def check_index(index: Tensor, config: Config, source: str) -> None:
+    """:class:`UserError` unless ``index`` is that of the model's map of tokens."""
+    window = token_map(config.model) if isinstance(config.model, LatentModel) else None
+    if window is None or not is_relative_position_index(index, window):
+        raise UserError(f"{source} is not that of the model's tokens: the file is damaged, fetch it again")
+
+
+def token_map(model: LatentModel) -> tuple[int, int]:
+    return model.input_size[0] // model.patch_size, model.input_size[1] // model.patch_size
+
+
 def to_official(state: Mapping[str, Tensor], model: LatentModel) -> dict[str, Tensor]:
-    """The state dict with the index buffers that the released layout has in every layer (one tensor, shared)."""
-    window = (model.input_size[0] // model.patch_size, model.input_size[1] // model.patch_size)
-    index = relative_position_index(window)
+    """The state dict with the index buffers that the released layout has in every layer.
+
+    Each is a tensor of its own, as safetensors wants them: 235 MB in all at 512 pixels.
+    """
+    index = relative_position_index(token_map(model))
     return {**state, **{f"blocks.{i}{INDEX}": index.clone() for i in range(model.depth)}}

@@ -15,7 +15,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.files import whole_file
 from diffit.models import DiffiT, build
-from diffit.official import INDEX, recognise, stranger
+from diffit.official import INDEX, check_index, recognise, stranger
 
 CONFIG_KEY = "diffit_config"
 
@@ -62,8 +62,9 @@ def read_network_file(
 ) -> tuple[dict[str, Tensor], Config]:
     """Tensors and configuration of a file that :func:`save_network` wrote, or of NVIDIA's released weights.
 
-    Floating-point tensors are converted to ``dtype``, one by one; None keeps the file's. On the CPU what is not
-    converted stays mapped from the file, so that loading takes no more memory than the weights.
+    Floating-point tensors are converted to ``dtype``; None keeps the file's. On the CPU what is not converted stays
+    mapped from the file, and what is converted is unmapped one by one, so that loading takes no more memory than the
+    weights. The index that the released layout repeats in every layer is checked and left out.
     """
     path = locate(path)
     try:
@@ -80,13 +81,25 @@ def read_network_file(
                         f"it is {stranger(keys)}"
                     )
                 config = found
-            return {key: _as(file.get_tensor(key), dtype) for key in keys}, config
+            state = {key: _as(file.get_tensor(key), dtype, path, key) for key in keys if not key.endswith(INDEX)}
+        for key in keys:
+            if key.endswith(INDEX):
+                check_index(_read_alone(path, key), config, f"{path}: {key}")
+        return state, config
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error}); fetch or save it again") from None
 
 
-def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _as(tensor: Tensor, dtype: torch.dtype | None, path: Path, key: str) -> Tensor:
+    if dtype in (None, tensor.dtype) or not tensor.is_floating_point():
+        return tensor
+    return (tensor if tensor.is_cuda else _read_alone(path, key)).to(dtype)
+
+
+def _read_alone(path: Path, key: str) -> Tensor:
+    """A tensor in a mapping of its own: the pages that reading it brings to memory go when it goes."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def load_network(

@@ -4,7 +4,7 @@ Everything here keeps tokens in their place on the map, ``(B, H, W, D)``, so tha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,15 +57,30 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
     """The row of the table for every pair of tokens, int64 ``(N, N)``; the released weights store it in each layer."""
+    return torch.cat(list(_index_rows(window)))
+
+
+def is_relative_position_index(index: Tensor, window: tuple[int, int]) -> bool:
+    """Whether ``index`` is the one that a map of ``window`` tokens implies; compared in parts, to hold little."""
+    count, rows = window[0] * window[1], _index_rows(window)
+    if index.shape != (count, count):
+        return False
+    return all(torch.equal(part, row) for part, row in zip(index.cpu().split(window[1]), rows, strict=True))
+
+
+def _index_rows(window: tuple[int, int]) -> Iterator[Tensor]:
+    """The index for one row of queries after the other, each ``(w, N)``."""
     h, w = window
     y, x = (grid.flatten() for grid in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-    return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
+    columns = torch.arange(w)[:, None] - x + w - 1
+    for row in range(h):
+        yield (row - y + h - 1) * (2 * w - 1) + columns
 
 
 def _drop_index(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Accept the released weights' index buffer: it must be the one that this layer implies, and is not kept."""
     index = state.pop(prefix + "relative_position_index", None)
-    if index is not None and not torch.equal(index.cpu(), relative_position_index(module.window)):
+    if index is not None and not is_relative_position_index(index, module.window):
         rest[-1].append(f"{prefix}relative_position_index is not that of a {module.window} window")
 
 
