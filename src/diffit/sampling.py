@@ -108,12 +108,13 @@ def run_sampler(
     diffusion = config.diffusion
     if isinstance(diffusion, ADMDiffusion):
         schedule = schedule_of(diffusion)
-        walk = schedule.respace(sampling.steps)
         if sampling.sampler in DISCRETE:
+            walk = schedule.respace(sampling.steps)
             predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
             sampler = ddpm if sampling.sampler == "ddpm" else partial(ddim, eta=sampling.eta)
             return sampler(predict, noise, walk, noise_source=noise_source, clip=diffusion.clip, callback=callback)
-        sigmas = walk.sigmas()
+        multistep = sampling.sampler == "dpm++"
+        sigmas = schedule.multistep_sigmas(sampling.steps) if multistep else schedule.respace(sampling.steps).sigmas()
     else:
         bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
         sigmas = edm.edm_sigmas(int(sampling.steps), **bounds)

@@ -107,6 +107,16 @@ class Schedule:
         """What continuous-time samplers walk: falling noise levels, then 0, float64 ``(S + 1,)`` on the CPU."""
         return torch.cat([self.sigma.flip(0), self.sigma.new_zeros(1)])
 
+    def multistep_sigmas(self, respacing: str | int) -> Tensor:
+        """The like for a multistep solver: the levels of one timestep more, without timestep 0, then 0.
+
+        The way to timestep 0 is several times as long in ln σ as the steps before it; a solver that extrapolates from
+        those over it is worse off than one of first order, and the level of 0.01 that it ends in gains nothing.
+        """
+        if isinstance(respacing, str) or respacing >= len(self):
+            return self.respace(respacing).sigmas()
+        return torch.cat([self.respace(respacing + 1).sigmas()[:-2], self.sigma.new_zeros(1)])
+
     def timestep_of(self, sigma: Tensor) -> Tensor:
         """The fractional original timestep of a noise level, by linear interpolation in ln σ; like ``sigma``."""
         table = self.sigma.log().to(sigma.device)

@@ -1,0 +1,647 @@
+"""The discrete diffusion against formulas written out here in plain float64 numbers, and against diffusers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.testing import assert_close
+
+from diffit.diffusion.adm import (
+    ADMLoss,
+    Schedule,
+    cosine_betas,
+    denoiser,
+    discretized_gaussian_log_likelihood,
+    linear_betas,
+    predictor,
+    space_timesteps,
+    split_output,
+)
+from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, euler, heun
+
+LINEAR, COSINE = Schedule.named("linear"), Schedule.named("cosine")
+named = pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Tables:
+    """DDPM's quantities for a list of betas, number by number (arXiv 2006.11239, Eq. 4 and 7)."""
+
+    def __init__(self, betas: list[float]) -> None:
+        self.beta, self.alpha_bar, product = betas, [], 1.0
+        for beta in betas:
+            product *= 1 - beta
+            self.alpha_bar.append(product)
+        self.before = [1.0, *self.alpha_bar[:-1]]
+        rows = list(zip(betas, self.alpha_bar, self.before, strict=True))
+        self.variance = [beta * (1 - before) / (1 - a) for beta, a, before in rows]
+        self.share_x0 = [math.sqrt(before) * beta / (1 - a) for beta, a, before in rows]
+        self.share_x = [math.sqrt(1 - beta) * (1 - before) / (1 - a) for beta, a, before in rows]
+        self.log_variance = [math.log(v) for v in [self.variance[1], *self.variance[1:]]]
+
+
+def linear_by_hand(steps: int = 1000) -> list[float]:
+    return [1e-4 + (0.02 - 1e-4) * i / (steps - 1) for i in range(steps)]
+
+
+def cosine_by_hand(steps: int = 1000) -> list[float]:
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)]
+
+
+def respaced_by_hand(betas: list[float], kept: list[int]) -> Tables:
+    """Betas of a walk over ``kept`` whose ᾱ are those of the whole: β = 1 − ᾱ[kept]/ᾱ[the kept before]."""
+    whole, before, new = Tables(betas), 1.0, []
+    for i in kept:
+        new.append(1 - whole.alpha_bar[i] / before)
+        before = whole.alpha_bar[i]
+    return Tables(new)
+
+
+def network(x: Tensor, t: Tensor) -> Tensor:
+    """Something nonlinear with a learned variance that depends on everything: ``(B, 2C, …)``."""
+    t = t.to(x).reshape(-1, *[1] * (x.ndim - 1)) / 1000
+    return torch.cat([torch.tanh(x + t), torch.sin(3 * x - 5 * t)], dim=1)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def test_betas_are_the_published_ones():
+    assert linear_betas().dtype == torch.float64
+    assert_close(linear_betas().tolist(), linear_by_hand(), rtol=1e-13, atol=0)
+    assert_close(cosine_betas().tolist(), cosine_by_hand(), rtol=1e-9, atol=0)
+    assert cosine_betas().max() == 0.999
+
+
+def test_fewer_steps_end_in_as_much_noise():
+    ends = [Schedule.named("linear", steps).alpha_bar[-1].log().item() for steps in (200, 1000, 4000)]
+    assert_close(ends, [ends[1]] * 3, rtol=0.1, atol=0)
+
+
+@named
+def test_tables_are_those_of_ddpm(schedule):
+    tables = Tables(schedule.betas.tolist())
+    for found, expected in [
+        (schedule.alpha_bar, tables.alpha_bar),
+        (schedule.alpha_bar_before, tables.before),
+        (schedule.posterior_variance, tables.variance),
+        (schedule.posterior_log_variance, tables.log_variance),
+        (schedule.sigma, [math.sqrt((1 - a) / a) for a in tables.alpha_bar]),
+    ]:
+        assert found.dtype == torch.float64
+        assert_close(found.tolist(), expected, rtol=1e-10, atol=0)
+
+
+def test_250_steps_have_stride_999_over_249_rounded_one_by_one():
+    kept, position = [], 0.0
+    for _ in range(250):
+        kept.append(round(position))
+        position += 999 / 249
+    found = space_timesteps(1000, "250")
+    assert found.tolist() == kept
+    assert (found[0], found[-1], len(set(kept))) == (0, 999, 250)
+    assert set((found[1:] - found[:-1]).tolist()) == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("respacing", "kept"),
+    [
+        (1, [0]),
+        (2, [0, 999]),
+        ("5", [0, 250, 500, 749, 999]),
+        ("25", [round(i * 999 / 24) for i in range(25)]),
+        (1000, list(range(1000))),
+        ("ddim50", list(range(0, 1000, 20))),
+        ("ddim1", [0]),
+        ("ddim1000", list(range(1000))),
+        ("ddim25", list(range(0, 1000, 40))),
+    ],
+)
+def test_respacings(respacing, kept):
+    assert space_timesteps(1000, respacing).tolist() == kept
+
+
+@pytest.mark.parametrize("respacing", [0, -3, 1001, "0", "ddim0", "ddim300", "ddim", "fast", "2.5", "", "ddimddim5"])
+def test_impossible_respacings_are_refused_with_what_is_possible(respacing):
+    with pytest.raises(ValueError, match=r"give a number of steps from 1 to 1000|no whole stride takes 300 of 1000"):
+        LINEAR.respace(respacing)
+
+
+@pytest.mark.parametrize("respacing", ["250", "25", "ddim50"])
+def test_a_shorter_walk_has_betas_of_its_own_and_the_same_alpha_bar(respacing):
+    walk = LINEAR.respace(respacing)
+    tables = respaced_by_hand(linear_by_hand(), walk.timesteps.tolist())
+    assert_close(walk.betas.tolist(), tables.beta, rtol=1e-10, atol=0)
+    assert_close(walk.alpha_bar, LINEAR.alpha_bar[walk.timesteps], rtol=1e-10, atol=0)
+    assert_close(walk.posterior_log_variance.tolist(), tables.log_variance, rtol=1e-9, atol=0)
+
+
+def test_a_walk_can_be_shortened_again():
+    twice = LINEAR.respace("ddim500").respace("ddim50")
+    assert twice.timesteps.tolist() == list(range(0, 1000, 20))
+    assert_close(twice.betas, LINEAR.respace("ddim50").betas, rtol=1e-10, atol=0)
+
+
+def test_a_walk_of_one_step_is_possible():
+    x = ddpm(network, randn(2, 1, 2, 2), LINEAR.respace(1), noise_source=torch.zeros_like)
+    assert x.isfinite().all()
+
+
+@named
+@pytest.mark.parametrize("respacing", [1000, "250", 7])
+def test_noise_levels_and_timesteps_are_each_others_inverse(schedule, respacing):
+    walk = schedule.respace(respacing)
+    t = torch.linspace(0, 999, 700, dtype=torch.float64)
+    assert_close(walk.timestep_of(walk.sigma_of(t)), t, rtol=1e-9, atol=1e-9)
+    assert_close(walk.timestep_of(walk.sigma), walk.timesteps.double(), rtol=0, atol=1e-9)
+    assert_close(walk.sigma_of(walk.timesteps), walk.sigma, rtol=1e-12, atol=0)
+    # Between timesteps: NumPy's interpolation in ln σ.
+    sigma = np.geomspace(walk.sigma[0], walk.sigma[-1], 101)
+    expected = np.interp(np.log(sigma), walk.sigma.log().numpy(), walk.timesteps.numpy())
+    assert_close(walk.timestep_of(torch.from_numpy(sigma)), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_noise_levels_beyond_the_table_are_its_ends():
+    ends = LINEAR.timestep_of(torch.tensor([1e-9, 1e9], dtype=torch.float64))
+    assert_close(ends, torch.tensor([0.0, 999.0], dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_continuous_samplers_get_falling_levels_and_zero():
+    sigmas = LINEAR.respace(12).sigmas()
+    assert sigmas.shape == (13,)
+    assert sigmas[-1] == 0
+    assert (sigmas[1:] < sigmas[:-1]).all()
+    assert_close(sigmas[0].item(), math.sqrt(1 / Tables(linear_by_hand()).alpha_bar[-1] - 1), rtol=1e-10, atol=0)
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@named
+@pytest.mark.parametrize("i", [0, 1, 500, 999])
+def test_posterior_and_learned_range_are_the_formulas(schedule, i):
+    tables = Tables(schedule.betas.tolist())
+    x, x0, v = (randn(2, 3, 2, 2, seed=seed) for seed in range(3))
+    step = torch.tensor(i)
+    assert_close(
+        schedule.posterior_mean(x0, x, step), tables.share_x0[i] * x0 + tables.share_x[i] * x, rtol=1e-9, atol=1e-9
+    )
+    f = (v + 1) / 2
+    expected = f * math.log(tables.beta[i]) + (1 - f) * tables.log_variance[i]
+    assert_close(schedule.log_variance(v, step), expected, rtol=1e-10, atol=1e-10)
+    a = tables.alpha_bar[i]
+    noisy = math.sqrt(a) * x0 + math.sqrt(1 - a) * v
+    assert_close(schedule.predict_x0(v, noisy, step), x0, rtol=1e-6 if schedule is COSINE else 1e-10, atol=1e-7)
+
+
+def test_the_ends_of_the_learned_range_are_beta_and_the_posterior():
+    ones = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for i in (1, 77, 999):
+        found = [LINEAR.log_variance(sign * ones, torch.tensor(i)).exp().item() for sign in (1, -1)]
+        assert_close(found, [LINEAR.betas[i].item(), LINEAR.posterior_variance[i].item()], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_step_of_several_timesteps_at_once_is_each_alone(clip):
+    x, steps = randn(3, 2, 2, 2), torch.tensor([0, 400, 999])
+    output = network(x, LINEAR.timesteps[steps])
+    together = LINEAR.p_step(output, x, steps, clip=clip)
+    for n, i in enumerate(steps):
+        alone = LINEAR.p_step(output[n : n + 1], x[n : n + 1], i, clip=clip)
+        assert_close([part[n : n + 1] for part in together], list(alone), rtol=1e-12, atol=1e-12)
+    assert (together[2].abs().max() <= 1) == clip
+
+
+def test_outputs_of_other_widths_are_refused():
+    with pytest.raises(ValueError, match="must give 4 or 8, not 6"):
+        split_output(torch.zeros(1, 6, 2, 2), 4)
+
+
+# --- samplers -------------------------------------------------------------------------------------------------------
+
+
+def ddpm_by_hand(tables: Tables, timesteps: list[int], x: Tensor, noises: list[Tensor], *, learned: bool) -> Tensor:
+    noise = iter(noises)
+    for i in reversed(range(len(timesteps))):
+        eps, v = network(x, torch.tensor([float(timesteps[i])])).chunk(2, dim=1)
+        a = tables.alpha_bar[i]
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        mean = tables.share_x0[i] * x0 + tables.share_x[i] * x
+        f = (v + 1) / 2 if learned else torch.zeros_like(v)
+        log_variance = f * math.log(tables.beta[i]) + (1 - f) * tables.log_variance[i]
+        x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * next(noise)
+    assert next(noise, None) is None
+    return x
+
+
+@pytest.mark.parametrize("respacing", ["250", "25", "ddim50"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_ddpm_with_given_noise_is_algorithm_2(respacing, learned):
+    walk = LINEAR.respace(respacing)
+    noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, len(walk))]
+    start, given, seen = randn(2, 3, 2, 2), iter(noises), []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t.item())
+        return network(x, t) if learned else network(x, t)[:, :3]
+
+    out = ddpm(predict, start, walk, noise_source=lambda x: next(given))
+    tables = respaced_by_hand(linear_by_hand(), walk.timesteps.tolist())
+    assert_close(
+        out, ddpm_by_hand(tables, walk.timesteps.tolist(), start, noises, learned=learned), rtol=1e-8, atol=1e-8
+    )
+    assert seen == walk.timesteps.tolist()[::-1], "the network sees original timesteps"
+    assert next(given, None) is None
+
+
+@named
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_is_equation_12(schedule, eta):
+    walk = schedule.respace("25")
+    noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, 25)]
+    a = [1.0, *Tables(walk.betas.tolist()).alpha_bar]
+    x = start = randn(2, 3, 2, 2)
+    for i in reversed(range(25)):
+        eps = network(x, walk.timesteps[i])[:, :3]
+        spread = eta * math.sqrt((1 - a[i]) / (1 - a[i + 1]) * (1 - a[i + 1] / a[i]))
+        x0 = (x - math.sqrt(1 - a[i + 1]) * eps) / math.sqrt(a[i + 1])
+        x = math.sqrt(a[i]) * x0 + math.sqrt(max(1 - a[i] - spread**2, 0)) * eps
+        if i:
+            x = x + spread * noises[25 - 1 - i]
+    given = iter(noises)
+    out = ddim(network, start, walk, eta=eta, noise_source=lambda x: next(given))
+    assert_close(out, x, rtol=1e-7, atol=1e-7)
+
+
+def test_ddim_without_noise_asks_for_none_and_with_it_needs_a_source():
+    walk, x = LINEAR.respace(5), randn(1, 1, 2, 2)
+    ddim(network, x, walk)
+    with pytest.raises(ValueError, match=r"noise_source.*torch\.randn_like"):
+        ddim(network, x, walk, eta=0.1)
+
+
+def test_clipping_holds_the_predicted_image_within_its_range():
+    walk = LINEAR.respace(20)
+    for sampler in (ddpm, ddim):
+        seen: list[Tensor] = []
+        out = sampler(
+            lambda x, t: -3 * x, randn(2, 1, 2, 2), walk,
+            noise_source=torch.zeros_like, clip=True, callback=lambda i, t, x, x0, seen=seen: seen.append(x0),
+        )  # fmt: skip
+        assert max(x0.abs().max().item() for x0 in seen) == 1
+        assert out.abs().max() <= 1
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim])
+def test_the_callback_sees_each_timestep_before_the_step_is_taken(sampler):
+    walk, steps, start = LINEAR.respace(6), [], randn(1, 1, 2, 2)
+    sampler(network, start, walk, noise_source=torch.zeros_like, callback=lambda *step: steps.append(step))
+    assert [step[0] for step in steps] == list(range(6))
+    assert [int(step[1]) for step in steps] == walk.timesteps.tolist()[::-1]
+    assert_close(steps[0][2], start, rtol=0, atol=0)
+
+
+# --- the change of variables ----------------------------------------------------------------------------------------
+
+
+@named
+@pytest.mark.parametrize("respacing", ["50", "ddim50", 7])
+def test_euler_on_the_noise_levels_is_ddim(schedule, respacing):
+    walk = schedule.respace(respacing)
+    noise = randn(2, 3, 2, 2)
+    # x = √ᾱ·(x₀ + σε) there, x₀ + σε here; both begin with the same network input, euler with noise·σ.
+    start = noise * walk.sigmas()[0] * walk.alpha_bar[-1].sqrt()
+    expected = ddim(network, start, walk)
+    assert_close(euler(denoiser(network, schedule), noise, walk.sigmas()), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_the_denoiser_sees_the_whole_schedule_whatever_the_walk():
+    seen = []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t.item())
+        return network(x, t)
+
+    walk = LINEAR.respace("25")
+    heun(denoiser(predict, LINEAR), randn(1, 1, 2, 2), walk.sigmas())
+    assert_close(sorted({round(t, 6) for t in seen}), walk.timesteps.double().tolist(), rtol=0, atol=1e-6)
+
+
+def test_the_predictor_calls_the_network_in_its_dtype_and_answers_in_that_of_the_state():
+    seen = []
+
+    def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append((x.dtype, t.dtype, t.tolist(), y))
+        return x.repeat(1, 2, 1, 1)
+
+    labels = torch.tensor([1, 2])
+    out = predictor(net, labels, dtype=torch.bfloat16)(randn(2, 1, 2, 2), torch.tensor([999]))
+    assert out.dtype == torch.float64
+    assert seen == [(torch.bfloat16, torch.float32, [999.0], labels)]
+
+
+# --- a Gaussian, of which everything is known -----------------------------------------------------------------------
+
+MU, S = 0.3, 0.5
+
+
+def gaussian_eps(schedule: Schedule):
+    """E[ε | x] at timestep t for data N(MU, S²), ᾱ between timesteps interpolated as the network's t is."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        a = 1 / (1 + schedule.sigma_of(t).to(x) ** 2)
+        a = a.reshape(-1, *[1] * (x.ndim - 1))
+        return (1 - a).sqrt() * (x - a.sqrt() * MU) / (a * S**2 + 1 - a)
+
+    return predict
+
+
+def test_ddpm_over_all_steps_has_the_moments_of_the_data():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = ddpm(gaussian_eps(LINEAR), randn(20_000, 1), LINEAR, noise_source=torch.randn_like)
+    assert x.mean().item() == pytest.approx(MU, abs=4 * S / 20_000**0.5)
+    assert x.std().item() == pytest.approx(S, rel=4 / 40_000**0.5 + 0.003)
+    assert stats.kstest(x.flatten().numpy(), stats.norm(MU, S).cdf).pvalue > 1e-3
+
+
+def exact_flow(noise: Tensor, sigma: float, end: float = 0.0) -> Tensor:
+    return MU + (noise * sigma - MU) * math.sqrt((S**2 + end**2) / (S**2 + sigma**2))
+
+
+def test_ddim_over_all_steps_follows_the_flow():
+    quantiles = torch.special.ndtri((torch.arange(500, dtype=torch.float64) + 0.5) / 500)[:, None]
+    sigma = LINEAR.sigma[-1].item()
+    start = quantiles * sigma * LINEAR.alpha_bar[-1].sqrt()
+    x = ddim(gaussian_eps(LINEAR), start, LINEAR)
+    assert_close(x, exact_flow(quantiles, sigma), rtol=0, atol=6e-3)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(dpm_solver_pp, 2), (euler, 1), (heun, 2)])
+def test_the_error_falls_with_the_order_of_the_method(sampler, order):
+    """Between noise levels in the table's interior: the last step, onto σ = 0, is of first order for all."""
+    denoise, noise = denoiser(gaussian_eps(LINEAR), LINEAR), randn(16, 1)
+    counts, errors = [32, 64, 128, 256], []
+    for steps in counts:
+        sigmas = torch.logspace(1, -1, steps + 1, dtype=torch.float64)
+        errors.append((sampler(denoise, noise, sigmas) - exact_flow(noise, 10, 0.1)).abs().max().item())
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(-order, abs=0.12)
+
+
+@pytest.mark.parametrize("steps", [8, 12, 25])
+def test_few_steps_of_dpm_solver_are_much_better_than_as_many_of_ddim(steps):
+    noise, denoise = randn(64, 1), denoiser(gaussian_eps(LINEAR), LINEAR)
+    errors = []
+    for sampler, sigmas in (
+        (dpm_solver_pp, LINEAR.multistep_sigmas(steps)),
+        (euler, LINEAR.respace(steps).sigmas()),
+    ):
+        assert len(sigmas) == steps + 1
+        errors.append((sampler(denoise, noise, sigmas) - exact_flow(noise, sigmas[0].item())).abs().max().item())
+    assert errors[0] < 0.85 * errors[1]
+
+
+def test_a_multistep_walk_has_one_timestep_more_and_leaves_out_the_last():
+    kept = [round(i * 999 / 12) for i in range(12, 0, -1)]
+    sigmas = LINEAR.multistep_sigmas(12)
+    assert_close(sigmas[:-1], LINEAR.sigma[kept], rtol=1e-9, atol=0)
+    assert sigmas[-1] == 0
+    for whole in ("ddim50", 1000):
+        assert_close(LINEAR.multistep_sigmas(whole), LINEAR.respace(whole).sigmas(), rtol=0, atol=0)
+
+
+# --- diffusers ------------------------------------------------------------------------------------------------------
+
+
+def test_dpm_solver_is_that_of_diffusers():
+    """Its tables are float32, so to 1e-4. ``final_sigmas_type="zero"`` makes its last step the one onto σ = 0."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        1000, 1e-4, 0.02, "linear", algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        lower_order_final=True, final_sigmas_type="zero", timestep_spacing="linspace",
+    )  # fmt: skip
+    for steps in (5, 12, 25):  # at others the rounding of a half differs
+        theirs.set_timesteps(steps)
+        sigmas = LINEAR.multistep_sigmas(steps)
+        assert_close(LINEAR.timestep_of(sigmas[:-1]).round().long(), theirs.timesteps)
+        noise = randn(4, 3, 2, 2)
+        x = noise * sigmas[0] / (1 + sigmas[0] ** 2).sqrt()
+        for t in theirs.timesteps:
+            x = theirs.step(network(x, t)[:, :3], t, x).prev_sample
+        out = dpm_solver_pp(denoiser(network, LINEAR), noise, sigmas)
+        assert_close(out, x, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+def test_ddpm_is_that_of_diffusers_over_all_steps():
+    """Its tables are float32. Only an unrespaced walk compares: its shorter walks take timesteps of other spacings.
+
+    Fixed variance, since its ``learned_range`` splits the variance off only where the sample has 3 channels and the
+    output 6; a latent's 4 and 8 make it take the variance for noise.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(1000, 1e-4, 0.02, "linear", variance_type="fixed_small_log", clip_sample=False)
+    theirs.set_timesteps(1000)
+    x = start = randn(2, 4, 2, 2)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x) * (0.5 + t.to(x) / 2000)
+
+    for t in theirs.timesteps:
+        # The step without noise, to which we add ours: it draws its own.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, t=t, **_: randn(*shape, seed=int(t))
+            )
+            x = theirs.step(predict(x, t), t, x).prev_sample
+    steps = iter(range(999, 0, -1))
+    out = ddpm(predict, start, LINEAR, noise_source=lambda x: randn(*x.shape, seed=next(steps)))
+    assert_close(out, x, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+def test_ddpm_with_learned_range_is_a_step_of_diffusers_at_three_channels():
+    """Its learned range clips β̃ at 1e-20 in place of the second entry, so the first timestep is left out."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False)
+    x, noise = randn(2, 3, 2, 2), randn(2, 3, 2, 2, seed=1)
+    for i in (1, 300, 999):
+        output = network(x, torch.tensor([i]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise)
+            expected = theirs.step(output, i, x).prev_sample
+        mean, log_variance, _ = LINEAR.p_step(output, x, torch.tensor(i))
+        assert_close(mean + (log_variance / 2).exp() * noise, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_is_that_of_diffusers_where_the_stride_is_whole(eta):
+    """With "leading" spacing and no offset, which is ``ddim50``.
+
+    With "linspace" it takes ᾱ of ``t − 1000/steps`` for the next timestep rather than of the next timestep itself.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading"
+    )
+    theirs.set_timesteps(50)
+    assert theirs.timesteps.tolist() == list(range(980, -1, -20))
+    x = start = randn(2, 4, 2, 2)
+    for t in theirs.timesteps:
+        noise = randn(2, 4, 2, 2, seed=int(t)) if eta else None
+        x = theirs.step(network(x, t)[:, :4], t, x, eta=eta, variance_noise=noise).prev_sample
+    steps = iter(range(980, 0, -20))
+    out = ddim(
+        network, start, LINEAR.respace("ddim50"), eta=eta, noise_source=lambda x: randn(*x.shape, seed=next(steps))
+    )
+    assert_close(out, x, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def gelu_cdf(z: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def loss_by_hand(tables: Tables, x0: np.ndarray, noise: np.ndarray, output: np.ndarray, i: int) -> float:
+    """MSE(ε) and the variational bound's term in bits, for one sample (iDDPM, Eq. 4–7, 15)."""
+    channels = len(x0)
+    eps, v = output[:channels], output[channels:]
+    a = tables.alpha_bar[i]
+    x = math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
+    f = (v + 1) / 2
+    log_variance = f * math.log(tables.beta[i]) + (1 - f) * tables.log_variance[i]
+    predicted = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    mean = tables.share_x0[i] * predicted + tables.share_x[i] * x
+    if i == 0:
+        std = np.exp(0.5 * log_variance)
+        above, below = gelu_cdf((x0 - mean + 1 / 255) / std), gelu_cdf((x0 - mean - 1 / 255) / std)
+        probability = np.where(x0 < -0.999, above, np.where(x0 > 0.999, 1 - below, above - below))
+        term = -np.log(np.maximum(probability, 1e-12))
+    else:
+        true_mean = tables.share_x0[i] * x0 + tables.share_x[i] * x
+        variance, true_variance = np.exp(log_variance), math.exp(tables.log_variance[i])
+        term = 0.5 * (
+            log_variance - math.log(true_variance) + true_variance / variance + (true_mean - mean) ** 2 / variance - 1
+        )
+    return float(((eps - noise) ** 2).mean() + term.mean() / math.log(2))
+
+
+def drawn_noise(shape, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@named
+def test_the_loss_is_its_formula_at_every_kind_of_timestep(schedule):
+    x0 = randn(5, 2, 3, 3).clamp(-1, 1)
+    x0[0, 0, 0] = torch.tensor([-1.0, 1.0, 0.3])  # both tails of the decoder term
+    levels = torch.tensor([0, 1, 2, 500, 999])
+    noise = drawn_noise(x0.shape, 3)
+    outputs = []
+
+    def net(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert t.tolist() == levels.tolist()
+        # Near the truth, so that the decoder term is not all floor.
+        out = torch.cat([noise + 0.1 * torch.sin(7 * x), torch.cos(5 * x)], dim=1)
+        outputs.append(out)
+        return out
+
+    loss = ADMLoss(schedule)(net, x0, generator=torch.Generator().manual_seed(3), level=levels)
+    tables = Tables(schedule.betas.tolist())
+    expected = [
+        loss_by_hand(tables, x0[n].numpy(), noise[n].numpy(), outputs[0][n].numpy(), int(i))
+        for n, i in enumerate(levels)
+    ]
+    assert_close(loss.tolist(), expected, rtol=1e-7, atol=0)
+
+
+def test_a_network_without_variances_has_the_mean_squared_error_alone():
+    x0, levels = randn(3, 2, 3, 3), torch.tensor([0, 10, 999])
+    loss = ADMLoss(COSINE)(
+        lambda x, t, y: torch.zeros_like(x), x0, generator=torch.Generator().manual_seed(3), level=levels
+    )
+    assert_close(loss, drawn_noise(x0.shape, 3).square().flatten(1).mean(1), rtol=1e-12, atol=0)
+
+
+def test_the_network_sees_the_noisy_image_the_timestep_and_the_labels():
+    x0, levels, labels = randn(2, 1, 2, 2), torch.tensor([3, 700]), torch.tensor([4, 5])
+    seen = []
+
+    def net(*arguments):
+        seen.append(arguments)
+        return torch.zeros(2, 2, 2, 2, dtype=torch.float64)
+
+    loss = ADMLoss(LINEAR)
+    loss(net, x0, labels, generator=torch.Generator().manual_seed(3), level=levels)
+    loss(net, x0, labels, torch.ones(2, 9), generator=torch.Generator().manual_seed(3), level=levels)
+    a = torch.tensor(Tables(linear_by_hand()).alpha_bar, dtype=torch.float64)[levels].reshape(2, 1, 1, 1)
+    assert_close(seen[0][0], a.sqrt() * x0 + (1 - a).sqrt() * drawn_noise(x0.shape, 3), rtol=1e-10, atol=1e-10)
+    assert seen[0][1].tolist() == [3, 700]
+    assert seen[0][2].tolist() == [4, 5]
+    assert [len(arguments) for arguments in seen] == [3, 4]
+    assert seen[1][3].shape == (2, 9)
+
+
+def test_the_variational_term_teaches_the_variance_alone():
+    """ε gets the gradient of the squared error and of nothing else; v gets one, at the first timestep too."""
+    x0, levels = randn(4, 2, 3, 3).clamp(-1, 1), torch.tensor([0, 1, 300, 999])
+    noise = drawn_noise(x0.shape, 3)
+    eps = (noise + 0.1 * randn(4, 2, 3, 3, seed=8)).requires_grad_()
+    v = (0.3 * randn(4, 2, 3, 3, seed=9)).requires_grad_()
+    loss = ADMLoss(LINEAR)(
+        lambda x, t, y: torch.cat([eps, v], dim=1), x0, generator=torch.Generator().manual_seed(3), level=levels
+    )
+    loss.sum().backward()
+    assert_close(eps.grad, 2 * (eps.detach() - noise) / 18, rtol=1e-10, atol=1e-12)
+    assert v.grad.flatten(1).abs().amax(1).min() > 0
+
+    tables, step = Tables(linear_by_hand()), 1e-6
+    for n, i in enumerate(levels.tolist()):  # and it is the slope of the formula
+        outputs = [torch.cat([eps[n], v[n]]).detach().numpy() for _ in range(2)]
+        outputs[0][2, 1, 1] += step
+        outputs[1][2, 1, 1] -= step
+        high, low = (loss_by_hand(tables, x0[n].numpy(), noise[n].numpy(), output, i) for output in outputs)
+        assert v.grad[n, 0, 1, 1].item() == pytest.approx((high - low) / (2 * step), rel=1e-4, abs=1e-9)
+
+
+def test_gradients_stay_finite_far_from_the_data():
+    """Latents reach far beyond the range that the decoder term is made for."""
+    x0 = torch.tensor([-30.0, -1.5, 0.0, 2.0, 30.0]).reshape(1, 1, 5, 1).repeat(4, 1, 1, 1)
+    output = torch.full((4, 2, 5, 1), 3.0, requires_grad=True)
+    levels = torch.tensor([0, 0, 1, 999])
+    loss = ADMLoss(LINEAR)(lambda *_: output * 1.0, x0, generator=torch.Generator().manual_seed(0), level=levels)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert output.grad.isfinite().all()
+
+
+def test_levels_of_the_decoder_are_near_those_of_a_normal_distribution():
+    """The probabilities of all 256 levels sum to 1, and each is within the approximation's 3e-4 of the exact one."""
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, std in ((0.1, 0.2), (-0.9, 0.05), (0.5, 0.01)):
+        logs = discretized_gaussian_log_likelihood(
+            levels, torch.full_like(levels, mean), torch.full_like(levels, math.log(std))
+        )
+        assert_close(logs.exp().sum().item(), 1.0, rtol=0, atol=1e-8)
+        edges = np.concatenate([[-np.inf], levels[:-1].numpy() + 1 / 255, [np.inf]])
+        exact = np.diff(stats.norm(mean, std).cdf(edges))
+        assert np.abs(logs.exp().numpy() - exact).max() < 6e-4
+
+
+def test_timesteps_are_drawn_uniformly_and_the_bins_are_equal():
+    loss = ADMLoss(LINEAR)
+    levels = loss.draw_level(torch.zeros(50_000, 1), torch.Generator().manual_seed(0))
+    assert levels.dtype == torch.int64
+    assert (levels.min(), levels.max()) == (0, 999)
+    counts = torch.bincount(torch.bucketize(levels, loss.bin_edges(5)), minlength=5)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    assert stats.chisquare(torch.bincount(levels, minlength=1000).numpy()).pvalue > 1e-3
