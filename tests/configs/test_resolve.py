@@ -71,6 +71,37 @@ def test_without_labels_the_latent_model_has_no_classes_and_no_guidance():
     assert resolve("latent-s", {"cond": True}, DataFacts(3, (256, 256), 5)).model.num_classes == 5
 
 
+def test_without_label_drop_nothing_is_guided_since_nothing_trains_the_null_class():
+    facts = DataFacts(3, (256, 256), 5)
+    sampling = resolve("imagenet256", {"label_drop": 0.0}, facts).sampling
+    assert (sampling.cfg_scale, sampling.cfg_power) == (1.0, None)
+    for preset in ("imagenet256", "cifar10"):
+        size = DataFacts(3, (256, 256) if preset == "imagenet256" else (32, 32), 5)
+        with pytest.raises(UserError, match=r"guidance \(cfg_scale 3\) needs the null class, which label_drop 0"):
+            resolve(preset, {"label_drop": 0.0, "cfg_scale": 3.0, "cond": True}, size)
+
+
+def test_a_vae_for_an_image_space_model_is_refused():
+    with pytest.raises(UserError, match="--vae folder: preset cifar10 is an image-space model"):
+        resolve("cifar10", {"vae": "folder"})
+    assert resolve("latent-s", {"vae": "folder"}).autoencoder.vae == "folder"
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_discrete_schedule_for_pixels_brings_a_sampler_and_clips(name):
+    config = resolve("cifar10", {"diffusion": name})
+    assert (config.diffusion.kind, config.diffusion.schedule, config.diffusion.clip) == ("adm", name, True)
+    assert (config.sampling.sampler, config.sampling.steps) == ("ddim", 50)
+    latent = resolve("latent-s", {"diffusion": name})
+    assert (latent.diffusion.schedule, latent.diffusion.clip, latent.sampling.sampler) == (name, False, "ddpm")
+
+
+def test_the_latent_model_has_no_edm():
+    with pytest.raises(UserError, match="--diffusion edm: the latent model predicts noise"):
+        resolve("latent-s", {"diffusion": "edm"})
+    assert resolve("cifar10", {"diffusion": "edm"}) == resolve("cifar10", {})
+
+
 def test_cached_latents_choose_the_latent_model_and_bring_their_scale():
     facts = DataFacts(3, (512, 512), latent_scale=0.13025)
     assert resolve(None, {}, facts).preset == "imagenet512"

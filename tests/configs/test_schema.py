@@ -6,8 +6,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from diffit.configs.presets import PRESETS, cifar10, debug
+from diffit.configs.presets import PRESETS, cifar10, debug, get_preset
 from diffit.configs.schema import Config, EDMDiffusion, ImageModel, Sampling, StageSpec, Training
+from diffit.diffusion.adm import Schedule
 from diffit.errors import UserError
 
 STAGE = {"blocks": 1, "width": 8, "heads": 2, "window": 4}
@@ -127,6 +128,34 @@ def test_an_impossible_value_is_named_with_its_place(path, changes, said):
     with pytest.raises(UserError, match=f"source: {said}") as caught:
         Config.from_json(as_json(*path, **changes), "source")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "said"),
+    [
+        ("imagenet256", {"steps": 1001}, "steps 1001: the schedule has 1000 timesteps"),
+        ("imagenet256", {"steps": "ddim300"}, "steps ddim300: no whole stride takes 300 of 1000"),
+        ("imagenet256", {"steps": "ddim2000"}, "steps ddim2000: no whole stride"),
+        ("imagenet256", {"cfg_interval": (3.0, 2.0)}, "cfg_interval 3,2 is empty"),
+        ("cifar10", {"steps": "ddim50"}, "steps ddim50 needs a discrete schedule"),
+        ("cifar10", {"sampler": "ddpm"}, "sampler ddpm needs a discrete schedule"),
+        ("cifar10", {"cfg_power": 4.0}, "power-cosine scale is a function of timesteps"),
+    ],
+)
+def test_sampling_that_does_not_suit_the_diffusion_is_refused(preset, changes, said):
+    values = get_preset(preset).model_dump()
+    values["sampling"] |= changes
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate(values)
+
+
+@pytest.mark.parametrize("steps", [1, 25, 1000, "ddim50", "ddim1", "ddim1000", "ddim334"])
+def test_possible_walks_are_accepted(steps):
+    values = get_preset("imagenet256").model_dump()
+    values["sampling"]["steps"] = steps
+    assert len(Schedule.named("linear").respace(Config.model_validate(values).sampling.steps)) == int(
+        str(steps).removeprefix("ddim")
+    )
 
 
 def test_a_missing_key_is_named():

@@ -102,6 +102,8 @@ def resolve(
     cond = options.get("cond", base.data.cond)
     changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond}
     if isinstance(base.model, ImageModel):
+        if "vae" in options:
+            raise UserError(f"--vae {options['vae']}: preset {base.preset} is an image-space model; leave it out")
         changed["model"] |= image_changes(base, options, size or base.model.image_size, facts, adapt_depth)
         changed["model"]["augment_dim"] = AUGMENT_LABELS if changed["training"]["augment"] else 0
     else:
@@ -117,6 +119,8 @@ def resolve(
     elif facts:
         changed["model"]["num_classes"] = facts.num_classes
         changed["data"]["class_names"] = facts.class_names
+    if cond and not changed["training"]["label_drop"] and "cfg_scale" not in options:
+        changed["sampling"] |= {"cfg_scale": 1.0, "cfg_power": None}  # guidance needs a null class that was trained
     try:
         return Config.model_validate(changed)
     except ValidationError as error:

@@ -141,6 +141,17 @@ def _steps(value: object) -> int | str:
     raise ValueError(f"{value!r} should be a number of steps from 1 on, or ddim50 and the like")
 
 
+def check_steps(steps: int | str, timesteps: int) -> None:
+    """ValueError where a schedule of so many timesteps has no walk of ``steps``."""
+    if isinstance(steps, int):
+        if steps > timesteps:
+            raise ValueError(f"steps {steps}: the schedule has {timesteps} timesteps; take at most as many")
+        return
+    count = int(steps.removeprefix("ddim"))
+    if all(len(range(0, timesteps, stride)) != count for stride in range(1, timesteps + 1)):
+        raise ValueError(f"steps {steps}: no whole stride takes {count} of {timesteps} timesteps; take {count}")
+
+
 class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
@@ -173,6 +184,9 @@ class Sampling(Frozen):
     def _range(self) -> "Sampling":
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
+        if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
+            low, high = self.cfg_interval
+            raise ValueError(f"cfg_interval {low:g},{high:g} is empty: the lower noise level comes first")
         return self
 
 
@@ -262,6 +276,15 @@ class Config(Frozen):
         if self.diffusion.kind == "edm" and isinstance(self.sampling.steps, str):
             raise ValueError(
                 f"steps {self.sampling.steps} needs a discrete schedule, this model has EDM's: take a number"
+            )
+        if self.diffusion.kind == "edm" and self.sampling.cfg_power is not None:
+            raise ValueError("the power-cosine scale is a function of timesteps, which this model (EDM) has none of")
+        if self.diffusion.kind == "adm":
+            check_steps(self.sampling.steps, self.diffusion.timesteps)
+        if self.sampling.cfg_scale != 1 and self.model.num_classes and self.training.label_drop == 0:
+            raise ValueError(
+                f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never trains: "
+                "take cfg_scale 1"
             )
         return self
 
