@@ -112,7 +112,8 @@ def generate_to_disk(
     if grid is not None and grid[0] * grid[1] > len(seeds):
         raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
     labels = labels_of(config, seeds) if labels is None else labels
-    record = Record(outdir, source, net, config, precision)
+    vae = None if autoencoder is None else autoencoder.sha256
+    record = Record(outdir, source, net, config, precision, vae)
     output: NpzFile | PngFolder
     if npz:
         output = NpzFile(outdir, seeds, labels, record, shape=config.image_shape)

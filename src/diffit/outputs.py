@@ -21,7 +21,9 @@ from diffit.training.distributed import Processes
 class Record:
     """``samples.json``: what the images in a folder were drawn with. Equal records mean equal images."""
 
-    def __init__(self, outdir: Path, source: str, net: torch.nn.Module, config: Config, precision: str) -> None:
+    def __init__(
+        self, outdir: Path, source: str, net: torch.nn.Module, config: Config, precision: str, vae: str | None = None
+    ) -> None:
         self.path = outdir / "samples.json"
         self.facts: dict[str, Any] = {
             "network": source,
@@ -29,6 +31,7 @@ class Record:
             "preset": config.preset,
             "sampling": config.sampling.model_dump(mode="json"),
             "precision": precision,
+            "vae": vae,
         }
 
     def begin(self, seeds: Sequence[int], labels: Tensor | None, **layout: Any) -> bool:

@@ -99,6 +99,8 @@ def sample(
         net, config = load_network(network, procs.device)
         config = with_sampling(config, changes)
         label = None if class_ is None else find_class(class_, config)
+        if vae is not None and config.autoencoder is None:
+            raise UserError(f"--vae {vae}: {network} is an image-space model; leave it out")
         autoencoder = None if config.autoencoder is None else open_autoencoder(config, vae, procs.device)
         net = prepare(net, precision)
         if procs.is_first:

@@ -105,7 +105,7 @@ def train(**options: Any) -> None:
         assert archive is not None
         if options["val"] is not None:
             val = open_val(options["val"], archive, config)
-        autoencoder = None if config.autoencoder is None else open_autoencoder(config, archive, procs.device)
+        autoencoder = None if config.autoencoder is None else open_autoencoder(config, archive, val, procs.device)
         outcome = run_training(
             config, archive, outdir, procs,
             resume=resume, desc=desc, grid=(grid[1], grid[0]), val=val, autoencoder=autoencoder,
@@ -147,7 +147,7 @@ def open_data(path: str, cond: bool | None, preset: str | None) -> Any:
     return (LatentArchive if is_latents(path) else ImageArchive)(path, cond=bool(cond))
 
 
-def open_autoencoder(config: Config, archive: Any, device: Any) -> Any:
+def open_autoencoder(config: Config, archive: Any, val: Any, device: Any) -> Any:
     """The VAE of a latent model, checked against the network and against cached latents."""
     from diffit.autoencoder import check_autoencoder, load_autoencoder
 
@@ -155,8 +155,9 @@ def open_autoencoder(config: Config, archive: Any, device: Any) -> Any:
     assert spec is not None
     autoencoder = load_autoencoder(spec.vae, scale=spec.scale, device=device)
     check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
-    if hasattr(archive, "header"):
-        archive.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
+    for latents in (archive, val):
+        if hasattr(latents, "header"):
+            latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
     return autoencoder
 
 

@@ -283,8 +283,8 @@ class Config(Frozen):
             check_steps(self.sampling.steps, self.diffusion.timesteps)
         if self.sampling.cfg_scale != 1 and self.model.num_classes and self.training.label_drop == 0:
             raise ValueError(
-                f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never trains: "
-                "take cfg_scale 1"
+                f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never "
+                "trains: take cfg_scale 1"
             )
         return self
 
