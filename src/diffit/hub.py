@@ -44,8 +44,9 @@ def fetch(name: str) -> Path:
         try:
             return Path(hf_hub_download(repo, file, local_files_only=True))
         except Exception:  # not in the cache: this is the first time
+            path = Path(hf_hub_download(repo, file))
             print(NOTICE, file=sys.stderr)
-            return Path(hf_hub_download(repo, file))
+            return path
     except UserError:
         raise
     except Exception as error:  # the client raises a dozen kinds, from HTTP and its own; all mean that there is no file
