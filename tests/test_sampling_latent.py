@@ -1,7 +1,5 @@
 """Sampling of latent models, and of pixels on discrete schedules, compared with the samplers called by hand."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor

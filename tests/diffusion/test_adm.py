@@ -1,6 +1,7 @@
 """The discrete diffusion against formulas written out here in plain float64 numbers, and against diffusers."""
 
 import math
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_250_steps_have_stride_999_over_249_rounded_one_by_one():
     assert found.tolist() == kept
     assert (found[0], found[-1], len(set(kept))) == (0, 999, 250)
     assert set((found[1:] - found[:-1]).tolist()) == {4, 5}
+
+
+def test_positions_are_added_up_before_they_are_rounded():
+    """At 21 steps the tenth falls on 499.5, where a product would round the other way."""
+    differ = 0
+    for count in range(2, 400):
+        strides = [0.0] + [999 / (count - 1)] * (count - 1)
+        expected = [round(position) for position in accumulate(strides)]
+        assert space_timesteps(1000, count).tolist() == expected
+        differ += expected != [round(i * (999 / (count - 1))) for i in range(count)]
+    assert differ > 0
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from diffit.autoencoder import load_autoencoder
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.training.distributed import Processes
 from diffit.training.feed import feed, microbatches
 from diffit.training.step import Stepper, build_network, clean_samples, drop_labels
-from helpers import write_archive
+from helpers import write_archive, write_vae
 
 CPU = torch.device("cpu")
 ONE = Processes(0, 1, CPU)
@@ -162,3 +163,22 @@ def test_mean_loss_by_noise_level_covers_all_images(tmp_path):
     assert counts.sum() == 256
     assert len(bins) == 5
     assert_close(sum(float(c) * b for c, b in zip(counts, bins, strict=True)) / 256, scalars["loss"])
+
+
+def test_cached_and_live_latents_are_the_same_draws_mirrored_by_the_same_coin(tmp_path):
+    pytest.importorskip("diffusers")
+    vae = load_autoencoder(write_vae(tmp_path / "vae"), scale=0.5)
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, mirrored = (torch.stack(vae.encode(given), 1) for given in (images, images.flip(3)))
+    cached = torch.cat([plain, mirrored], dim=1)  # (B, 4, C, h, w)
+    for mirror in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        coin = torch.rand(16, generator=generator) < 0.5 if mirror else torch.zeros(16, dtype=torch.bool)
+        noise = torch.randn(16, 4, 4, 4, generator=generator)
+        mean, std = torch.where(coin[:, None, None, None, None], mirrored, plain).unbind(1)
+        for data, autoencoder in ((cached, None), (images, vae)):
+            generator = torch.Generator().manual_seed(1)
+            drawn = clean_samples(data, generator, mirror=mirror, autoencoder=autoencoder, scale=0.5)
+            assert_close(drawn, (mean + std * noise) * 0.5, rtol=1e-4, atol=1e-5)
+        assert 0 < coin.sum() < 16 or not mirror
+    assert (plain - mirrored).abs().mean() > 0.01, "these images are their own mirror images"
