@@ -2,8 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,14 +22,18 @@ from diffit.official import INDEX, recognise, stranger
 CONFIG_KEY = "diffit_config"
 
 
-def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float = 0.0) -> None:
-    """Write ``state`` with ``config``; paths of the machine that it was trained on stay out of the header."""
+def public(config: Config) -> Config:
+    """``config`` without the paths of the machine that it was trained on."""
     data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
     training = config.training.model_copy(update={"init_from": None})
-    public = config.model_copy(update={"data": data, "training": training})
+    return config.model_copy(update={"data": data, "training": training})
+
+
+def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float = 0.0) -> None:
+    """Write ``state`` with the :func:`public` form of ``config``."""
     metadata = {
         "format": "pt",
-        CONFIG_KEY: public.model_dump_json(),
+        CONFIG_KEY: public(config).model_dump_json(),
         "diffit_kimg": f"{kimg:g}",
         "diffit_version": __version__,
     }
@@ -57,6 +63,14 @@ def locate(path: str | Path) -> Path:
     return path
 
 
+def read_header(path: str | Path) -> tuple[Config, float | None]:
+    """Configuration and length of the training in kimg, None for released weights, of the file at ``path``."""
+    path = locate(path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        return _config_of(file, path), float(metadata["diffit_kimg"]) if CONFIG_KEY in metadata else None
+
+
 def read_network_file(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], Config]:
@@ -66,23 +80,32 @@ def read_network_file(
     converted stays mapped from the file, so that loading takes no more memory than the weights.
     """
     path = locate(path)
+    with _opened(path, str(device)) as file:
+        config = _config_of(file, path)
+        return {key: _as(file.get_tensor(key), dtype) for key in file.keys()}, config  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            keys = list(file.keys())
-            metadata = file.metadata() or {}
-            if CONFIG_KEY in metadata:
-                config = Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
-            else:
-                found = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
-                if found is None:
-                    raise UserError(
-                        f"{path}: not a DiffiT network: no diffit configuration in its header, and by its keys "
-                        f"it is {stranger(keys)}"
-                    )
-                config = found
-            return {key: _as(file.get_tensor(key), dtype) for key in keys}, config
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error}); fetch or save it again") from None
+
+
+def _config_of(file: Any, path: Path) -> Config:
+    metadata = file.metadata() or {}
+    if CONFIG_KEY in metadata:
+        return Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
+    keys = list(file.keys())
+    config = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
+    if config is None:
+        raise UserError(
+            f"{path}: not a DiffiT network: no diffit configuration in its header, and by its keys it is "
+            f"{stranger(keys)}"
+        )
+    return config
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
