@@ -6,6 +6,8 @@ The public names are imported when they are first used, so that ``diffit --help`
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffit.registration import register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -14,10 +16,12 @@ if TYPE_CHECKING:
     from diffit.errors import UserError
     from diffit.models.attention import TMSA
     from diffit.models.image import ImageDiffiT
+    from diffit.pipeline import DiffiTPipeline
     from diffit.sampling import sample
     from diffit.weights import load_network, save_network
 
 _HOMES = {
+    "DiffiTPipeline": "diffit.pipeline",
     "ImageArchive": "diffit.data.archive",
     "ImageDiffiT": "diffit.models.image",
     "TMSA": "diffit.models.attention",
@@ -29,6 +33,7 @@ _HOMES = {
 }
 __all__ = [
     "TMSA",
+    "DiffiTPipeline",
     "ImageArchive",
     "ImageDiffiT",
     "UserError",
@@ -43,3 +48,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'diffit' has no attribute {name!r}")
+
+
+register()
