@@ -27,7 +27,7 @@ def describe_file(path: str | Path) -> str:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     training, data = config.training, config.data
     if kimg is None:
-        origin = "not said: the released layout, whose recipe and sampling are taken from the preset"
+        origin = "not said, as in all files of the released layout; recipe and sampling are the preset's"
     else:
         origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
     lines = [

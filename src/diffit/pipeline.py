@@ -27,7 +27,7 @@ from diffit.flops import steps_of
 from diffit.models import DiffiT, build
 from diffit.outputs import to_pil
 from diffit.sampling import run_sampler, to_uint8, with_sampling
-from diffit.weights import load_network, public
+from diffit.weights import load_network, public, with_vae
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -134,10 +134,11 @@ class DiffiTPipeline(DiffusionPipeline):
         net, config = load_network(path_or_id)
         if config.autoencoder is not None and not isinstance(vae, AutoencoderKL):
             loaded = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale)
-            loaded.vae.register_to_config(_name_or_path=loaded.id)  # diffusers would save the path of this machine
-            vae = loaded.vae
+            # A name instead of this machine's path, in both of a saved pipeline's configurations.
+            loaded.vae.register_to_config(_name_or_path=loaded.id)
+            vae, config = loaded.vae, with_vae(config, loaded.id)
         elif isinstance(vae, str | Path):
-            raise UserError(f"{path_or_id}: an image-space model, which draws pixels: leave the VAE {vae} out")
+            raise UserError(f"{config.preset} is an image-space model, which draws pixels: leave the VAE {vae} out")
         return cls(DiffiTModel.wrap(net, config), vae)
 
     @torch.no_grad()

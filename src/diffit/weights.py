@@ -29,14 +29,17 @@ def public(config: Config) -> Config:
     return config.model_copy(update={"data": data, "training": training})
 
 
-def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float = 0.0) -> None:
-    """Write ``state`` with the :func:`public` form of ``config``."""
-    metadata = {
-        "format": "pt",
-        CONFIG_KEY: public(config).model_dump_json(),
-        "diffit_kimg": f"{kimg:g}",
-        "diffit_version": __version__,
-    }
+def with_vae(config: Config, vae: str) -> Config:
+    """``config`` of a latent model with another name of its VAE."""
+    assert config.autoencoder is not None
+    return config.model_copy(update={"autoencoder": config.autoencoder.model_copy(update={"vae": vae})})
+
+
+def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float | None = 0.0) -> None:
+    """Write ``state`` with the :func:`public` form of ``config``; ``kimg`` None is a training not known."""
+    metadata = {"format": "pt", CONFIG_KEY: public(config).model_dump_json(), "diffit_version": __version__}
+    if kimg is not None:
+        metadata["diffit_kimg"] = f"{kimg:g}"
     with whole_file(path) as part:
         save_tensors(state, part, metadata)
 
@@ -64,11 +67,11 @@ def locate(path: str | Path) -> Path:
 
 
 def read_header(path: str | Path) -> tuple[Config, float | None]:
-    """Configuration and length of the training in kimg, None for released weights, of the file at ``path``."""
+    """Configuration and length of the training in kimg, None where the file does not say it; no tensor is read."""
     path = locate(path)
     with _opened(path) as file:
-        metadata = file.metadata() or {}
-        return _config_of(file, path), float(metadata["diffit_kimg"]) if CONFIG_KEY in metadata else None
+        kimg = (file.metadata() or {}).get("diffit_kimg")
+        return _config_of(file, path), None if kimg is None else float(kimg)
 
 
 def read_network_file(
