@@ -72,7 +72,7 @@ def write_pipeline(file: Path, dest: Path, vae: str | None, dtype: torch.dtype) 
     """A folder that ``DiffiTPipeline.from_pretrained`` reads, VAE included."""
     from diffit.pipeline import DiffiTPipeline
 
-    pipe = DiffiTPipeline.from_network(file, vae=vae).to(dtype)
+    pipe = DiffiTPipeline.from_network(file, vae=vae, dtype=dtype)
     with whole_folder(dest) as part:
         pipe.save_pretrained(part)
 

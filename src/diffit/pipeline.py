@@ -126,14 +126,20 @@ class DiffiTPipeline(DiffusionPipeline):
         return super().from_pretrained(path, **options)
 
     @classmethod
-    def from_network(cls, path_or_id: str | Path, vae: str | Path | AutoencoderKL | None = None) -> Self:
+    def from_network(
+        cls,
+        path_or_id: str | Path,
+        vae: str | Path | AutoencoderKL | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """The pipeline of one of our .safetensors files or of NVIDIA's released weights, by path or Hub id.
 
-        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None.
+        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of all weights.
         """
-        net, config = load_network(path_or_id)
+        net, config = load_network(path_or_id, dtype=dtype)
         if config.autoencoder is not None and not isinstance(vae, AutoencoderKL):
-            loaded = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale)
+            spec = config.autoencoder
+            loaded = load_autoencoder(vae or spec.vae, scale=spec.scale, dtype=dtype)
             # A name instead of this machine's path, in both of a saved pipeline's configurations.
             loaded.vae.register_to_config(_name_or_path=loaded.id)
             vae, config = loaded.vae, with_vae(config, loaded.id)
