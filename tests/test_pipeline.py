@@ -97,6 +97,8 @@ def test_latents_are_those_of_sample_on_the_same_noise(pipe, latent, changes):
     net, config = load_network(latent)
     config = with_sampling(config, changes)
     expected = sample(net, config, SEEDS, torch.tensor([2, 0, 1]))
+    by_number = pipe(torch.tensor([2, 0, 1]), latents=noise_of(config), output_type="latent").images
+    assert changes or torch.equal(by_number, expected)
     result = pipe(
         [2, "ant", "BEE"], latents=noise_of(config), output_type="latent", sampler=changes.get("sampler"),
         num_inference_steps=changes.get("steps"), guidance_scale=changes.get("cfg_scale"),
@@ -306,6 +308,9 @@ def refusal(action) -> str:
         ({"num_inference_steps": 0}, "steps"),
         ({"sampler": "plms"}, "sampler"),
         ({"class_labels": [0, 1], "generator": [seeded(0)]}, "1 generators for 2 images"),
+        ({"batch_size": 3, "generator": [seeded(0)]}, "1 generators for 3 images"),
+        ({"class_labels": []}, "no images"),
+        ({"batch_size": 0}, "no images"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"(1, 4, 8, 8)"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
     ],

@@ -150,7 +150,7 @@ class DiffiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         *,
         batch_size: int = 1,
         num_inference_steps: int | str | None = None,
@@ -180,16 +180,10 @@ class DiffiTPipeline(DiffusionPipeline):
         Returns an ``ImagePipelineOutput``, or a tuple of the images without ``return_dict``. Raises UserError.
         """
         config = self._configured(sampler=sampler, steps=num_inference_steps, cfg_scale=guidance_scale)
-        if output_type not in OUTPUTS:
-            raise UserError(f"output_type {output_type!r}: take one of {', '.join(OUTPUTS)}")
-        if config.autoencoder is not None and self.vae is None and output_type != "latent":
-            raise UserError(f"output_type {output_type!r} needs a VAE: load the pipeline with vae=…, or take 'latent'")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} is not to be had, 'latents' is")
-        if latents is not None:
-            batch_size = len(latents)
-        labels = self._labels(config, class_labels, batch_size, generator)
-        count = batch_size if labels is None else len(labels)
+        classes = _listed(class_labels)
+        count = len(classes) if classes is not None else batch_size if latents is None else len(latents)
+        self._check(config, count, generator, output_type, callback_on_step_end_tensor_inputs)
+        labels = self._labels(config, classes, count, generator)
         noise = self._noise(config, count, generator, latents)
 
         def noise_source(like: Tensor) -> Tensor:
@@ -217,23 +211,37 @@ class DiffiTPipeline(DiffusionPipeline):
     def _configured(self, **changes: Any) -> Config:
         return with_sampling(self.transformer.settings, {k: v for k, v in changes.items() if v is not None})
 
-    def _labels(self, config: Config, given: Any, batch_size: int, generator: Generators) -> Tensor | None:
-        """Classes (B,) int64; None for an unconditional model."""
+    def _check(
+        self, config: Config, count: int, generator: Generators, output_type: str, inputs: Sequence[str]
+    ) -> None:
+        """UserError for arguments that cannot be, before any work starts."""
+        if count < 1:
+            raise UserError("no images are asked for: give class_labels, or a batch_size from 1 on")
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise UserError(f"{len(generator)} generators for {count} images: give one, or one an image")
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type {output_type!r}: take one of {', '.join(OUTPUTS)}")
+        if config.autoencoder is not None and self.vae is None and output_type != "latent":
+            raise UserError(f"output_type {output_type!r} needs a VAE: load the pipeline with vae=…, or take 'latent'")
+        if unknown := set(inputs) - set(self._callback_tensor_inputs):
+            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} is not to be had, 'latents' is")
+
+    def _labels(
+        self, config: Config, given: list[int | str] | None, count: int, generator: Generators
+    ) -> Tensor | None:
+        """Classes (B,) int64, as given or drawn; None for an unconditional model."""
         if given is not None:
-            labels = [given] if isinstance(given, int | str) else list(given)
-            return torch.tensor([find_class(label, config) for label in labels])
+            return torch.tensor([find_class(label, config) for label in given])
         classes = config.model.num_classes
         if not classes:
             return None
-        sources = generator if isinstance(generator, Sequence) else [generator] * batch_size
+        sources = generator if isinstance(generator, Sequence) else [generator] * count
         drawn = [torch.randint(classes, (), generator=g, device=g.device if g else None) for g in sources]
         return torch.tensor([int(label) for label in drawn])
 
     def _noise(self, config: Config, count: int, generator: Generators, latents: Tensor | None) -> Tensor:
         """The state to start from: float64 (B, C, h, w), as :func:`diffit.sample` has it."""
         shape = (count, *config.model.sample_shape)
-        if isinstance(generator, Sequence) and len(generator) != count:
-            raise UserError(f"{len(generator)} generators for {count} images: give one, or one an image")
         if latents is None:
             latents = self._normal(shape, generator)
         elif latents.shape != shape:
@@ -255,6 +263,12 @@ class DiffiTPipeline(DiffusionPipeline):
             return [to_pil(image) for image in to_uint8(samples, config.sampling.rounding)]
         images = (samples / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _listed(labels: int | str | Sequence[int | str] | Tensor | None) -> list[int | str] | None:
+    if labels is None or isinstance(labels, int | str):
+        return None if labels is None else [labels]
+    return labels.reshape(-1).tolist() if isinstance(labels, Tensor) else list(labels)
 
 
 # Where DiffusionPipeline.from_pretrained looks for the class that model_index.json names.
