@@ -99,6 +99,8 @@ def sample(
         precision = check_precision(precision, procs.device)
         net, config = load_network(network, procs.device)
         config = with_sampling(config, changes)
+        if vae is not None and config.autoencoder is None:
+            raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which draws pixels; leave it out")
         label = None if class_ is None else find_class(class_, config, "--class")
         autoencoder = None if config.autoencoder is None else open_autoencoder(config, vae, procs.device)
         net = prepare(net, precision)
