@@ -12,10 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from diffit.configs.presets import get_preset
+    from diffit.autoencoder import load_autoencoder
     from diffit.data.archive import ImageArchive
+    from diffit.data.latents import LatentArchive
     from diffit.errors import UserError
     from diffit.models.attention import TMSA
     from diffit.models.image import ImageDiffiT
+    from diffit.models.latent import LatentDiffiT
     from diffit.pipeline import DiffiTPipeline
     from diffit.sampling import sample
     from diffit.weights import load_network, save_network
@@ -24,9 +27,12 @@ _HOMES = {
     "DiffiTPipeline": "diffit.pipeline",
     "ImageArchive": "diffit.data.archive",
     "ImageDiffiT": "diffit.models.image",
+    "LatentArchive": "diffit.data.latents",
+    "LatentDiffiT": "diffit.models.latent",
     "TMSA": "diffit.models.attention",
     "UserError": "diffit.errors",
     "get_preset": "diffit.configs.presets",
+    "load_autoencoder": "diffit.autoencoder",
     "load_network": "diffit.weights",
     "sample": "diffit.sampling",
     "save_network": "diffit.weights",
@@ -36,8 +42,11 @@ __all__ = [
     "DiffiTPipeline",
     "ImageArchive",
     "ImageDiffiT",
+    "LatentArchive",
+    "LatentDiffiT",
     "UserError",
     "get_preset",
+    "load_autoencoder",
     "load_network",
     "sample",
     "save_network",
