@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from diffit.errors import UserError
 
@@ -49,9 +50,24 @@ def fetch(name: str) -> Path:
             return path
     except UserError:
         raise
-    except Exception as error:  # the client raises a dozen kinds, from HTTP and its own; all mean that there is no file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name}: no such file here, and the Hub did not give it ({reason}); check the name, the network and "
-            "HF_HUB_OFFLINE, or download the .safetensors file by hand and give its path"
-        ) from None
+    except Exception as error:
+        raise _refusal(name, "file", error) from None
+
+
+def fetch_folder(name: str, patterns: list[str], **options: Any) -> Path:
+    """The files of a repository that fit ``patterns``, in a folder of the cache; ``options`` go to the Hub's client."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
+    except Exception as error:
+        raise _refusal(name, "folder", error) from None
+
+
+def _refusal(name: str, what: str, error: Exception) -> UserError:
+    """The client raises a dozen kinds, from HTTP and its own; all mean that the thing is not to be had."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{name}: no such {what} here, and the Hub did not give it ({reason}); check the name, the network and "
+        f"HF_HUB_OFFLINE, or download the {what} by hand and give its path"
+    )

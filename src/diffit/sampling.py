@@ -1,16 +1,19 @@
 """From a network and seeds to images. The image of a seed depends on nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from diffit.configs.schema import DISCRETE, ADMDiffusion, Config, Sampling
+from diffit.configs.schema import DISCRETE, ADMDiffusion, Config, Sampling, explain
 from diffit.diffusion import adm, edm
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
-from diffit.diffusion.samplers import Callback, ddim, ddpm, dpm_solver_pp, euler, heun
+from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, dpm_solver_pp, euler, heun, keep
+from diffit.errors import UserError
 from diffit.models import DiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.randomness import PerSampleNoise, random_labels
@@ -57,6 +60,18 @@ def schedule_of(diffusion: ADMDiffusion) -> adm.Schedule:
     return adm.Schedule.named(diffusion.schedule, diffusion.timesteps)
 
 
+def with_sampling(config: Config, changes: Mapping[str, Any]) -> Config:
+    """``config`` with these fields of its sampling changed; :class:`UserError` for what cannot be with the model."""
+    if changes.get("cfg_scale", 1) != 1 and not config.model.num_classes:
+        raise UserError(
+            f"guidance scale {changes['cfg_scale']:g}: the model has no classes to be guided to; leave it out"
+        )
+    try:
+        return Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | dict(changes)})
+    except ValidationError as error:
+        raise UserError(f"sampling options: {explain(error)}") from None
+
+
 Evaluate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -101,18 +116,20 @@ def run_sampler(
     labels: Tensor | None,
     noise: Tensor,
     sampling: Sampling,
-    noise_source: PerSampleNoise,
+    noise_source: NoiseSource,
     callback: Callback | None = None,
+    after_step: AfterStep = keep,
 ) -> Tensor:
     """``sampling.sampler`` from ``noise`` to clean samples."""
     diffusion = config.diffusion
+    hooks = {"noise_source": noise_source, "callback": callback, "after_step": after_step}
     if isinstance(diffusion, ADMDiffusion):
         schedule = schedule_of(diffusion)
         if sampling.sampler in DISCRETE:
             walk = schedule.respace(sampling.steps)
             predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
-            sampler = ddpm if sampling.sampler == "ddpm" else partial(ddim, eta=sampling.eta)
-            return sampler(predict, noise, walk, noise_source=noise_source, clip=diffusion.clip, callback=callback)
+            sampler: Callable[..., Tensor] = ddpm if sampling.sampler == "ddpm" else partial(ddim, eta=sampling.eta)
+            return sampler(predict, noise, walk, clip=diffusion.clip, **hooks)
         multistep = sampling.sampler == "dpm++"
         sigmas = schedule.multistep_sigmas(sampling.steps) if multistep else schedule.respace(sampling.steps).sigmas()
     else:
@@ -122,7 +139,7 @@ def run_sampler(
     solvers: dict[str, Callable[..., Tensor]]
     solvers = {"euler": euler, "dpm++": dpm_solver_pp, "heun": partial(heun, **churn)}
     denoise = make_denoiser(net, config, labels, sampling)
-    return solvers[sampling.sampler](denoise, noise, sigmas, noise_source=noise_source, callback=callback)
+    return solvers[sampling.sampler](denoise, noise, sigmas, **hooks)
 
 
 @torch.no_grad()

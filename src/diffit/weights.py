@@ -2,8 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,17 +22,24 @@ from diffit.official import INDEX, check_index, recognise, stranger
 CONFIG_KEY = "diffit_config"
 
 
-def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float = 0.0) -> None:
-    """Write ``state`` with ``config``; paths of the machine that it was trained on stay out of the header."""
+def public(config: Config) -> Config:
+    """``config`` without the paths of the machine that it was trained on."""
     data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
     training = config.training.model_copy(update={"init_from": None})
-    public = config.model_copy(update={"data": data, "training": training})
-    metadata = {
-        "format": "pt",
-        CONFIG_KEY: public.model_dump_json(),
-        "diffit_kimg": f"{kimg:g}",
-        "diffit_version": __version__,
-    }
+    return config.model_copy(update={"data": data, "training": training})
+
+
+def with_vae(config: Config, vae: str) -> Config:
+    """``config`` of a latent model with another name of its VAE."""
+    assert config.autoencoder is not None
+    return config.model_copy(update={"autoencoder": config.autoencoder.model_copy(update={"vae": vae})})
+
+
+def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float | None = 0.0) -> None:
+    """Write ``state`` with the :func:`public` form of ``config``; ``kimg`` None is a training not known."""
+    metadata = {"format": "pt", CONFIG_KEY: public(config).model_dump_json(), "diffit_version": __version__}
+    if kimg is not None:
+        metadata["diffit_kimg"] = f"{kimg:g}"
     with whole_file(path) as part:
         save_tensors(state, part, metadata)
 
@@ -57,6 +66,14 @@ def locate(path: str | Path) -> Path:
     return path
 
 
+def read_header(path: str | Path) -> tuple[Config, float | None]:
+    """Configuration and length of the training in kimg, None where the file does not say it; no tensor is read."""
+    path = locate(path)
+    with _opened(path) as file:
+        kimg = (file.metadata() or {}).get("diffit_kimg")
+        return _config_of(file, path), None if kimg is None else float(kimg)
+
+
 def read_network_file(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], Config]:
@@ -67,27 +84,37 @@ def read_network_file(
     weights. The index that the released layout repeats in every layer is checked and left out.
     """
     path = locate(path)
+    with _opened(path, str(device)) as file:
+        config = _config_of(file, path)
+        keys = list(file.keys())
+        state = {key: _as(file.get_tensor(key), dtype, path, key) for key in keys if not key.endswith(INDEX)}
+    for key in keys:
+        if key.endswith(INDEX):
+            check_index(_read_alone(path, key), config, f"{path}: {key}")
+    return state, config
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            keys = list(file.keys())
-            metadata = file.metadata() or {}
-            if CONFIG_KEY in metadata:
-                config = Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
-            else:
-                found = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
-                if found is None:
-                    raise UserError(
-                        f"{path}: not a DiffiT network: no diffit configuration in its header, and by its keys "
-                        f"it is {stranger(keys)}"
-                    )
-                config = found
-            state = {key: _as(file.get_tensor(key), dtype, path, key) for key in keys if not key.endswith(INDEX)}
-        for key in keys:
-            if key.endswith(INDEX):
-                check_index(_read_alone(path, key), config, f"{path}: {key}")
-        return state, config
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error}); fetch or save it again") from None
+
+
+def _config_of(file: Any, path: Path) -> Config:
+    metadata = file.metadata() or {}
+    if CONFIG_KEY in metadata:
+        return Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
+    keys = list(file.keys())
+    config = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
+    if config is None:
+        raise UserError(
+            f"{path}: not a DiffiT network: no diffit configuration in its header, and by its keys it is "
+            f"{stranger(keys)}"
+        )
+    return config
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None, path: Path, key: str) -> Tensor:
@@ -98,7 +125,7 @@ def _as(tensor: Tensor, dtype: torch.dtype | None, path: Path, key: str) -> Tens
 
 def _read_alone(path: Path, key: str) -> Tensor:
     """A tensor in a mapping of its own: the pages that reading it brings to memory go when it goes."""
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return file.get_tensor(key)
 
 

@@ -182,3 +182,32 @@ def test_it_leaves_its_arguments_as_they_were(sampler):
     copies = noise.clone(), sigmas.clone()
     sampler(gaussian, noise, sigmas)
     assert_close((noise, sigmas), copies, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["heun", "euler", "dpm++", "ddpm", "ddim"])
+def test_after_step_sees_every_state_and_what_it_returns_goes_on(name):
+    """A state that is held at a constant stays it, whatever the sampler; the last one seen is the result."""
+    from diffit.configs.presets import get_preset
+    from diffit.sampling import run_sampler
+
+    config = get_preset("latent-debug")
+    sampling = config.sampling.model_copy(update={"sampler": name, "steps": 5})
+    noise = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def run(after_step):
+        return run_sampler(
+            lambda x, t, y: torch.cat([x / 2, x], dim=1), config, None, noise, sampling, torch.zeros_like,
+            after_step=after_step,
+        )  # fmt: skip
+
+    def look(i, level, x):
+        seen.append((i, float(level), x))
+        return x
+
+    result = run(look)
+    assert [i for i, _, _ in seen] == list(range(5))
+    assert [level for _, level, _ in seen] == sorted((level for _, level, _ in seen), reverse=True)
+    torch.testing.assert_close(seen[-1][2], result, rtol=0, atol=0)
+    held = run(lambda i, level, x: torch.full_like(x, 7.0))
+    torch.testing.assert_close(held, torch.full_like(noise, 7.0), rtol=0, atol=0)

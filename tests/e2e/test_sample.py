@@ -161,3 +161,17 @@ def test_mistakes_are_named_before_anything_is_written(network, tmp_path, argume
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         sample(network, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_space_network_takes_no_vae(network, tmp_path):
+    with pytest.raises(UserError, match="image-space"):
+        sample(network, tmp_path / "out", "--vae", "someone/vae")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_may_be_given_by_name_in_any_case(network, tmp_path):
+    by_number = pixels(sample(network, tmp_path / "a", "--seeds", "0-3", "--class", "1"))
+    by_name = pixels(sample(network, tmp_path / "b", "--seeds", "0-3", "--class", "BEE"))
+    np.testing.assert_array_equal(by_name, by_number)
+    with pytest.raises(UserError, match="knows cat, …, or 0-2"):
+        sample(network, tmp_path / "c", "--class", "catt")

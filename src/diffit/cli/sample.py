@@ -77,6 +77,7 @@ def sample(
     The image of a seed is the same whatever the batch and the number of processes. Under torchrun the
     same command uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
+    from diffit.classes import find_class
     from diffit.generate import generate_class_grid, generate_to_disk, labels_of
     from diffit.sampling import prepare
     from diffit.training.distributed import processes
@@ -98,9 +99,9 @@ def sample(
         precision = check_precision(precision, procs.device)
         net, config = load_network(network, procs.device)
         config = with_sampling(config, changes)
-        label = None if class_ is None else find_class(class_, config)
         if vae is not None and config.autoencoder is None:
-            raise UserError(f"--vae {vae}: {network} is an image-space model; leave it out")
+            raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which draws pixels; leave it out")
+        label = None if class_ is None else find_class(class_, config, "--class")
         autoencoder = None if config.autoencoder is None else open_autoencoder(config, vae, procs.device)
         net = prepare(net, precision)
         if procs.is_first:
@@ -135,13 +136,9 @@ def open_autoencoder(config: Config, vae: str | None, device: Any) -> Any:
 
 def with_sampling(config: Config, changes: dict[str, Any]) -> Config:
     """``config`` with the sampling settings that were given, checked against the model."""
-    from pydantic import ValidationError
-
-    from diffit.configs.schema import explain
+    from diffit import sampling
 
     changes = {key: value for key, value in changes.items() if value is not None}
-    if changes.get("cfg_scale", 1) != 1 and not config.model.num_classes:
-        raise UserError(f"--cfg-scale {changes['cfg_scale']:g}: the model has no classes to be guided to; leave it out")
     for name in ("sigma_min", "sigma_max", "rho"):
         if name in changes and config.diffusion.kind != "edm":
             raise UserError(
@@ -152,28 +149,13 @@ def with_sampling(config: Config, changes: dict[str, Any]) -> Config:
         changes["cfg_power"] = None
     if "cfg_channels" in changes:
         changes["cfg_channels"] = None if changes["cfg_channels"] == "all" else int(changes["cfg_channels"])
-    try:
-        return Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | changes})
-    except ValidationError as error:
-        raise UserError(f"sampling options: {explain(error)}") from None
-
-
-def find_class(text: str, config: Config) -> int:
-    """The index of a class given by name or number."""
-    count, names = config.model.num_classes, config.data.class_names or ()
-    if not count:
-        raise UserError(f"--class {text}: the model has no classes; leave it out")
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < count:
-        return int(text)
-    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    known = f"{shown}, or 0-{count - 1}" if names else f"0-{count - 1}"
-    raise UserError(f"--class {text}: unknown; the model knows {known}")
+    return sampling.with_sampling(config, changes)
 
 
 def describe(config: Config, count: int, label: int | None, precision: str) -> str:
     """What is about to be drawn, guidance included, in one line."""
+    from diffit.classes import names_of
+
     sampling = config.sampling
     channels, height, width = config.image_shape
     line = (
@@ -182,8 +164,8 @@ def describe(config: Config, count: int, label: int | None, precision: str) -> s
     )
     if config.model.num_classes:
         chosen = "drawn" if label is None else str(label)
-        if label is not None and label < len(config.data.class_names or ()):
-            chosen += f" ({(config.data.class_names or ())[label]})"
+        if label is not None and label < len(names := names_of(config)):
+            chosen += f" ({names[label]})"
         line += f", class {chosen}, guidance {sampling.cfg_scale:g}"
         if sampling.cfg_scale != 1:
             line += f", power-cosine {sampling.cfg_power:g}" if sampling.cfg_power else ", constant"

@@ -67,7 +67,7 @@ OPTIONS: list[Callable[..., Any]] = [
 ]  # fmt: skip
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})  # also for train.py, which has no group
 @with_options(OPTIONS)
 def train(**options: Any) -> None:
     """Train DiffiT on an image archive.

@@ -1,16 +1,17 @@
 """Solvers of the probability-flow ODE and its stochastic relatives, as pure functions.
 
 On continuous noise levels ``heun``, ``euler`` and ``dpm_solver_pp`` are
-``sampler(denoise, noise, sigmas, *, noise_source, callback) -> x``:
+``sampler(denoise, noise, sigmas, *, noise_source, callback, after_step) -> x``:
 
 - ``noise`` is standard normal, ``(B, …)``; the state keeps its dtype and device (float64 costs nothing here);
 - ``sigmas`` falls, and ends in 0 for a clean image; it is read on the CPU;
 - ``noise_source(x)`` returns standard normal noise like ``x``: ``torch.randn_like``, or a
   :class:`~diffit.randomness.PerSampleNoise` for samples that do not depend on the batch that they are drawn in;
-- ``callback(i, sigma, x, denoised)`` is called once a step, before the state is advanced.
+- ``callback(i, sigma, x, denoised)`` is called once a step, before the state is advanced;
+- ``after_step(i, sigma, x)`` is called once it is, and returns the state to go on with.
 
 On a discrete schedule ``ddpm`` and ``ddim`` take ``(predict, noise, schedule, …)``, with a network's output in place of
-the denoised image; their callback sees the timestep in place of sigma.
+the denoised image; their callbacks see the timestep in place of sigma.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,12 @@ from diffit.diffusion.guidance import Denoiser
 
 NoiseSource = Callable[[Tensor], Tensor]
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
+AfterStep = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def keep(i: int, level: Tensor, x: Tensor) -> Tensor:
+    """The ``after_step`` that leaves the state as it is."""
+    return x
 
 
 def euler(
@@ -34,6 +41,7 @@ def euler(
     *,
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
+    after_step: AfterStep = keep,
 ) -> Tensor:
     """First order, one evaluation a step; the same steps as DDIM at η = 0. Draws no noise."""
     sigmas = sigmas.cpu().double()
@@ -42,7 +50,7 @@ def euler(
         denoised = denoise(x, sigma)
         if callback is not None:
             callback(i, sigma, x, denoised)
-        x = denoised + (x - denoised) * (sigma_next / sigma)
+        x = after_step(i, sigma, denoised + (x - denoised) * (sigma_next / sigma))
     return x
 
 
@@ -53,6 +61,7 @@ def heun(
     *,
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
+    after_step: AfterStep = keep,
     S_churn: float = 0.0,
     S_min: float = 0.0,
     S_max: float = float("inf"),
@@ -77,7 +86,7 @@ def heun(
         if sigma_next > 0:
             slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
             x_next = x + (slope + slope_next) * ((sigma_next - sigma) / 2)
-        x = x_next
+        x = after_step(i, sigma, x_next)
     return x
 
 
@@ -88,6 +97,7 @@ def dpm_solver_pp(
     *,
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
+    after_step: AfterStep = keep,
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order, one evaluation a step. Draws no noise.
 
@@ -106,7 +116,7 @@ def dpm_solver_pp(
         if previous is not None and sigma_next > 0:
             before, h_before = previous
             target = torch.lerp(before, denoised, 1 + h / (2 * h_before))
-        x = target + (x - target) * (sigma_next / sigma)
+        x = after_step(i, sigma, target + (x - target) * (sigma_next / sigma))
         previous = denoised, h
     return x
 
@@ -119,6 +129,7 @@ def ddpm(
     noise_source: NoiseSource,
     clip: bool = False,
     callback: Callback | None = None,
+    after_step: AfterStep = keep,
 ) -> Tensor:
     """Ancestral sampling (DDPM, Algorithm 2) with the network's variance where it learns one, else β̃.
 
@@ -131,6 +142,7 @@ def ddpm(
         if callback is not None:
             callback(len(schedule) - 1 - i, t, x, x0)
         x = mean if i == 0 else mean + (log_variance / 2).exp() * noise_source(x)
+        x = after_step(len(schedule) - 1 - i, t, x)
     return x
 
 
@@ -143,6 +155,7 @@ def ddim(
     noise_source: NoiseSource | None = None,
     clip: bool = False,
     callback: Callback | None = None,
+    after_step: AfterStep = keep,
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, Eq. 12); ``eta`` 0 is deterministic, 1 has the noise of DDPM with β̃."""
     if eta > 0 and noise_source is None:
@@ -162,4 +175,5 @@ def ddim(
         x = at(before.sqrt(), step, x) * x0 + at((1 - before - spread**2).clamp(min=0).sqrt(), step, x) * eps
         if eta > 0 and i > 0 and noise_source is not None:
             x = x + at(spread, step, x) * noise_source(x)
+        x = after_step(len(schedule) - 1 - i, t, x)
     return x

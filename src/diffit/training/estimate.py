@@ -29,7 +29,7 @@ class Cost:
         return self.state_bytes + self.activation_bytes
 
 
-def _inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...]:
+def example_inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...]:
     model = config.model
     labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
     inputs = (torch.zeros(batch, *model.sample_shape), torch.zeros(batch), labels)
@@ -42,7 +42,7 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
     """Parameters and multiply-accumulates are exact; memory leaves out workspaces and the allocator's waste."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net = build(config.model)
-        net(*_inputs(config, 1))
+        net(*example_inputs(config, 1))
     parameters = sum(parameter.numel() for parameter in net.parameters())
 
     # Fake tensors pretend to be on the CPU, so that autocast has its effect on what is kept.
@@ -56,7 +56,7 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
-            output = net(*_inputs(config, batch_gpu))  # held until the sum is made: storages must not be reused
+            output = net(*example_inputs(config, batch_gpu))  # held until the sum is made: storages must not be reused
         for parameter in net.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         activations = sum(kept.values())

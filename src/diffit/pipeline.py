@@ -1,0 +1,275 @@
+"""``DiffiTPipeline``: both families for people who live in diffusers.
+
+The one module that imports diffusers at its head. Everything that computes is the library's own: networks, samplers
+and guidance are those of ``diffit sample``.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+
+# ModelMixin is also looked up among this module's names when diffusers loads our parts.
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffit import hub
+from diffit.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
+from diffit.classes import find_class
+from diffit.configs.schema import Config
+from diffit.errors import UserError
+from diffit.flops import steps_of
+from diffit.models import DiffiT, build
+from diffit.outputs import to_pil
+from diffit.sampling import run_sampler, to_uint8, with_sampling
+from diffit.weights import load_network, public, with_vae
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+OUTPUTS = ("pil", "np", "pt", "latent")
+DECODED_TOGETHER = 16  # images
+FILES = ["model_index.json", "*/config.json", "*/*.safetensors", "*/*.safetensors.index.json"]
+
+
+class DiffiTModel(ModelMixin, ConfigMixin):
+    """A network of either family with its complete configuration, for diffusers to save, load and move.
+
+    ``diffit`` is a :class:`~diffit.configs.schema.Config` as plain JSON types. ``(x, level, *labels)`` are the
+    network's own arguments; x is brought to the dtype of the weights.
+    """
+
+    @register_to_config
+    def __init__(self, diffit: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = Config.from_json(json.dumps(diffit), "configuration of the pipeline's transformer")
+        self.net = build(self.settings.model)
+
+    @classmethod
+    def wrap(cls, net: DiffiT, config: Config) -> Self:
+        """``net`` itself, not a copy."""
+        with torch.device("meta"):
+            model = cls(json.loads(public(config).model_dump_json()))
+        model.net = net
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
+        """diffusers' loader, but strict: it would leave a weight that is absent as it happens to be."""
+        info = options.pop("output_loading_info", False)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        try:
+            model, found = super().from_pretrained(path, **options)
+        except OSError as error:
+            raise UserError(f"{path}: {str(error).strip().splitlines()[0]}; fetch or save it again") from None
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[problem]:
+                kind = problem.removesuffix("_keys")
+                raise UserError(f"{path}: weights do not fit config.json ({kind}: {sorted(found[problem])[0]})")
+        return (model, found) if info else model
+
+    def forward(self, x: Tensor, level: Tensor, *labels: Tensor | None) -> Tensor:
+        return self.net(x.to(self.dtype), level, *labels)
+
+
+class DiffiTPipeline(DiffusionPipeline):
+    """Images of classes: ``pipe(class_labels=[207, "goldfish"]).images``.
+
+    Args:
+        transformer: the network and its configuration, whose sampling settings are the pipeline's defaults.
+        vae: the autoencoder of a latent model; without it ``output_type="latent"`` still works. None for image space.
+
+    Raises UserError for a VAE that does not suit the network.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own form)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(self, transformer: DiffiTModel, vae: AutoencoderKL | None = None) -> None:
+        super().__init__()
+        config = transformer.settings
+        if vae is not None:
+            if config.autoencoder is None:
+                raise UserError(f"{config.preset} is an image-space model, which draws pixels: leave the VAE out")
+            name = str(vae.config.get("_name_or_path") or "given")
+            autoencoder = Autoencoder(vae, name, "", config.autoencoder.scale)
+            check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
+        self.register_modules(transformer=transformer, vae=vae)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """The pipeline of a folder that ``save_pretrained`` wrote, or of a repository on the Hub that holds one.
+
+        ``options`` are those of diffusers: ``dtype``, ``vae``, and for the Hub ``revision``, ``token``,
+        ``cache_dir``, ``local_files_only``, ``force_download``. Raises UserError for anything else than such a folder.
+        """
+        source = str(pretrained_model_name_or_path)
+        known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        fetching = {name: options.pop(name) for name in known if name in options}
+        path = Path(source)
+        if path.is_file():
+            raise UserError(f"{source}: a file; take DiffiTPipeline.from_network")
+        if not path.exists():
+            if not hub.looks_like_id(source):
+                raise UserError(f"{source}: no such folder, and not a Hub id such as owner/name; check the spelling")
+            path = hub.fetch_folder(source, FILES, **fetching)
+        try:
+            kind = json.loads((path / "model_index.json").read_text())["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{source}: no pipeline (model_index.json); is it for from_network?") from None
+        if kind != cls.__name__:
+            raise UserError(f"{source}: holds a {kind}, not a {cls.__name__}")
+        return super().from_pretrained(path, **options)
+
+    @classmethod
+    def from_network(
+        cls,
+        path_or_id: str | Path,
+        vae: str | Path | AutoencoderKL | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The pipeline of one of our .safetensors files or of NVIDIA's released weights, by path or Hub id.
+
+        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of all weights.
+        """
+        net, config = load_network(path_or_id, dtype=dtype)
+        if config.autoencoder is not None and not isinstance(vae, AutoencoderKL):
+            spec = config.autoencoder
+            loaded = load_autoencoder(vae or spec.vae, scale=spec.scale, dtype=dtype)
+            # A name instead of this machine's path, in both of a saved pipeline's configurations.
+            loaded.vae.register_to_config(_name_or_path=loaded.id)
+            vae, config = loaded.vae, with_vae(config, loaded.id)
+        elif isinstance(vae, str | Path):
+            raise UserError(f"{config.preset} is an image-space model, which draws pixels: leave the VAE {vae} out")
+        return cls(DiffiTModel.wrap(net, config), vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        *,
+        batch_size: int = 1,
+        num_inference_steps: int | str | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """One image a class label.
+
+        Args:
+            class_labels: numbers or names. None draws ``batch_size`` classes, and is what an unconditional model takes.
+            num_inference_steps: steps of the sampler, or ``"ddim50"`` and the like; by default the network's.
+            guidance_scale: 1 for none; by default the network's, as are its schedule and channels.
+            sampler: heun, euler, dpm++, ddpm or ddim; by default the network's.
+            generator: one, or one an image; of the noise at the start and in every step. None is torch's own.
+            latents: standard normal noise (B, C, h, w) to start from.
+            output_type: pil; np (B, H, W, C) or pt (B, C, H, W) in [0, 1]; latent: what the sampler ends in.
+            callback_on_step_end: called with (pipeline, step, level, {"latents": float32 state after the step}), where
+                the level is the timestep of ddpm and ddim and sigma of the others. The latents in what it returns
+                replace the state.
+
+        Returns an ``ImagePipelineOutput``, or a tuple of the images without ``return_dict``. Raises UserError.
+        """
+        config = self._configured(sampler=sampler, steps=num_inference_steps, cfg_scale=guidance_scale)
+        classes = _listed(class_labels)
+        count = len(classes) if classes is not None else batch_size if latents is None else len(latents)
+        self._check(config, count, generator, output_type, callback_on_step_end_tensor_inputs)
+        labels = self._labels(config, classes, count, generator)
+        noise = self._noise(config, count, generator, latents)
+
+        def noise_source(like: Tensor) -> Tensor:
+            return self._normal(like.shape, generator).to(like.dtype)
+
+        with self.progress_bar(total=steps_of(config)) as bar:
+
+            def after_step(step: int, level: Tensor, x: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return x
+                given = {"latents": x.float()}
+                wanted = {name: given[name] for name in callback_on_step_end_tensor_inputs}
+                changed = (callback_on_step_end(self, step, level, wanted) or {}).get("latents", given["latents"])
+                return x if torch.equal(changed, x.float()) else changed.to(x)  # x itself has more digits
+
+            device_labels = labels if labels is None else labels.to(noise.device)
+            samples = run_sampler(
+                self.transformer, config, device_labels, noise, config.sampling, noise_source, after_step=after_step
+            )
+        images = self._finish(samples.float(), config, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _configured(self, **changes: Any) -> Config:
+        return with_sampling(self.transformer.settings, {k: v for k, v in changes.items() if v is not None})
+
+    def _check(
+        self, config: Config, count: int, generator: Generators, output_type: str, inputs: Sequence[str]
+    ) -> None:
+        """UserError for arguments that cannot be, before any work starts."""
+        if count < 1:
+            raise UserError("no images are asked for: give class_labels, or a batch_size from 1 on")
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise UserError(f"{len(generator)} generators for {count} images: give one, or one an image")
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type {output_type!r}: take one of {', '.join(OUTPUTS)}")
+        if config.autoencoder is not None and self.vae is None and output_type != "latent":
+            raise UserError(f"output_type {output_type!r} needs a VAE: load the pipeline with vae=…, or take 'latent'")
+        if unknown := set(inputs) - set(self._callback_tensor_inputs):
+            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} is not to be had, 'latents' is")
+
+    def _labels(
+        self, config: Config, given: list[int | str] | None, count: int, generator: Generators
+    ) -> Tensor | None:
+        """Classes (B,) int64, as given or drawn; None for an unconditional model."""
+        if given is not None:
+            return torch.tensor([find_class(label, config) for label in given])
+        classes = config.model.num_classes
+        if not classes:
+            return None
+        sources = generator if isinstance(generator, Sequence) else [generator] * count
+        drawn = [torch.randint(classes, (), generator=g, device=g.device if g else None) for g in sources]
+        return torch.tensor([int(label) for label in drawn])
+
+    def _noise(self, config: Config, count: int, generator: Generators, latents: Tensor | None) -> Tensor:
+        """The state to start from: float64 (B, C, h, w), as :func:`diffit.sample` has it."""
+        shape = (count, *config.model.sample_shape)
+        if latents is None:
+            latents = self._normal(shape, generator)
+        elif latents.shape != shape:
+            raise UserError(f"latents of {tuple(latents.shape)}: the model takes {shape} for {count} images")
+        return latents.to(self._execution_device, torch.float64)
+
+    def _normal(self, shape: Sequence[int], generator: Generators) -> Tensor:
+        source = list(generator) if isinstance(generator, Sequence) else generator
+        return randn_tensor(tuple(shape), generator=source, device=self._execution_device, dtype=torch.float32)
+
+    def _finish(self, samples: Tensor, config: Config, output_type: str) -> Any:
+        """Samples (B, C, h, w) as what the caller asked for."""
+        if output_type == "latent":
+            return samples
+        if config.autoencoder is not None:
+            z = (samples / config.autoencoder.scale).to(self.vae.dtype)
+            samples = torch.cat([self.vae.decode(part).sample.float() for part in z.split(DECODED_TOGETHER)])
+        if output_type == "pil":
+            return [to_pil(image) for image in to_uint8(samples, config.sampling.rounding)]
+        images = (samples / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _listed(labels: int | str | Sequence[int | str] | Tensor | None) -> list[int | str] | None:
+    if labels is None or isinstance(labels, int | str):
+        return None if labels is None else [labels]
+    return labels.reshape(-1).tolist() if isinstance(labels, Tensor) else list(labels)
+
+
+# Where DiffusionPipeline.from_pretrained looks for the class that model_index.json names.
+diffusers.DiffiTPipeline = DiffiTPipeline
