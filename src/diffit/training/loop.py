@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffit.autoencoder import Autoencoder
-from diffit.configs.schema import Config
+from diffit.configs.schema import Config, Sampling, Training
 from diffit.data.grid import save_grid
 from diffit.errors import UserError
 from diffit.generate import draw_images
@@ -34,6 +34,7 @@ from diffit.weights import load_into, read_network_file, save_network
 GRID = (8, 8)
 KEEP_STATES = 2
 VALIDATION_IMAGES = 1024
+WATCHING_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,8 @@ class Run:
         net.eval()
         images = [
             draw_images(net, self.config, seeds[part], None if labels is None else labels[part],
-                        autoencoder=stepper.autoencoder, precision=stepper.precision)
+                        sampling=watching(self.config.sampling), autoencoder=stepper.autoencoder,
+                        precision=stepper.precision)
             for part in (slice(i, i + stepper.batch_gpu) for i in range(0, len(seeds), stepper.batch_gpu))
         ]  # fmt: skip
         net.train(net is stepper.net)
@@ -323,7 +325,7 @@ class Run:
         self.snapshot = self.run_dir / f"network-snapshot-{kimg:06d}.safetensors"
         save_network(self.snapshot, stepper.ema.state_dict(), self.config, kimg=stepper.images_seen / 1000)
         self.save_fakes(f"fakes{kimg:06d}.png", stepper.ema)
-        if stepper.images_seen * training.ema_rampup_ratio < training.ema_halflife_kimg * 1000:
+        if is_young(training, stepper.images_seen):
             self.save_fakes(f"fakes{kimg:06d}-raw.png", stepper.net)
 
     def save_state(self) -> None:
@@ -354,6 +356,21 @@ class Run:
                 )
             self.records.close()
         return Outcome(self.run_dir, self.stepper.images_seen, interrupted, self.snapshot)
+
+
+def watching(sampling: Sampling) -> Sampling:
+    """Settings for a run's grids: hundreds of ancestral steps a grid could take longer than what lies between two."""
+    if sampling.sampler != "ddpm":
+        return sampling
+    steps = min(sampling.steps, WATCHING_STEPS) if isinstance(sampling.steps, int) else sampling.steps
+    return sampling.model_copy(update={"sampler": "dpm++", "steps": steps})
+
+
+def is_young(training: Training, images_seen: int) -> bool:
+    """Whether the average still forgets its beginning: its half-life ramps up, or a twentieth of the beginning is left."""
+    if training.ema_decay is not None:
+        return training.ema_decay ** (images_seen / training.batch) > 0.05
+    return images_seen * training.ema_rampup_ratio < training.ema_halflife_kimg * 1000
 
 
 def peak_memory(device: torch.device) -> int:
