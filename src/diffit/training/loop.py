@@ -367,7 +367,7 @@ def watching(sampling: Sampling) -> Sampling:
 
 
 def is_young(training: Training, images_seen: int) -> bool:
-    """Whether the average still forgets its beginning: its half-life ramps up, or a twentieth of the beginning is left."""
+    """Whether the average still forgets its beginning: its half-life ramps up, or a twentieth of it is left."""
     if training.ema_decay is not None:
         return training.ema_decay ** (images_seen / training.batch) > 0.05
     return images_seen * training.ema_rampup_ratio < training.ema_halflife_kimg * 1000
