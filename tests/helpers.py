@@ -48,3 +48,19 @@ def command(
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_processes(code: str, folder: Path, processes: int = 2) -> str:
+    """Run Python text under torchrun and return what it printed; an exception in any process fails the test."""
+    script = folder / "script.py"
+    script.write_text(code)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
