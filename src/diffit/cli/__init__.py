@@ -13,6 +13,7 @@ from diffit.errors import UserError
 COMMANDS = {
     "data": ("diffit.cli.data", "Convert, check and inspect image archives."),
     "train": ("diffit.cli.train", "Train a model on an image archive."),
+    "metrics": ("diffit.cli.metrics", "Judge samples: FID and its relatives, near-copies."),
     "sample": ("diffit.cli.sample", "Draw images from a trained model."),
 }
 

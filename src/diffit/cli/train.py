@@ -54,7 +54,7 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots and grids; 0: at the end only."),
     click.option("--dump", type=int, metavar="TICKS", help="Ticks between training states; 0: at the end only."),
     click.option("--grid", type=Size(), default="8x8", show_default=True, help="Images in a grid."),
-    click.option("--metrics", help="Metrics to compute, for example fid10k_full."),
+    click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
     click.option("--metrics-ticks", type=int, help="Ticks between them; default: at the end only."),
     click.option("--desc", help="Text to put into the run's name."),
     click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
@@ -81,6 +81,7 @@ def train(**options: Any) -> None:
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.data.archive import ImageArchive
+    from diffit.metrics.suite import parse_metrics
     from diffit.training.distributed import processes
     from diffit.training.dry_run import describe
     from diffit.training.loop import train as run_training
@@ -93,10 +94,7 @@ def train(**options: Any) -> None:
             archive = ImageArchive(options["data"], cond=bool(options["cond"]))
             options["data"] = str(archive.path.resolve())
         config = resolve(preset, options, facts_of(archive), processes=procs.count)
-        if config.training.metrics and procs.is_first:
-            click.echo(
-                f"note: --metrics {','.join(config.training.metrics)}: not in this release yet, not computed", err=True
-            )
+        parse_metrics(config.training.metrics)
         if dry_run:
             if procs.is_first:
                 click.echo(describe(config, procs.count, archive))

@@ -3,6 +3,7 @@
 ``dataset.json`` is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [...]}``.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -190,6 +191,14 @@ class FileTree:
             reason = getattr(error, "strerror", None) or error
             raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
 
+    def checksum(self, name: str) -> tuple[int, int]:
+        """Size and CRC-32 of one file; a zip has both in its directory."""
+        if self.is_zip:
+            info = self._zip().getinfo(self._raw.get(name, name))
+            return info.file_size, info.CRC
+        data = self.read(name)
+        return len(data), zlib.crc32(data)
+
     def num_bytes(self) -> int:
         """Size on disk."""
         return sum(os.stat(f).st_size for f in ([self.path] if self.is_zip else (self.path / n for n in self.names)))
@@ -304,6 +313,15 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
                 f"{describe_shape(self.image_shape)}: `{self._convert_command} --resolution WxH` makes them equal"
             )
         return pixels
+
+    def decode(self, index: int) -> torch.Tensor:
+        """The image at its own size, where ``archive[index]`` insists on that of the first."""
+        return self._decode(self.file_names[index])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over name, size and CRC-32 of every image: a folder and a zip of it have the same."""
+        lines = (f"{name}\0{self._files.checksum(name)}\n" for name in self.file_names)
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     @property
     def _convert_command(self) -> str:

@@ -19,13 +19,16 @@ from diffit.configs.schema import Config
 from diffit.data.archive import ImageArchive
 from diffit.data.grid import save_grid
 from diffit.errors import UserError
+from diffit.metrics.card import format_numbers
 from diffit.models.image import ImageDiffiT
 from diffit.randomness import SUBSET, VALIDATION, make_generator
+from diffit.report import write_report
 from diffit.sampling import autocast, resolve_precision, sample, to_float, to_uint8
 from diffit.training.checkpoint import PREFIX, load_optimizer_tensors, load_state, save_state, states
 from diffit.training.display import Display, duration
 from diffit.training.distributed import Processes
 from diffit.training.estimate import estimate
+from diffit.training.evaluate import Evaluator
 from diffit.training.feed import feed, fits, image_indices, microbatches
 from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, write_options
 from diffit.training.step import Stepper, build_network
@@ -73,11 +76,13 @@ def train(
         if state is not None:
             restore(stepper, state)
         total = math.ceil(config.training.kimg * 1000 / config.training.batch) * config.training.batch
-        if state is not None and stepper.images_seen >= total:
+        evaluator = Evaluator(config, archive, procs, batch=stepper.batch_gpu, precision=precision)
+        finished = state is not None and stepper.images_seen >= total
+        if state is not None and finished and not evaluator.pending(state.parent, stepper.images_seen):
             return Outcome(state.parent, stepper.images_seen, False, None)
         new_dir = create_run(outdir, config, procs.count, desc) if procs.is_first and state is None else None
         run_dir = state.parent if state is not None else procs.broadcast(new_dir)
-        run = Run(stepper, archive, run_dir, total, grid, val)
+        run = Run(stepper, archive, run_dir, total, grid, val, evaluator)
         return run.go(resumed=state is not None)
 
 
@@ -133,7 +138,9 @@ class Run:
         total: int,
         grid: tuple[int, int],
         val: ImageArchive | None,
+        evaluator: Evaluator,
     ) -> None:
+        self.evaluator = evaluator
         self.stepper, self.archive, self.run_dir, self.total = stepper, archive, run_dir, total
         self.config, self.procs = stepper.config, stepper.procs
         self.grid, self.val = grid, val
@@ -156,8 +163,11 @@ class Run:
             self.save_reals()
             self.save_fakes("fakes_init.png", stepper.ema)
 
-        began, seen, done, stop = time.monotonic(), stepper.images_seen, False, False
+        done, stop = stepper.images_seen >= self.total, False
         with self.display, stop_signals() as received:
+            if resumed and (done or self.crossed(training.metrics_ticks)):
+                self.evaluate()  # unless that was done before the run was stopped
+            began, seen = time.monotonic(), stepper.images_seen
             while not (done or stop):
                 stepper.step(images)
                 self.display.measured(stepper.images_seen, stepper.meter.last_loss)
@@ -167,8 +177,11 @@ class Run:
                     self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
                     if end or self.crossed(training.snap):
                         self.save_snapshot()
-                    if end or self.crossed(training.dump):
+                    due = done or self.crossed(training.metrics_ticks)
+                    if end or due or self.crossed(training.dump):
                         self.save_state()
+                    if due and not stop:
+                        self.evaluate()
                     began, seen = time.monotonic(), stepper.images_seen
         return self.finish(stop and not done)
 
@@ -314,6 +327,16 @@ class Run:
         if stepper.images_seen * training.ema_rampup_ratio < training.ema_halflife_kimg * 1000:
             self.save_fakes(f"fakes{kimg:06d}-raw.png", stepper.net)
 
+    def evaluate(self) -> None:
+        """Metrics of the averaged weights, by all processes, where there is no record of them yet."""
+        stepper = self.stepper
+        if self.evaluator.pending(self.run_dir, stepper.images_seen):
+            for card in self.evaluator(stepper.ema, stepper.images_seen, self.records):
+                numbers = format_numbers(card["results"])
+                self.display.say(f"{card['kimg']:.2f} kimg   {card['metric']}: {numbers}   in {card['seconds']} s")
+            if self.procs.is_first:
+                write_report(self.run_dir)
+
     def save_state(self) -> None:
         if not self.procs.is_first:
             return
@@ -333,6 +356,7 @@ class Run:
     def finish(self, interrupted: bool) -> Outcome:
         self.procs.barrier()
         if self.records is not None:
+            write_report(self.run_dir)
             at = f"{self.stepper.images_seen / 1000:g} kimg"
             if interrupted:
                 self.display.say(f"stopped at {at}, everything saved; to go on, run the same command again")
