@@ -1,8 +1,8 @@
 """``make bench``: all of them."""
 
-from benchmarks import attention, sampling, step
+from benchmarks import attention, metrics, sampling, step
 from benchmarks.measure import machine
 
 print(machine(), flush=True)
-for benchmark in (attention, step, sampling):
+for benchmark in (attention, step, sampling, metrics):
     benchmark.main()
