@@ -95,6 +95,8 @@ def load_inception(path: Path, device: torch.device) -> Callable[[Tensor], dict[
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not weights of the Inception network ({reason}); fetch {URL}") from None
     net = net.to(device)
+    if device.type == "cpu":
+        net = net.to(memory_format=torch.channels_last)  # a fifth less time, the same to 1e-6
     kept: list[Tensor] = []
     net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output[:, :SPATIAL_CHANNELS]))
 
