@@ -44,6 +44,8 @@ def generate(
             part = seeds[start : start + batch]
             own = None if labels is None else labels[start : start + batch]
             images = sample(net, config, part, own, sampling=sampling, precision=precision)
+            if not images.isfinite().all():  # uint8 would show them as black or white, and a metric as a number
+                raise UserError(f"the samples of seeds {part[0]} to {part[-1]} are not finite: the weights are damaged")
             yield start, to_uint8(images).cpu()
             bar.advance(task, len(part) * count)
 

@@ -156,6 +156,14 @@ def test_samples_from_disk_give_the_number_that_those_from_the_sampler_give(netw
     assert direct["reference"]["images"] == {"moments_pool": 90}
 
 
+def test_samples_that_are_not_finite_are_an_error_and_not_a_number(network, pets):
+    net, config = load_network(network)
+    next(net.parameters()).fill_(float("nan"))
+    suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
+    with pytest.raises(UserError, match="samples of seeds 0 to 15 are not finite"):
+        evaluate_network(suite, net, config, ONE, batch=16)
+
+
 def test_show_prints_what_calc_said_and_what_a_run_recorded(network, pets, tmp_path, capsys):
     cards, _ = calc(capsys, "--images", pets, "--ref", pets, "--metrics", "fd90_full:pixels")
     (tmp_path / "cards.jsonl").write_text("".join(json.dumps(card) + "\n" for card in cards))

@@ -106,6 +106,8 @@ def test_moments_are_numpys_in_any_batches_and_order():
 REDUCE = """
 import torch
 from diffit.metrics.frechet import Moments
+from diffit.metrics.gather import Rows
+from diffit.metrics.inception_score import ScoreSums
 from diffit.training.distributed import processes
 
 with processes() as procs:
@@ -119,6 +121,16 @@ with processes() as procs:
         mean, cov = sums.mean_and_cov()
         exact = torch.cov(x.T)
         assert sums.count == 203
+        rows, score, alone = Rows(), ScoreSums(203), ScoreSums(203)
+        positions, p = torch.arange(203), x.softmax(1)
+        if len(mine):
+            rows.add(positions.split(sizes)[procs.rank].flip(0), mine.flip(0))
+            score.add(positions.split(sizes)[procs.rank], p.split(sizes)[procs.rank])
+        alone.add(positions, p)
+        rows.reduce(procs, 24)
+        score.reduce(procs, 24)
+        assert abs(score.score()[0] / alone.score()[0] - 1) < 1e-10
+        assert not procs.is_first or torch.equal(rows.features, x.float())
         assert (mean - x.mean(0)).abs().max() < 1e-10 and (cov - exact).abs().max() < 1e-10 * exact.abs().max()
 """
 

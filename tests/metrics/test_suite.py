@@ -209,6 +209,8 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
     np.savez(objects, mu=np.array([{}], dtype=object), sigma=np.eye(3))
     shapes = tmp_path / "shapes.npz"
     np.savez(shapes, mu=np.zeros(3), sigma=np.eye(2))
+    theirs = tmp_path / "theirs.npz"
+    np.savez(theirs, mu=np.zeros(12), sigma=np.eye(12), detector="pixels", detector_key="0123")
     empty = tmp_path / "empty"
     empty.mkdir()
     for images, ref, names, detector, message in (
@@ -218,6 +220,7 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
         (fake, other, ["fd60_full"], torchscript, "reference other.zip of 8×8×3; they must be of one size"),
         (fake, objects, ["fd60_full"], torchscript, "Python objects, which could run code"),
         (fake, shapes, ["fd60_full"], torchscript, r"mu \(3,\) and sigma \(2, 2\) differ"),
+        (fake, theirs, ["fd60_full"], torchscript, "statistics of detector pixels, the metric's is filters-"),
         (fake, tmp_path / "none.npz", ["fd60_full"], torchscript, "no such file"),
         (fake, empty, ["fd60_full"], torchscript, "holds no images"),
         (fake, real, ["is60"], torchscript, "has no probabilities output"),

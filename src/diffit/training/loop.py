@@ -146,7 +146,7 @@ class Run:
         self.grid, self.val = grid, val
         self.records = Records(run_dir, stepper.images_seen) if self.procs.is_first else None
         self.display = Display(self.records, total, stepper.images_seen)
-        self.snapshot: Path | None = None
+        self.snapshot = max(run_dir.glob("network-snapshot-*.safetensors"), default=None)
 
     def go(self, *, resumed: bool) -> Outcome:
         training, stepper = self.config.training, self.stepper
