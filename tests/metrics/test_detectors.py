@@ -39,9 +39,11 @@ def test_pixels_are_the_pixels_and_not_for_large_images():
         make_detector("pixels", ONE)(images(1, 3, 64))
 
 
-def test_a_torchscript_file_is_a_detector_named_after_it(torchscript):
+def test_a_torchscript_file_is_a_detector_named_after_it(torchscript, monkeypatch):
     detector = make_detector(str(torchscript), ONE)
     x = images()
+    monkeypatch.chdir(torchscript.parent)
+    assert make_detector(f"./{torchscript.name}", ONE).key == detector.key
     assert detector.name == f"filters-{detector.key[:8]}"
     assert_close(detector(x)["pool"], torch.jit.load(str(torchscript))(x))
     with pytest.raises(UserError, match=r"filters\.pt: fails on uint8 images \(4, 1, 8, 8\)"):

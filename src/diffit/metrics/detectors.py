@@ -72,7 +72,7 @@ def make_detector(spec: str, procs: Processes) -> Detector:
             "file (.pt) or one of `diffit metrics train-detector` (.safetensors)"
         )
     key = sha256_of(path)
-    if spec != str(path):
+    if spec.startswith(f"{OFFICIAL}:"):
         name = OFFICIAL if key == SHA256 else f"{OFFICIAL}-{key[:8]}"
         return Detector(name, key, load_inception(path, device), device, any_size=True)
     name = f"{path.stem}-{key[:8]}"

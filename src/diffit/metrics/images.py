@@ -1,6 +1,5 @@
 """Images on disk as a stream of batches, none of which is kept: archives, folders of any sizes, ADM sample batches."""
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -147,8 +146,3 @@ def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, prog
             for members in sizes.values():
                 yield positions[members], torch.stack([loaded[i] for i in members])
             bar.advance(task)
-
-
-def digest(*parts: object) -> str:
-    """SHA-256 of what a cached number depends on."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

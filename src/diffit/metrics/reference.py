@@ -1,5 +1,6 @@
 """What samples are compared with: the images of an archive, or statistics that somebody published."""
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Collection
@@ -16,7 +17,7 @@ from diffit.files import whole_file
 from diffit.metrics.detectors import Detector
 from diffit.metrics.frechet import Moments
 from diffit.metrics.gather import Need, Rows, gather
-from diffit.metrics.images import ArchiveImages, Images, NpzImages, choose, digest, open_images, stream
+from diffit.metrics.images import ArchiveImages, Images, NpzImages, choose, open_images, stream
 from diffit.metrics.inception import sha256_of
 from diffit.metrics.inception_score import ScoreSums
 from diffit.training.distributed import Processes
@@ -107,7 +108,8 @@ class Reference:
 
     def _cache_file(self, need: Need) -> Path:
         assert self.images is not None
-        name = digest(self.key, self.detector.key, self.images.shape, need.output, need.count, "1")
+        parts = (self.key, self.detector.key, self.images.shape, need.output, need.count)
+        name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
         return cache_folder() / f"moments-{name[:32]}.npz"
 
     def _load(self, need: Need) -> Gaussian | None:
@@ -145,8 +147,12 @@ def read_arrays(path: Path) -> dict[str, Gaussian]:
 
 
 def _text(path: Path, name: str) -> str | None:
-    with np.load(path, allow_pickle=False) as file:
-        return str(file[name]) if name in file and file[name].dtype.kind == "U" else None
+    """A string in an npz; None where there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return str(file[name]) if name in file and file[name].dtype.kind == "U" else None
+    except ValueError:  # Python objects: not a string of ours
+        return None
 
 
 def open_reference(path: Path, detector: Detector) -> Reference:
