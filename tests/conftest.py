@@ -1,10 +1,18 @@
-"""Property tests draw the same examples everywhere, and a busy machine does not fail them."""
+"""Property tests draw the same examples everywhere, a busy machine does not fail them, and no cache outlives a test."""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any client reads it: no test may depend on the network
 
 settings.register_profile("diffit", deadline=None, derandomize=True)
 settings.load_profile("diffit")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DIFFIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("hub")))
+    monkeypatch.delenv("DIFFIT_INCEPTION", raising=False)

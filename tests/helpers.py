@@ -67,3 +67,19 @@ def write_vae(path: Path, *, latent_channels: int = 4, seed: int = 0) -> Path:
         )
     vae.save_pretrained(path)
     return path
+
+
+def run_processes(code: str, folder: Path, processes: int = 2) -> str:
+    """Run Python text under torchrun and return what it printed; an exception in any process fails the test."""
+    script = folder / "script.py"
+    script.write_text(code)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

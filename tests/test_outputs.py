@@ -14,10 +14,11 @@ from torch import Tensor
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.generate import draw_images, generate_to_disk
+from diffit.generate import draw, generate_to_disk
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.outputs import fingerprint
+from diffit.sampling import to_uint8
 from diffit.training.distributed import Processes
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -80,7 +81,7 @@ def test_png_files_are_the_images_of_their_seeds(tmp_path):
     net, config = tiny()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     assert write(tmp_path, net, config, labels=labels) == 7
-    expected = draw_images(net, config, SEEDS, labels)
+    expected = to_uint8(draw(net, config, SEEDS, labels), config.sampling.rounding)
     for seed, image in zip(SEEDS, expected, strict=True):
         found = np.array(Image.open(tmp_path / f"{seed:06d}.png")).transpose(2, 0, 1).astype(int)
         assert np.abs(found - image.numpy()).max() <= 1
@@ -203,7 +204,7 @@ def test_npz_is_what_adm_reads_and_nothing_else_is_left(tmp_path):
     assert found["arr_0"].shape == (7, 8, 8, 3)
     assert found["arr_1"].dtype == np.int64
     assert found["arr_1"].tolist() == labels.tolist()
-    expected = draw_images(net, config, SEEDS, labels).permute(0, 2, 3, 1).numpy().astype(int)
+    expected = to_uint8(draw(net, config, SEEDS, labels)).permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(found["arr_0"] - expected).max() <= 1
     assert sorted(content(tmp_path)) == ["samples.json", "samples_7x8x8x3.npz"]
 

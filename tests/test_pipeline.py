@@ -14,10 +14,10 @@ from diffit import load_network, sample
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, Data
 from diffit.errors import UserError
-from diffit.generate import draw_images
+from diffit.generate import draw
 from diffit.models import build
 from diffit.randomness import PerSampleNoise
-from diffit.sampling import with_sampling
+from diffit.sampling import to_uint8, with_sampling
 from diffit.weights import save_network
 from helpers import write_vae
 
@@ -108,7 +108,9 @@ def test_latents_are_those_of_sample_on_the_same_noise(pipe, latent, changes):
 
 def test_images_are_those_of_diffit_sample(pipe, latent, vae):
     net, config = load_network(latent)
-    expected = draw_images(net, config, SEEDS, torch.tensor([0, 1, 2]), autoencoder=load_autoencoder(vae))
+    expected = to_uint8(
+        draw(net, config, SEEDS, torch.tensor([0, 1, 2]), autoencoder=load_autoencoder(vae)), config.sampling.rounding
+    )
     images = pipe(NAMES, latents=noise_of(config)).images
     assert [picture.size for picture in images] == [(32, 32)] * 3
     pixels = torch.from_numpy(np.stack([np.array(picture) for picture in images])).permute(0, 3, 1, 2)

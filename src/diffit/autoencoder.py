@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.sampling import to_float
 
@@ -101,6 +102,20 @@ def check_autoencoder(vae: Autoencoder, sample_shape: tuple[int, int, int], imag
             f"VAE {vae.id} has a latent for every {vae.factor} pixels: images of {image_size[1]}x{image_size[0]} do "
             f"not become the {sample_shape[2]}x{sample_shape[1]} that the model takes; give the one it was trained with"
         )
+
+
+def autoencoder_of(config: Config, vae: str | None = None, *, device: str | torch.device = "cpu") -> Autoencoder | None:
+    """The VAE that a latent model's configuration names, or ``vae`` in its place; None for an image-space model.
+
+    UserError where it does not fit the model.
+    """
+    if config.autoencoder is None:
+        if vae is not None:
+            raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which draws pixels; leave it out")
+        return None
+    found = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale, device=device)
+    check_autoencoder(found, config.model.sample_shape, config.image_shape[1:])
+    return found
 
 
 def load_autoencoder(

@@ -19,7 +19,7 @@ from diffit.sampling import sample, to_uint8
 from diffit.training.distributed import Processes
 
 
-def draw_images(
+def draw(
     net: DiffiT,
     config: Config,
     seeds: Sequence[int],
@@ -29,12 +29,12 @@ def draw_images(
     autoencoder: Autoencoder | None = None,
     precision: str = "fp32",
 ) -> Tensor:
-    """One image a seed: uint8 (b, C, H, W) on the CPU. A latent model needs its ``autoencoder``."""
+    """One image a seed, ``(b, C, H, W)`` float32, nominally in [−1, 1]. A latent model needs its ``autoencoder``."""
     samples = sample(net, config, seeds, labels, sampling=sampling, precision=precision)
-    if config.autoencoder is not None:
-        assert autoencoder is not None, "a latent model's samples are latents"
-        samples = autoencoder.decode(samples)
-    return to_uint8(samples, (sampling or config.sampling).rounding).cpu()
+    if config.autoencoder is None:
+        return samples
+    assert autoencoder is not None, "a latent model's samples are latents"
+    return autoencoder.decode(samples)
 
 
 def labels_of(config: Config, seeds: Sequence[int], policy: int | str = "random") -> Tensor | None:
@@ -79,12 +79,14 @@ def generate(
             part = slice(start, start + batch)
             if done is None or not done(part):
                 own = None if labels is None else labels[part]
-                yield (
-                    start,
-                    draw_images(
-                        net, config, seeds[part], own, sampling=sampling, autoencoder=autoencoder, precision=precision
-                    ),
+                images = draw(
+                    net, config, seeds[part], own, sampling=sampling, autoencoder=autoencoder, precision=precision
                 )
+                if not images.isfinite().all():  # uint8 would show them as black or white, and a metric as a number
+                    raise UserError(
+                        f"the samples of seeds {seeds[part][0]} to {seeds[part][-1]} are not finite: the weights are damaged"
+                    )
+                yield start, to_uint8(images, (sampling or config.sampling).rounding).cpu()
             bar.advance(task, len(seeds[part]) * count)
 
 

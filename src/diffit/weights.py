@@ -1,5 +1,6 @@
 """Network files: safetensors with the complete configuration in the header. Nothing is ever unpickled."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,16 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values: the same for weights in memory and in any file that holds them."""
+    total = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def locate(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from diffit.errors import UserError
 COMMANDS = {
     "data": ("diffit.cli.data", "Convert, encode, check and inspect image archives."),
     "train": ("diffit.cli.train", "Train a model on an image archive."),
+    "metrics": ("diffit.cli.metrics", "Judge samples: FID and its relatives, near-copies."),
     "sample": ("diffit.cli.sample", "Draw images from a trained model."),
     "export": ("diffit.cli.export", "Write a network for the released program, for diffusers or for the Hub."),
     "info": ("diffit.cli.info", "Say what a preset or a network file is, and what it costs to run."),

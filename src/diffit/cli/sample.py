@@ -77,6 +77,7 @@ def sample(
     The image of a seed is the same whatever the batch and the number of processes. Under torchrun the
     same command uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
+    from diffit.autoencoder import autoencoder_of
     from diffit.classes import find_class
     from diffit.generate import generate_class_grid, generate_to_disk, labels_of
     from diffit.sampling import prepare
@@ -99,10 +100,8 @@ def sample(
         precision = check_precision(precision, procs.device)
         net, config = load_network(network, procs.device)
         config = with_sampling(config, changes)
-        if vae is not None and config.autoencoder is None:
-            raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which draws pixels; leave it out")
         label = None if class_ is None else find_class(class_, config, "--class")
-        autoencoder = None if config.autoencoder is None else open_autoencoder(config, vae, procs.device)
+        autoencoder = autoencoder_of(config, vae, device=procs.device)
         net = prepare(net, precision)
         if procs.is_first:
             click.echo(describe(config, len(chosen), label, precision))
@@ -122,16 +121,6 @@ def sample(
         if procs.is_first:
             seconds = time.monotonic() - began
             click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")
-
-
-def open_autoencoder(config: Config, vae: str | None, device: Any) -> Any:
-    """The VAE that a file names, or another one of the same latents."""
-    from diffit.autoencoder import check_autoencoder, load_autoencoder
-
-    assert config.autoencoder is not None
-    autoencoder = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale, device=device)
-    check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
-    return autoencoder
 
 
 def with_sampling(config: Config, changes: dict[str, Any]) -> Config:

@@ -58,7 +58,7 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots and grids; 0: at the end only."),
     click.option("--dump", type=int, metavar="TICKS", help="Ticks between training states; 0: at the end only."),
     click.option("--grid", type=Size(), default="8x8", show_default=True, help="Images in a grid."),
-    click.option("--metrics", help="Metrics to compute, for example fid10k_full."),
+    click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
     click.option("--metrics-ticks", type=int, help="Ticks between them; default: at the end only."),
     click.option("--desc", help="Text to put into the run's name."),
     click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
@@ -78,6 +78,8 @@ def train(**options: Any) -> None:
     preset, epochs = options.pop("preset"), options.pop("epochs")
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
+    from diffit.autoencoder import autoencoder_of
+    from diffit.metrics.suite import parse_metrics
     from diffit.training.distributed import processes
     from diffit.training.dry_run import describe
     from diffit.training.loop import train as run_training
@@ -94,10 +96,7 @@ def train(**options: Any) -> None:
         if epochs is not None:
             options["kimg"] = kimg_of(epochs, options["kimg"], archive)
         config = resolve(preset, options, facts_of(archive), processes=procs.count)
-        if config.training.metrics and procs.is_first:
-            click.echo(
-                f"note: --metrics {','.join(config.training.metrics)}: not in this release yet, not computed", err=True
-            )
+        parse_metrics(config.training.metrics)
         if dry_run:
             if procs.is_first:
                 click.echo(describe(config, procs.count, archive))
@@ -105,7 +104,10 @@ def train(**options: Any) -> None:
         assert archive is not None
         if options["val"] is not None:
             val = open_val(options["val"], archive, config)
-        autoencoder = None if config.autoencoder is None else open_autoencoder(config, archive, val, procs.device)
+        autoencoder = autoencoder_of(config, device=procs.device)
+        if autoencoder is not None:
+            for latents in filter(lambda data: hasattr(data, "header"), (archive, val)):
+                latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
         outcome = run_training(
             config, archive, outdir, procs,
             resume=resume, desc=desc, grid=(grid[1], grid[0]), val=val, autoencoder=autoencoder,
@@ -145,20 +147,6 @@ def open_data(path: str, cond: bool | None, preset: str | None) -> Any:
     if cond is None and preset is not None:
         cond = get_preset(preset).data.cond
     return (LatentArchive if is_latents(path) else ImageArchive)(path, cond=bool(cond))
-
-
-def open_autoencoder(config: Config, archive: Any, val: Any, device: Any) -> Any:
-    """The VAE of a latent model, checked against the network and against cached latents."""
-    from diffit.autoencoder import check_autoencoder, load_autoencoder
-
-    spec = config.autoencoder
-    assert spec is not None
-    autoencoder = load_autoencoder(spec.vae, scale=spec.scale, device=device)
-    check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
-    for latents in (archive, val):
-        if hasattr(latents, "header"):
-            latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
-    return autoencoder
 
 
 def kimg_of(epochs: float, kimg: float | None, archive: Any) -> float:

@@ -314,6 +314,10 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
             )
         return pixels
 
+    def decode(self, index: int) -> torch.Tensor:
+        """The image at its own size, where ``archive[index]`` insists on that of the first."""
+        return self._decode(self.file_names[index])
+
     @property
     def _convert_command(self) -> str:
         return f"diffit data convert --source {self.path} --dest NEW.zip"

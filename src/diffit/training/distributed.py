@@ -44,6 +44,29 @@ class Processes:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error in this block on one process is raised on all, so that none waits for one that has gone.
+
+        The block itself must not wait for other processes.
+        """
+        if self.count == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        messages: list[str | None] = [None] * self.count
+        text = str(error) if isinstance(error, UserError) else repr(error)
+        dist.all_gather_object(messages, None if error is None else text)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise UserError(f"process {rank} of {self.count}: {message}")
+
 
 def pick_device() -> torch.device:
     if not torch.cuda.is_available():

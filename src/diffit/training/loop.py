@@ -18,14 +18,17 @@ from diffit.autoencoder import Autoencoder
 from diffit.configs.schema import Config, Sampling, Training
 from diffit.data.grid import save_grid
 from diffit.errors import UserError
-from diffit.generate import draw_images
+from diffit.generate import draw
+from diffit.metrics.card import format_numbers
 from diffit.models import DiffiT
 from diffit.randomness import SUBSET, VALIDATION, make_generator
+from diffit.report import write_report
 from diffit.sampling import autocast, resolve_precision, to_uint8
 from diffit.training.checkpoint import PREFIX, load_optimizer_tensors, load_state, save_state, states
 from diffit.training.display import Display, duration
 from diffit.training.distributed import Processes
 from diffit.training.estimate import estimate
+from diffit.training.evaluate import Evaluator
 from diffit.training.feed import Archive, feed, fits, image_indices, microbatches
 from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, read_options, write_options
 from diffit.training.step import Stepper, build_network
@@ -75,7 +78,9 @@ def train(
         if state is not None:
             restore(stepper, state)
         total = config.training.steps * config.training.batch
-        if state is not None and stepper.images_seen >= total:
+        evaluator = Evaluator(config, archive, procs, autoencoder, batch=stepper.batch_gpu, precision=precision)
+        finished = state is not None and stepper.images_seen >= total
+        if state is not None and finished and not evaluator.pending(state.parent, stepper.images_seen):
             return Outcome(state.parent, stepper.images_seen, False, None)
         # Before there is a run folder, because this finds faulty images.
         resident, loading = load_resident(archive, procs, config.training.workers)
@@ -84,7 +89,7 @@ def train(
             lonely = state is None or read_options(state.parent) is None
             run_dir = create_run(outdir, config, procs.count, desc) if lonely else state.parent
         run_dir = procs.broadcast(run_dir)
-        run = Run(stepper, archive, run_dir, total, grid, val)
+        run = Run(stepper, archive, run_dir, total, grid, val, evaluator)
         return run.go(resident, loading, resumed=state is not None)
 
 
@@ -156,13 +161,15 @@ class Run:
         total: int,
         grid: tuple[int, int],
         val: Archive | None,
+        evaluator: Evaluator,
     ) -> None:
+        self.evaluator = evaluator
         self.stepper, self.archive, self.run_dir, self.total = stepper, archive, run_dir, total
         self.config, self.procs = stepper.config, stepper.procs
         self.grid, self.val = grid, val
         self.records = Records(run_dir, stepper.images_seen) if self.procs.is_first else None
         self.display = Display(self.records, total, stepper.images_seen)
-        self.snapshot: Path | None = None
+        self.snapshot = max(run_dir.glob("network-snapshot-*.safetensors"), default=None)
 
     def go(self, resident: Tensor | None, loading: str, *, resumed: bool) -> Outcome:
         training, stepper = self.config.training, self.stepper
@@ -179,8 +186,11 @@ class Run:
             self.save_reals()
             self.save_fakes("fakes_init.png", stepper.ema)
 
-        began, seen, done, stop = time.monotonic(), stepper.images_seen, False, False
+        done, stop = stepper.images_seen >= self.total, False
         with self.display, stop_signals() as received:
+            if resumed and (done or self.crossed(training.metrics_ticks)):
+                self.evaluate()  # unless that was done before the run was stopped
+            began, seen = time.monotonic(), stepper.images_seen
             while not (done or stop):
                 stepper.step(images)
                 self.display.measured(stepper.images_seen, stepper.meter.last_loss)
@@ -188,10 +198,14 @@ class Run:
                 end = done or stop
                 if end or self.crossed(1):
                     self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
-                    if end or self.crossed(training.dump):  # first: who asked the run to stop may not wait for grids
+                    due = done or self.crossed(training.metrics_ticks)
+                    # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
+                    if end or due or self.crossed(training.dump):
                         self.save_state()
                     if end or self.crossed(training.snap):
                         self.save_snapshot()
+                    if due and not stop:
+                        self.evaluate()
                     began, seen = time.monotonic(), stepper.images_seen
         return self.finish(stop and not done)
 
@@ -307,10 +321,10 @@ class Run:
         classes = self.config.model.num_classes
         labels = torch.arange(len(seeds)) % classes if classes else None
         net.eval()
+        sampling = watching(self.config.sampling)
         images = [
-            draw_images(net, self.config, seeds[part], None if labels is None else labels[part],
-                        sampling=watching(self.config.sampling), autoencoder=stepper.autoencoder,
-                        precision=stepper.precision)
+            to_uint8(draw(net, self.config, seeds[part], None if labels is None else labels[part], sampling=sampling,
+                          autoencoder=stepper.autoencoder, precision=stepper.precision), sampling.rounding).cpu()
             for part in (slice(i, i + stepper.batch_gpu) for i in range(0, len(seeds), stepper.batch_gpu))
         ]  # fmt: skip
         net.train(net is stepper.net)
@@ -327,6 +341,16 @@ class Run:
         self.save_fakes(f"fakes{kimg:06d}.png", stepper.ema)
         if is_young(training, stepper.images_seen):
             self.save_fakes(f"fakes{kimg:06d}-raw.png", stepper.net)
+
+    def evaluate(self) -> None:
+        """Metrics of the averaged weights, by all processes, where there is no record of them yet."""
+        stepper = self.stepper
+        if self.evaluator.pending(self.run_dir, stepper.images_seen):
+            for card in self.evaluator(stepper.ema, stepper.images_seen, self.records):
+                numbers = format_numbers(card["results"])
+                self.display.say(f"{card['kimg']:.2f} kimg   {card['metric']}: {numbers}   in {card['seconds']} s")
+            if self.procs.is_first:
+                write_report(self.run_dir)
 
     def save_state(self) -> None:
         if not self.procs.is_first:
@@ -347,6 +371,7 @@ class Run:
     def finish(self, interrupted: bool) -> Outcome:
         self.procs.barrier()
         if self.records is not None:
+            write_report(self.run_dir)
             at = f"{self.stepper.images_seen / 1000:g} kimg"
             if interrupted:
                 self.display.say(f"stopped at {at}, everything saved; to go on, run the same command again")

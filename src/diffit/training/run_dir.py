@@ -87,7 +87,8 @@ class Records:
 
     def __init__(self, run_dir: Path, images_seen: int) -> None:
         self.run_dir = run_dir
-        truncate_jsonl(run_dir / "stats.jsonl", images_seen)
+        for path in (run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")):
+            truncate_jsonl(path, images_seen)
         self.board = _tensorboard(run_dir, images_seen)
 
     def log(self, text: str) -> None:
@@ -102,6 +103,15 @@ class Records:
                 for name, value in scalars.items():
                     self.board.add_scalar(name, value, images_seen)
                 self.board.flush()
+
+    def metric(self, path: Path, card: dict[str, Any]) -> None:
+        """Add a card, which has ``images``, to its JSON-lines file, and its numbers to TensorBoard."""
+        with disk_errors(path), path.open("a") as file:
+            file.write(json.dumps(card) + "\n")
+        if self.board is not None:
+            for name, value in card["results"].items():
+                self.board.add_scalar(f"{card['metric']}/{name}".replace(":", "-"), value, card["images"])
+            self.board.flush()
 
     def close(self) -> None:
         if self.board is not None:

@@ -45,6 +45,12 @@ def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.
     return torch.where(dropped, null, labels)
 
 
+def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored left to right with probability ½; ``(B, C, H, W)``."""
+    chosen = torch.rand(len(images), device=images.device, generator=generator) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
 def clean_samples(
     data: Tensor, generator: torch.Generator, *, mirror: bool, autoencoder: Autoencoder | None, scale: float | None
 ) -> Tensor:
@@ -54,16 +60,16 @@ def clean_samples(
     those of the mirror image. ``scale`` is None for an image-space model. ``mirror`` flips half of the images. Cached
     or encoded here, the draws are the same.
     """
-    chosen = torch.rand(len(data), device=data.device, generator=generator) < 0.5 if mirror else None
     if data.ndim == 5:
         moments = data[:, :2]
-        if chosen is not None:
+        if mirror:  # the same draw as flip_half's
+            chosen = torch.rand(len(data), device=data.device, generator=generator) < 0.5
             moments = torch.where(chosen[:, None, None, None, None], data[:, 2:], moments)
         mean, std = moments.float().unbind(1)
     else:
         images = to_float(data)
-        if chosen is not None:
-            images = torch.where(chosen[:, None, None, None], images.flip(3), images)
+        if mirror:
+            images = flip_half(images, generator)
         if scale is None:
             return images
         assert autoencoder is not None

@@ -1,0 +1,100 @@
+"""Samples beside the training images nearest to them in feature space, and how near real images lie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffit.autoencoder import autoencoder_of
+from diffit.errors import UserError
+from diffit.generate import generate
+from diffit.metrics.card import draw_labels
+from diffit.metrics.detectors import Detector
+from diffit.metrics.gather import Need, Rows, gather
+from diffit.metrics.images import Batches, Images, choose, open_images, stream
+from diffit.metrics.neighbours import nearest
+from diffit.training.distributed import Processes
+from diffit.weights import load_network
+
+QUANTILE = 0.01  # of real images lie as close to a training image as a near-copy does
+SHOWN, NEIGHBOURS = 32, 3
+REAL = 10_000  # real images whose distances give the yardstick
+
+
+@dataclass
+class Copies:
+    """``pictures``: the closest samples first, each a list of images (C, H, W), the sample and its neighbours."""
+
+    facts: dict[str, Any]
+    pictures: list[list[Tensor]]
+    distances: Tensor
+    """(shown, NEIGHBOURS) of the pictures."""
+
+
+def samples_from(
+    network: str | None, images: Path | None, count: int, batch: int, procs: Processes, vae: str | None = None
+) -> list[Tensor]:
+    """``count`` uint8 images (C, H, W), drawn by seeds 0 to count − 1 or chosen from a folder."""
+    if network is None:
+        assert images is not None
+        source = open_images(images)
+        return list(source.rows(sorted(choose(len(source), count).tolist())))
+    net, config = load_network(network, procs.device)
+    autoencoder = autoencoder_of(config, vae, device=procs.device)
+    labels, _ = draw_labels(config, None, range(count))
+    drawn = generate(
+        net, config, range(count), labels, procs=procs, autoencoder=autoencoder, batch=batch, progress=True
+    )
+    return [image for _, part in drawn for image in part]
+
+
+def find_copies(
+    samples: list[Tensor],
+    training: Images,
+    detector: Detector,
+    procs: Processes,
+    *,
+    heldout: Images | None = None,
+    batch: int = 64,
+) -> Copies:
+    """Near-copies among ``samples``, by the yardstick of ``heldout`` images or of training images among themselves."""
+    real = features(stream(training, torch.arange(len(training)), batch, procs, progress=True), detector, procs)
+    drawn = features(((torch.arange(i, i + 1), x[None]) for i, x in enumerate(samples)), detector, procs)
+    if drawn.shape[1] != real.shape[1]:
+        raise UserError(f"{training.name}: images of another size than the samples; the features do not compare")
+    if heldout is None:
+        if len(real) < 2:
+            raise UserError(f"{training.name}: one image; without --heldout at least two are needed")
+        chosen = choose(len(real), min(REAL, len(real)))
+        yardstick = nearest(real[chosen], real, 2)[0][:, 1]  # the nearest is the image itself
+    else:
+        chosen = choose(len(heldout), min(REAL, len(heldout)))
+        yardstick = nearest(features(stream(heldout, chosen, batch, procs), detector, procs), real)[0][:, 0]
+    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)))
+    threshold = yardstick.quantile(QUANTILE)
+    order = distances[:, 0].argsort()[:SHOWN]
+    wanted = sorted(set(indices[order].flatten().tolist()))
+    pictures = dict(zip(wanted, training.rows(wanted), strict=True))
+    facts = {
+        "samples": len(samples),
+        "training_images": len(real),
+        "detector": {"name": detector.name, "sha256": detector.key},
+        "yardstick": "training images among themselves" if heldout is None else f"held-out images of {heldout.name}",
+        "near_copies": float((distances[:, 0] < threshold).double().mean()),
+        "near_copies_among_real": QUANTILE,
+        "closer_than_the_median_real": float((distances[:, 0] < yardstick.median()).double().mean()),
+        "median_distance": float(distances[:, 0].median()),
+        "median_distance_of_real": float(yardstick.median()),
+    }
+    shown = [[samples[i], *(pictures[j] for j in indices[i].tolist())] for i in order.tolist()]
+    return Copies(facts, shown, distances[order])
+
+
+def features(batches: Batches, detector: Detector, procs: Processes) -> Tensor:
+    """(N, d) of all images of a stream, in the order of their positions."""
+    need = Need(detector.name, "rows", "pool", 2**62)
+    rows = gather([need], batches, {detector.name: detector}, procs)[need]
+    assert isinstance(rows, Rows)
+    return rows.features

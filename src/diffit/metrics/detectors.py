@@ -1,0 +1,116 @@
+"""Detectors: what turns images into the features that metrics compare.
+
+``inception`` is FID's. Any other one lends its name to the metric (``fd10k_full:pixels``), so that nobody takes the
+number for an FID.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffit.errors import UserError
+from diffit.metrics.classifier import load_classifier
+from diffit.metrics.inception import SHA256, find_weights, load_inception, sha256_of
+from diffit.training.distributed import Processes
+
+OFFICIAL = "inception"
+PIXELS_LIMIT = 4096  # dimensions: 128 MiB of covariance, and its eigenvalues in a minute
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Features of uint8 images (B, C, H, W): ``extract`` returns ``pool`` (B, d) and, where it has them, ``spatial``
+    (B, e) and ``probabilities`` (B, classes)."""
+
+    name: str
+    """``inception``, ``pixels``, or the name of a file with the start of its hash."""
+    key: str
+    """SHA-256 of the weights: what statistics of other detectors are told apart by."""
+    extract: Callable[[Tensor], dict[str, Tensor]]
+    device: torch.device
+    any_size: bool = False
+
+    @property
+    def official(self) -> bool:
+        return self.name == OFFICIAL
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of a batch on any device. Raises UserError where one is not finite."""
+        # TensorFloat-32, cuDNN's default, would move the third digit of the features.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            outputs = self.extract(images.to(self.device))
+        for name, values in outputs.items():
+            if not values.isfinite().all():
+                raise UserError(f"detector {self.name}: its {name} features of an image are not finite; check its file")
+        return outputs
+
+
+def make_detector(spec: str, procs: Processes) -> Detector:
+    """The detector that ``spec`` names: ``inception``, ``inception:PATH``, ``pixels``, or a file.
+
+    A file is TorchScript, a function of uint8 (B, C, H, W) to (B, d), or what ``diffit metrics train-detector`` wrote.
+    All processes call this together. Raises UserError before any work where it is missing or of another kind.
+    """
+    device = procs.device
+    if spec == OFFICIAL:
+        with procs.together():
+            found = find_weights() if procs.is_first else None  # one of them downloads
+        path = procs.broadcast(found)
+        return Detector(OFFICIAL, SHA256, load_inception(path, device), device, any_size=True)
+    if spec == "pixels":
+        return Detector("pixels", hashlib.sha256(b"pixels / 255").hexdigest(), pixels, device)
+    path = Path(spec.removeprefix(f"{OFFICIAL}:"))
+    if not path.is_file():
+        raise UserError(
+            f"detector {spec!r}: no such file; known: inception, pixels, inception:WEIGHTS.pth, a TorchScript "
+            "file (.pt) or one of `diffit metrics train-detector` (.safetensors)"
+        )
+    key = sha256_of(path)
+    if spec.startswith(f"{OFFICIAL}:"):
+        name = OFFICIAL if key == SHA256 else f"{OFFICIAL}-{key[:8]}"
+        return Detector(name, key, load_inception(path, device), device, any_size=True)
+    name = f"{path.stem}-{key[:8]}"
+    if path.suffix == ".safetensors":
+        return Detector(name, key, load_classifier(path, device), device)
+    return Detector(name, key, load_torchscript(path, device), device)
+
+
+def pixels(images: Tensor) -> dict[str, Tensor]:
+    """The pixels themselves, in [0, 1]."""
+    flat = images.flatten(1)
+    if flat.shape[1] > PIXELS_LIMIT:
+        raise UserError(
+            f"detector pixels: {flat.shape[1]} values an image; it is for {PIXELS_LIMIT} at most: train one with "
+            "`diffit metrics train-detector`"
+        )
+    return {"pool": flat.float() / 255}
+
+
+def load_torchscript(path: Path, device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A compiled network: its operations are torch's, and no Python is in it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # damaged and foreign files fail in many ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a TorchScript file ({reason})") from None
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        try:
+            features = net(images)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: fails on uint8 images {tuple(images.shape)} ({str(error).strip().splitlines()[-1]})"
+            ) from None
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            raise UserError(f"{path}: a detector returns features (B, d) for images (B, C, H, W), this one does not")
+        return {"pool": features}
+
+    return extract

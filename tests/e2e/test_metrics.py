@@ -1,0 +1,251 @@
+"""Metrics of networks and of runs, as a user gets them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffit.cli import cli
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.metrics.card import draw_labels, read_cards
+from diffit.metrics.evaluate import evaluate_network
+from diffit.metrics.suite import Suite
+from diffit.training.distributed import Processes
+from diffit.training.loop import train
+from diffit.weights import load_network
+from helpers import command, run_processes, write_archive
+
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("data") / "pets.zip", 90)
+
+
+def run(pets, outdir, **options):
+    archive = ImageArchive(pets, cond=True)
+    config = resolve("debug", {"data": str(pets), "cond": True, "batch_gpu": 4, **options}, DataFacts(3, (16, 16), 3))
+    return train(config, archive, outdir, ONE, grid=(2, 2))
+
+
+def curve(run_dir, name="metric-fd80_full-pixels.jsonl"):
+    return [(card["images"], card["results"]) for card in read_cards(run_dir / name)]
+
+
+def test_a_run_leaves_cards_a_report_and_its_best_weights(pets, tmp_path):
+    outcome = run(pets, tmp_path, metrics=("fd80_full:pixels", "kd30:pixels"), metrics_ticks=2, kimg=0.16)
+    cards = read_cards(outcome.run_dir / "metric-fd80_full-pixels.jsonl")
+    assert [card["images"] for card in cards] == [80, 160]
+    assert cards[0]["metric"] == "fd80_full:pixels"
+    assert cards[0]["labels"] == "drawn from the labels of the training set"
+    assert cards[0]["seeds"] == "0-79"
+    assert cards[0]["sampling"]["steps"] == 4
+    best = min(cards, key=lambda card: card["results"]["fd"])
+    net, config = load_network(outcome.run_dir / "network-best-fd80_full-pixels.safetensors")
+    # What stands in the card can be computed again from the file alone.
+    suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
+    labels = ImageArchive(pets, cond=True).labels
+    (again,) = evaluate_network(suite, net, config, ONE, real_labels=labels, batch=16)
+    assert again["weights_sha256"] == best["weights_sha256"]
+    assert_close(again["results"], best["results"], rtol=1e-5, atol=0)
+    report = (outcome.run_dir / "report.html").read_text()
+    assert "fd80_full:pixels" in report
+    assert report.count("data:image/png;base64") >= 3
+    assert not re.search(r"(src|href)=\"(?!data:)", report)
+    assert curve(outcome.run_dir, "metric-kd30-pixels.jsonl")[0][0] == 80
+
+
+def test_stopped_and_resumed_the_records_are_those_of_a_run_through(pets, tmp_path):
+    how = {"metrics": ("fd80_full:pixels",), "metrics_ticks": 1}
+    through = run(pets, tmp_path / "through", kimg=0.16, **how)
+    run(pets, tmp_path / "parts", kimg=0.08, **how)
+    parts = run(pets, tmp_path / "parts", kimg=0.16, **how)
+    assert curve(parts.run_dir) == curve(through.run_dir)
+    assert [images for images, _ in curve(parts.run_dir)] == [40, 80, 120, 160]
+
+
+def test_a_metric_that_a_kill_cut_off_is_made_up_for(pets, tmp_path):
+    how = {"metrics": ("fd80_full:pixels",), "metrics_ticks": 1, "kimg": 0.08}
+    first = run(pets, tmp_path, **how)
+    path = first.run_dir / "metric-fd80_full-pixels.jsonl"
+    expected, lines = curve(first.run_dir), path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:50])  # killed while writing the last record
+    again = run(pets, tmp_path, **how)
+    assert again.run_dir == first.run_dir
+    assert curve(first.run_dir) == expected
+    before = path.read_text()
+    run(pets, tmp_path, **how)
+    assert path.read_text() == before
+
+
+def test_what_a_metric_lacks_is_said_before_the_run_begins(pets, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffit.metrics.inception.URL", "http://127.0.0.1:9/weights.pth")
+    for metrics, message in (
+        (("fid10k_full",), "weights of FID are not here"),
+        (("fd50_full:pixels",), "50 images are too few"),
+        (("fd90_full:elsewhere.pt",), r"elsewhere\.pt': no such file"),
+        (("fd90_ful",), "unknown metric"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(pets, tmp_path, metrics=metrics)
+        assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_as_frequent_as_in_the_training_set_and_a_function_of_the_seed(pets):
+    config = resolve("debug", {"cond": True}, DataFacts(3, (16, 16), 3))
+    real = torch.tensor([0] * 10 + [1] * 30 + [2] * 60)
+    labels, policy = draw_labels(config, real, range(3000))
+    assert np.abs(np.bincount(labels) / 3000 - [0.1, 0.3, 0.6]).max() < 0.03
+    assert policy == "drawn from the labels of the training set"
+    assert (draw_labels(config, real, range(100, 200))[0] == labels[100:200]).all()
+    assert np.bincount(draw_labels(config, None, range(3000))[0]).min() > 900
+
+
+@pytest.fixture(scope="module")
+def network(pets, tmp_path_factory):
+    return run(pets, tmp_path_factory.mktemp("run"), kimg=0.04).snapshot
+
+
+def calc(capsys, *arguments):
+    capsys.readouterr()
+    cli(["metrics", "calc", *map(str, arguments)], standalone_mode=False)
+    output = capsys.readouterr()
+    return [json.loads(line) for line in output.out.splitlines()], output.err
+
+
+def test_calc_prints_a_complete_record_a_metric(network, pets, capsys):
+    cards, text = calc(
+        capsys, "--network", network, "--ref", pets, "--metrics", "fd100_full,kd20", "--metrics", "kd30_full",
+        "--detector", "pixels", "--repeats", 2, "--steps", 2,
+    )  # fmt: skip
+    assert [card["metric"] for card in cards] == ["fd100_full:pixels", "kd20:pixels", "kd30_full:pixels"]
+    card = cards[0]
+    assert card["sampling"]["steps"] == 2
+    assert card["repeats"]["seeds"] == ["0-99", "100-199"]
+    assert card["repeats"]["minimum"] == min(card["repeats"]["values"]) == card["results"]["fd"]
+    assert card["reference"]["images"] == {"moments_pool": 90}
+    assert {"network", "weights_sha256", "seeds", "labels", "precision", "detector", "versions", "processes",
+            "seconds", "date", "notes"} <= card.keys()  # fmt: skip
+    assert "100 samples, published figures have 50000" in text
+    assert "min" in text
+    assert "±" in text
+
+
+def test_samples_from_disk_give_the_number_that_those_from_the_sampler_give(network, pets, tmp_path, capsys):
+    cli(["sample", "--network", str(network), "--outdir", str(tmp_path), "--seeds", "0-79", "--format", "npz"],
+        standalone_mode=False)  # fmt: skip
+    (npz,) = tmp_path.glob("*.npz")
+    # An npz as reference has no labels: both draw classes evenly.
+    stats = tmp_path / "stats.npz"
+    cli(["metrics", "ref", "--data", str(pets), "--dest", str(stats), "--detector", "pixels"], standalone_mode=False)
+    how = ("--ref", stats, "--metrics", "fd80_full", "--detector", "pixels")
+    direct, written = (calc(capsys, *what, *how)[0][0] for what in (("--network", network), ("--images", npz)))
+    assert_close(direct["results"], written["results"], rtol=1e-5, atol=0)
+    assert written["images"]["name"] == npz.name
+    assert direct["reference"]["images"] == {"moments_pool": 90}
+
+
+def test_samples_that_are_not_finite_are_an_error_and_not_a_number(network, pets):
+    net, config = load_network(network)
+    next(net.parameters()).fill_(float("nan"))
+    suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
+    with pytest.raises(UserError, match="samples of seeds 0 to 15 are not finite"):
+        evaluate_network(suite, net, config, ONE, batch=16)
+
+
+def test_show_prints_what_calc_said_and_what_a_run_recorded(network, pets, tmp_path, capsys):
+    cards, _ = calc(capsys, "--images", pets, "--ref", pets, "--metrics", "fd90_full:pixels")
+    (tmp_path / "cards.jsonl").write_text("".join(json.dumps(card) + "\n" for card in cards))
+    cli(["metrics", "show", str(tmp_path / "cards.jsonl")], standalone_mode=False)
+    assert "fd90_full:pixels" in capsys.readouterr().out
+    for path, message in ((tmp_path / "none", "no such run or file"), (network.parent, "no metrics in it")):
+        with pytest.raises(UserError, match=message):
+            cli(["metrics", "show", str(path)], standalone_mode=False)
+
+
+def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):
+    how = ["--data", str(pets), "--detector", "pixels", "--dest", str(tmp_path / "copies.html")]
+    cli(["metrics", "copies", "--images", str(pets), "--count", "40", *how], standalone_mode=False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["near_copies"] == 1  # the training images themselves
+    cli(["metrics", "copies", "--network", str(network), "--count", "20", *how], standalone_mode=False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["near_copies"] == 0  # noise
+    assert (tmp_path / "copies.html").read_text().count("data:image/png") == 20 * 4
+
+
+TOGETHER = """
+from diffit.errors import UserError
+from diffit.training.distributed import processes
+
+with processes() as procs:
+    for error in (UserError("a bad image"), ValueError("a bug")):
+        try:
+            with procs.together():
+                if procs.rank == 1:
+                    raise error
+        except Exception as caught:
+            print(f"<{procs.rank} {type(caught).__name__}: {caught}>")
+"""
+
+
+@pytest.mark.slow
+def test_an_error_on_one_process_is_raised_on_all_with_its_message(tmp_path):
+    said = re.findall("<(.*?)>", run_processes(TOGETHER, tmp_path))
+    assert sorted(said) == [
+        "0 UserError: process 1 of 2: ValueError('a bug')",
+        "0 UserError: process 1 of 2: a bad image",
+        "1 UserError: a bad image",
+        "1 ValueError: a bug",
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_judge_as_one_does(pets, tmp_path):
+    words = ("--preset", "debug", "--cond", "--batch-gpu", 2, "--grid", "2x2", "--data", pets, "--kimg", 0.04,
+             "--metrics", "fd80_full:pixels,kd30:pixels")  # fmt: skip
+    curves = []
+    for processes in (1, 2):
+        command("train", "--outdir", tmp_path / str(processes), *words, processes=processes)
+        (run_dir,) = (tmp_path / str(processes)).iterdir()
+        assert read_cards(run_dir / "metric-fd80_full-pixels.jsonl")[0]["processes"] == processes
+        curves.append(curve(run_dir))
+    assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_a_run_of_digits_goes_on_with_one_curve(tmp_path):
+    """SIGKILL leaves no time to save anything."""
+    data = write_archive(tmp_path / "digits.zip", 300, side=8, channels=1)
+    words = ["train", "--preset", "digits", "--data", data, "--outdir", tmp_path / "runs", "--kimg", "5", "--tick", "1",
+             "--metrics=fd100_full:pixels", "--metrics-ticks=1", "--grid", "1x1", "--snap", "0"]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffit", *map(str, words)], stdout=subprocess.DEVNULL, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = list(tmp_path.glob("runs/*/metric-fd100_full-pixels.jsonl"))
+        if found and len(found[0].read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    command(*words)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    points = curve(run_dir, "metric-fd100_full-pixels.jsonl")
+    images = [images for images, _ in points]
+    assert images == sorted(set(images))
+    assert [i // 1000 for i in images] == [1, 2, 3, 4, 5]
+    assert points[-1][1]["fd"] < points[0][1]["fd"]

@@ -1,0 +1,44 @@
+"""KID against a naive double loop and torchmetrics' estimator."""
+
+import math
+
+import torch
+from torch.testing import assert_close
+from torchmetrics.image.kid import poly_mmd
+
+from diffit.metrics.kid import kid, squared_mmd
+
+
+def draw(n, d, seed, shift=0.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_the_estimate_is_that_of_loops_and_of_torchmetrics():
+    x, y = draw(9, 5, 0).double(), draw(7, 5, 1, 0.5).double()
+
+    def kernel(a, b):
+        return (float(a @ b) / 5 + 1) ** 3
+
+    loops = sum(kernel(x[i], x[j]) for i in range(9) for j in range(9) if i != j) / 72
+    loops += sum(kernel(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
+    loops -= 2 * sum(kernel(a, b) for a in x for b in y) / 63
+    assert_close(float(squared_mmd(x, y)), loops, rtol=1e-12, atol=0)
+    assert_close(squared_mmd(x[:7], y), poly_mmd(x[:7], y, degree=3, gamma=None, coef=1.0), rtol=1e-12, atol=0)
+
+
+def test_one_block_is_the_whole_estimate_and_many_agree_within_their_error():
+    fake, real = draw(2000, 16, 0, 0.3), draw(2500, 16, 1)
+    whole = float(squared_mmd(fake, real))
+    value, error = kid(fake, real, block=100)
+    assert 0 < error < value
+    assert abs(value - whole) < 4 * error
+    single, none = kid(fake[:50], real[:50], block=1000)
+    assert_close(single, float(squared_mmd(fake[:50], real[:50])), rtol=1e-9, atol=0)
+    assert math.isnan(none)
+
+
+def test_it_has_no_bias():
+    values = [kid(draw(100, 8, 2 * i), draw(100, 8, 2 * i + 1), block=10)[0] for i in range(100)]
+    mean = sum(values) / 100
+    spread = (sum((v - mean) ** 2 for v in values) / 99) ** 0.5
+    assert abs(mean) < 4 * spread / 10

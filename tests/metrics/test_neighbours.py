@@ -1,0 +1,38 @@
+"""Precision and recall against prdc; nearest neighbours against scikit-learn; tiles against no tiles."""
+
+import torch
+from prdc import compute_prdc
+from sklearn.neighbors import NearestNeighbors
+from torch.testing import assert_close
+
+from diffit.metrics import neighbours
+from diffit.metrics.neighbours import nearest, precision_recall, radii
+
+
+def draw(n, d, seed, scale=1.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def test_precision_and_recall_are_prdcs(monkeypatch):
+    for k in (3, 5):
+        for scale in (0.7, 1.0, 1.5):
+            real, fake = draw(300, 12, 0), draw(200, 12, 1, scale)
+            theirs = compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=k)
+            assert_close(precision_recall(fake, real, k), (theirs["precision"], theirs["recall"]), rtol=0, atol=1e-12)
+    whole = precision_recall(fake, real, 3)
+    monkeypatch.setattr(neighbours, "TILE", 1000)
+    assert precision_recall(fake, real, 3) == whole
+
+
+def test_nearest_neighbours_are_scikit_learns():
+    x, y = draw(50, 6, 0), draw(70, 6, 1)
+    distances, indices = NearestNeighbors(n_neighbors=4).fit(y.double().numpy()).kneighbors(x.double().numpy())
+    found = nearest(x, y, 4)
+    assert_close(found[0].numpy(), distances, rtol=1e-10, atol=0)
+    assert (found[1].numpy() == indices).all()
+
+
+def test_a_radius_does_not_count_the_feature_itself_but_counts_its_copies():
+    x = draw(5, 3, 0)
+    assert radii(torch.cat([x, x]), 1).max() < 1e-6
+    assert radii(x, 1).min() > 0.1

@@ -1,0 +1,236 @@
+"""Named metrics from end to end: the number in the name is the number used, and nothing else changes the value."""
+
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.metrics import reference as reference_module
+from diffit.metrics.detectors import make_detector
+from diffit.metrics.evaluate import evaluate_images
+from diffit.metrics.frechet import finite_sample_bias, frechet_distance, moments
+from diffit.metrics.images import choose, open_images
+from diffit.metrics.kid import kid
+from diffit.metrics.neighbours import precision_recall
+from diffit.metrics.reference import open_reference
+from diffit.metrics.suite import Suite, parse_metric
+from diffit.training.distributed import Processes
+from helpers import command, write_archive
+
+ONE = Processes(0, 1, torch.device("cpu"))
+NAMES = "fd60_full", "kd50_full", "pr1k3_full", "fd40"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("real") / "real.zip", 101)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("fake") / "fake.zip", 60, classes=2)
+
+
+def numbers(fake, real, names, detector, batch=64):
+    images = open_images(fake)
+    suite = Suite(names, real, images.shape, ONE, detector=str(detector), batch=batch)
+    return {card["metric"].split(":")[0]: card["results"] for card in evaluate_images(suite, images, ONE, batch=batch)}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "samples", "full", "neighbours"),
+    [
+        ("fid50k_full", "fid", 50_000, True, 3),
+        ("fid10k_full", "fid", 10_000, True, 3),
+        ("fid2k_full", "fid", 2000, True, 3),
+        ("fid50k", "fid", 50_000, False, 3),
+        ("fd1234", "fid", 1234, False, 3),
+        ("kid50k_full", "kid", 50_000, True, 3),
+        ("is50k", "is", 50_000, False, 3),
+        ("pr50k3_full", "pr", 50_000, True, 3),
+        ("pr10k5", "pr", 10_000, False, 5),
+        ("adm50k", "adm", 50_000, False, 3),
+    ],
+)
+def test_names(text, kind, samples, full, neighbours):
+    metric = parse_metric(text)
+    assert (metric.kind, metric.samples, metric.full, metric.neighbours) == (kind, samples, full, neighbours)
+    assert parse_metric(f"{text}:pixels").spec == parse_metric(text, "pixels").spec == "pixels"
+
+
+def test_a_name_says_whose_features_it_compares():
+    official = make_detector("pixels", ONE)
+    assert parse_metric("fid10k_full:pixels").name(official) == "fd10k_full:pixels"
+    assert parse_metric("kid500:pixels").name(official) == "kd500:pixels"
+    assert parse_metric("pr2k3:pixels").name(official) == "pr2k3:pixels"
+
+
+@pytest.mark.parametrize("text", ["fid", "fid0k", "fid50k_ful", "lpips50k", "pr50k", "fid50k3", "pr50k0", ""])
+def test_unknown_names_are_answered_with_the_known(text):
+    with pytest.raises(UserError, match=r"(fid50k|pr50k3)_full"):
+        parse_metric(text)
+
+
+def test_numbers_are_those_of_the_functions_on_all_features(fake, real, torchscript):
+    detector = make_detector(str(torchscript), ONE)
+    x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
+    found = numbers(fake, real, ["fd60_full", "kd60_full", "fd40"], torchscript)
+    chosen = choose(60, 60, 40)
+    assert_close(found["fd60_full"]["fd"], frechet_distance(*moments(x), *moments(y)), rtol=1e-8, atol=0)
+    assert_close(found["fd60_full"]["fd_bias"], finite_sample_bias(moments(y)[1], 60, 101), rtol=1e-8, atol=0)
+    assert_close(found["kd60_full"]["kd"], kid(x[chosen], y)[0], rtol=1e-8, atol=0)
+    some = moments(x[chosen[:40]]), moments(y[choose(101, 40)])
+    assert_close(found["fd40"]["fd"], frechet_distance(*some[0], *some[1]), rtol=1e-8, atol=0)
+
+
+def test_precision_and_recall_use_the_neighbours_of_the_name(real, tmp_path, torchscript):
+    fake = write_archive(tmp_path / "fake.zip", 1000, side=16, classes=2)
+    detector = make_detector(str(torchscript), ONE)
+    x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
+    found = numbers(fake, real, ["pr1k3_full", "pr1k5_full"], torchscript)
+    for k in (3, 5):
+        pair = tuple(found[f"pr1k{k}_full"].values())
+        assert pair == precision_recall(x, y, k)
+    assert found["pr1k3_full"] != found["pr1k5_full"]
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_the_batch_changes_rounding_only(fake, real, torchscript, batch, monkeypatch, tmp_path):
+    expected = numbers(fake, real, ["fd60_full", "kd60_full"], torchscript)
+    monkeypatch.setenv("DIFFIT_CACHE", str(tmp_path))
+    found = numbers(fake, real, ["fd60_full", "kd60_full"], torchscript, batch=batch)
+    for name, values in expected.items():
+        assert_close(found[name], values, rtol=1e-5, atol=1e-9)
+
+
+def test_order_and_container_change_nothing(fake, real, torchscript, tmp_path):
+    """Shuffled, and as a folder: on features that are exact (pixels' sums), to the last digits."""
+    with zipfile.ZipFile(fake) as file:
+        names = [name for name in file.namelist() if name.endswith("png")]
+        order = random.Random(0).sample(range(len(names)), len(names))
+        for i, name in zip(order, names, strict=True):
+            (tmp_path / f"{i:03d}.png").write_bytes(file.read(name))
+    (one,), (two,) = (numbers(path, real, ["fd60_full"], torchscript).values() for path in (fake, tmp_path))
+    assert_close(one, two, rtol=1e-10, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_and_uneven_shards_change_nothing(fake, real, torchscript, tmp_path):
+    """60 images in batches of 7 and of 64: 32 and 28 of them, then 60 and none."""
+    runs = []
+    for processes, batch in ((1, 7), (2, 7), (2, 64)):
+        done = command(
+            "metrics", "calc", "--images", fake, "--ref", real, "--metrics", "fd60_full,kd60_full,fd40",
+            "--detector", torchscript, "--batch", batch, processes=processes,
+            DIFFIT_CACHE=str(tmp_path / f"{processes}-{batch}"),
+        )  # fmt: skip
+        cards = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert [card["processes"] for card in cards] == [processes] * 3
+        runs.append([card["results"] for card in cards])
+    for other in runs[1:]:
+        assert_close(other, runs[0], rtol=1e-5, atol=1e-9)
+
+
+def test_real_statistics_are_read_once_and_kept_by_content_and_detector(fake, real, torchscript, tmp_path, monkeypatch):
+    first = numbers(fake, real, ["fd60_full"], torchscript)
+    cache = reference_module.cache_folder()
+    (kept,) = cache.iterdir()
+
+    def never(*arguments, **keywords):
+        raise AssertionError("the real images were read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_module, "gather", never)
+        assert numbers(fake, real, ["fd60_full"], torchscript) == first
+        copy = tmp_path / "elsewhere.zip"
+        copy.write_bytes(real.read_bytes())
+        assert numbers(fake, copy, ["fd60_full"], torchscript) == first
+    numbers(fake, real, ["fd40"], torchscript)  # another number of images
+    other = write_archive(tmp_path / "other.zip", 102)  # other images
+    numbers(fake, other, ["fd60_full"], torchscript)
+    assert len(list(cache.iterdir())) == 3
+    kept.write_bytes(kept.read_bytes()[:100])  # damaged: computed again
+    assert numbers(fake, real, ["fd60_full"], torchscript) == first
+
+
+def test_an_adm_reference_batch_gives_statistics_and_images(inception_weights, tmp_path):
+    """All five numbers of the ADM suite, on a detector that has them, from a file laid out as ADM's."""
+    rng = np.random.default_rng(0)
+    detector = make_detector(f"inception:{inception_weights}", ONE)
+    array = rng.integers(256, size=(6, 16, 16, 3), dtype=np.uint8)
+    arrays = {
+        "arr_0": array,
+        "mu": np.zeros(2048),
+        "sigma": np.eye(2048),
+        "mu_s": np.ones(2023),
+        "sigma_s": np.eye(2023),
+    }
+    np.savez(tmp_path / "adm.npz", **arrays)
+    official = detector.__class__("inception", detector.key, detector.extract, detector.device, any_size=True)
+    found = open_reference(tmp_path / "adm.npz", official)
+    assert len(found.images) == 6
+    metric = parse_metric("adm50k")
+    needs = metric.real_needs(found)
+    found.prepare(needs.values(), ONE)
+    assert found.moments(needs["moments", "pool"])[1].shape == (2048, 2048)
+    assert float(found.moments(needs["moments", "spatial"])[0].sum()) == 2023
+    assert_close(found.features(needs["rows", "pool"]), official(torch.from_numpy(array).movedim(3, 1))["pool"])
+    # The statistics in it are not those of another detector, whose own it takes from the images.
+    assert open_reference(tmp_path / "adm.npz", detector).stored == {}
+
+
+def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    pixels = make_detector("pixels", ONE)
+    official = pixels.__class__("inception", "key", pixels.extract, pixels.device)
+    found = open_reference(tmp_path / "edm.npz", official)
+    parse_metric("fid50k_full").real_needs(found)
+    with pytest.raises(UserError, match="statistics but no images"):
+        parse_metric("kid50k_full").real_needs(found)
+    with pytest.raises(UserError, match="no spatial statistics"):
+        parse_metric("adm50k").real_needs(found)
+    with pytest.raises(UserError, match="statistics of Inception features; detector pixels needs the images"):
+        open_reference(tmp_path / "edm.npz", pixels)
+
+
+def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchscript, monkeypatch):
+    def never(*arguments, **keywords):
+        raise AssertionError("work had started")
+
+    monkeypatch.setattr("diffit.metrics.suite.gather", never)
+    other = write_archive(tmp_path / "other.zip", 80, side=8)
+    objects = tmp_path / "objects.npz"
+    np.savez(objects, mu=np.array([{}], dtype=object), sigma=np.eye(3))
+    shapes = tmp_path / "shapes.npz"
+    np.savez(shapes, mu=np.zeros(3), sigma=np.eye(2))
+    theirs = tmp_path / "theirs.npz"
+    np.savez(theirs, mu=np.zeros(12), sigma=np.eye(12), detector="pixels", detector_key="0123")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for images, ref, names, detector, message in (
+        (fake, real, ["fd10_full"], "pixels", "10 images are too few for a 768×768 covariance; take 77 or more"),
+        (fake, real, ["fd70_full"], torchscript, "is of 70 images, fake.zip holds 60"),
+        (fake, None, ["fd60_full"], torchscript, "compares with real images: give them with --ref"),
+        (fake, other, ["fd60_full"], torchscript, "reference other.zip of 8×8×3; they must be of one size"),
+        (fake, objects, ["fd60_full"], torchscript, "Python objects, which could run code"),
+        (fake, shapes, ["fd60_full"], torchscript, r"mu \(3,\) and sigma \(2, 2\) differ"),
+        (fake, theirs, ["fd60_full"], torchscript, "statistics of detector pixels, the metric's is filters-"),
+        (fake, tmp_path / "none.npz", ["fd60_full"], torchscript, "no such file"),
+        (fake, empty, ["fd60_full"], torchscript, "holds no images"),
+        (fake, real, ["is60"], torchscript, "has no probabilities output"),
+        (fake, real, ["adm60"], torchscript, "has no spatial output"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message) as caught:
+            numbers_of(images, ref, names, detector)
+        assert "\n" not in str(caught.value)
+
+
+def numbers_of(images, ref, names, detector):
+    opened = open_images(images)
+    evaluate_images(Suite(names, ref, opened.shape, ONE, detector=str(detector)), opened, ONE)
