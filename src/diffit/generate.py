@@ -83,9 +83,8 @@ def generate(
                     net, config, seeds[part], own, sampling=sampling, autoencoder=autoencoder, precision=precision
                 )
                 if not images.isfinite().all():  # uint8 would show them as black or white, and a metric as a number
-                    raise UserError(
-                        f"the samples of seeds {seeds[part][0]} to {seeds[part][-1]} are not finite: the weights are damaged"
-                    )
+                    first, last = seeds[part][0], seeds[part][-1]
+                    raise UserError(f"the samples of seeds {first} to {last} are not finite: the weights are damaged")
                 yield start, to_uint8(images, (sampling or config.sampling).rounding).cpu()
             bar.advance(task, len(seeds[part]) * count)
 

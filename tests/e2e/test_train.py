@@ -103,7 +103,7 @@ def test_a_state_that_was_copied_away_goes_on_in_a_new_run(pets, tmp_path):
 
 
 def test_two_newest_states_are_kept(pets, tmp_path):
-    outcome = run(pets, tmp_path, kimg=4.0, tick=1.0, snap=0, dump=1, base_dim=4, hidden_dim=4)
+    outcome = run(pets, tmp_path, kimg=4.0, tick=1.0, snap=0, dump=1, batch=250, batch_gpu=250, base_dim=4)
     assert sorted(p.name for p in outcome.run_dir.glob("training-state-*")) == [
         "training-state-000003",
         "training-state-000004",

@@ -83,8 +83,8 @@ def test_fid_sfid_and_scores_are_those_of_a_direct_computation(ours, theirs):
     for name, values in spatial.items():
         assert values.shape == (12, 2023)
         assert_close(found[name]["spatial"], values, rtol=1e-5, atol=1e-5)
-    direct = numpy_frechet(*(spatial[name].double().numpy() for name in ("fake", "real")))
-    sfid = frechet_distance(*moments(found["fake"]["spatial"]), *moments(found["real"]["spatial"]))
+    direct = numpy_frechet(*(spatial[name][:, :300].double().numpy() for name in ("fake", "real")))
+    sfid = frechet_distance(*(x for name in found for x in moments(found[name]["spatial"][:, :300])))
     assert_close(sfid, direct, rtol=1e-5, atol=0)
 
     logits = found["fake"]["pool"].double().numpy() @ theirs.fc.weight.double().numpy().T
