@@ -13,7 +13,7 @@ from diffit.generate import generate
 from diffit.metrics.card import draw_labels
 from diffit.metrics.detectors import Detector
 from diffit.metrics.gather import Need, Rows, gather
-from diffit.metrics.images import Batches, Images, choose, open_images, stream
+from diffit.metrics.images import Batches, Images, by_size, choose, open_images, stream
 from diffit.metrics.neighbours import nearest
 from diffit.training.distributed import Processes
 from diffit.weights import load_network
@@ -60,10 +60,15 @@ def find_copies(
     batch: int = 64,
 ) -> Copies:
     """Near-copies among ``samples``, by the yardstick of ``heldout`` images or of training images among themselves."""
+    for other in (samples[0].shape, heldout.shape if heldout is not None else training.shape):
+        if tuple(other) != training.shape and not detector.any_size:
+            raise UserError(
+                f"{training.name}: images of {training.shape}, what they are compared with of {tuple(other)} (C, H, W)"
+            )
     real = features(stream(training, torch.arange(len(training)), batch, procs, progress=True), detector, procs)
-    drawn = features(((torch.arange(i, i + 1), x[None]) for i, x in enumerate(samples)), detector, procs)
-    if drawn.shape[1] != real.shape[1]:
-        raise UserError(f"{training.name}: images of another size than the samples; the features do not compare")
+    parts = torch.arange(len(samples)).split(batch)
+    batches = (group for i in parts for group in by_size(i, [samples[j] for j in i.tolist()]))
+    drawn = features(batches, detector, procs)
     if heldout is None:
         if len(real) < 2:
             raise UserError(f"{training.name}: one image; without --heldout at least two are needed")

@@ -127,6 +127,15 @@ def choose(total: int, *counts: int) -> Tensor:
     return torch.randperm(total, generator=make_generator(0, SUBSET))[: max(counts)]
 
 
+def by_size(positions: Tensor, images: Sequence[Tensor]) -> Batches:
+    """Images (C, H, W) as one batch for every size among them."""
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(tuple(image.shape), []).append(i)
+    for members in sizes.values():
+        yield positions[members], torch.stack([images[i] for i in members])
+
+
 def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, progress: bool = False) -> Batches:
     """The ``chosen`` images, read in the order of the file; batch j by process j mod their number.
 
@@ -139,10 +148,5 @@ def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, prog
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(images.name, total=len(mine))
         for positions in mine:
-            sizes: dict[tuple[int, ...], list[int]] = {}
-            loaded = list(islice(rows, len(positions)))
-            for i, image in enumerate(loaded):
-                sizes.setdefault(tuple(image.shape), []).append(i)
-            for members in sizes.values():
-                yield positions[members], torch.stack([loaded[i] for i in members])
+            yield from by_size(positions, list(islice(rows, len(positions))))
             bar.advance(task)
