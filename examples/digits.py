@@ -73,7 +73,7 @@ def judge(samples: Tensor, classes: Tensor, real: ImageArchive, heldout: ImageAr
         "class_agreement": float(np.mean(classifier.predict(fake_x) == classes.numpy())),
         "frechet_pixels": frechet_distance(*moments(fake_x), *moments(test_x)),
         "frechet_pixels_real_halves": frechet_distance(*moments(train_x), *moments(test_x)),
-        "near_copies": float(np.mean(drawn < np.quantile(unseen, 0.01))),
+        "near_copies": float(np.mean(drawn <= np.quantile(unseen, 0.01))),
         "near_copies_among_unseen_real": 0.01,
         "median_distance_to_training_image": float(np.median(drawn)),
         "median_distance_to_training_image_of_unseen_real": float(np.median(unseen)),
@@ -94,6 +94,8 @@ def main(outdir: Path, kimg: float | None) -> None:
     config = resolve("digits", options, facts)
     with processes() as procs:
         outcome = train(config, real, outdir, procs, grid=(10, 8))
+    if outcome.interrupted:
+        raise SystemExit(130)
     network = outcome.snapshot or max(outcome.run_dir.glob("network-snapshot-*.safetensors"))
     trained = time.monotonic()
 

@@ -232,3 +232,12 @@ def test_a_full_disk_leaves_nothing(latent, tmp_path, monkeypatch):
     for to in ("official", "hub-folder"):
         assert "disk is full" in refusal(latent, to, tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_trained_null_class_does_not_become_official(tmp_path):
+    config = config_of()
+    training = config.training.model_copy(update={"label_drop": 0.0})
+    network = write_network(tmp_path / "net.safetensors", config.model_copy(update={"training": training}))
+    with pytest.raises(UserError, match=r"without a null class \(--label-drop 0\).*hub-folder"):
+        export(network, "official", tmp_path / "official.safetensors")
+    assert not (tmp_path / "official.safetensors").exists()

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.generate import draw, generate_to_disk
+from diffit.generate import draw, generate_class_grid, generate_to_disk
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.outputs import fingerprint
@@ -250,3 +250,28 @@ def test_a_disk_that_fills_up_between_png_files_leaves_whole_files_only(tmp_path
     with pytest.raises(UserError, match="the disk is full"):
         write(tmp_path, net, config)
     assert sorted(set(content(tmp_path)) - {"samples.json"}) == ["000001.png", "000003.png", "000004.png"]
+
+
+@pytest.mark.parametrize("npz", [False, True])
+def test_the_same_command_after_the_end_draws_nothing_however_the_network_is_spelled(tmp_path, npz):
+    net, config = tiny()
+    assert write(tmp_path, net, config, npz=npz, source="net.safetensors", grid=(2, 2)) == 7
+    before = content(tmp_path)
+    assert write(tmp_path, net, config, npz=npz, source="./net.safetensors", grid=(2, 2)) == 0
+    assert content(tmp_path) == before
+    assert write(tmp_path, net, config, npz=npz, labels=torch.zeros(7, dtype=torch.int64)) == 7
+
+
+def test_images_of_other_settings_do_not_stay_among_the_new_ones(tmp_path):
+    net, config = tiny()
+    write(tmp_path, net, config)
+    (tmp_path / "holiday.png").write_bytes(b"not ours")
+    write(tmp_path, net, tiny(steps=1)[1], seeds=[3, 1])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000001.png", "000003.png", "holiday.png"]
+
+
+def test_a_class_grid_of_thousands_is_refused(tmp_path):
+    net, config = tiny(classes=1000)
+    with pytest.raises(UserError, match=r"1000 classes × 7 seeds are 7000 images.*fewer --seeds"):
+        generate_class_grid(net, config, SEEDS, tmp_path / "out", ONE)
+    assert not (tmp_path / "out").exists()

@@ -64,19 +64,20 @@ class Autoencoder:
         return self.latent_channels, height // self.factor, width // self.factor
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor, *, batch: int = 16) -> tuple[Tensor, Tensor]:
         """(mean, std) of the latents' normal distribution, each (B, C, h, w) float32 and not scaled.
 
         ``images`` (B, 3, H, W) are uint8, or floats in [−1, 1]. Gray ones, (B, 1, H, W), become RGB.
-        All images go through the VAE together: split them to bound the memory.
+        ``batch`` of them go through the VAE together.
         """
         images = images.to(self.vae.device)
         if images.dtype == torch.uint8:
             images = to_float(images)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
+        posteriors = [self.vae.encode(part.to(self.vae.dtype)).latent_dist for part in images.split(batch)]
+        mean = torch.cat([posterior.mean.float() for posterior in posteriors])
+        return mean, torch.cat([(0.5 * posterior.logvar.float()).exp() for posterior in posteriors])
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, batch: int = 16) -> Tensor:

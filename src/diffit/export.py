@@ -56,6 +56,11 @@ def write_official(net: DiffiT, config: Config, dest: Path) -> None:
     height, width = model.input_size
     if height != width:
         raise UserError(f"--to official: latents of {width}x{height}; the released layout knows square ones only")
+    if model.num_classes and config.training.label_drop == 0:
+        raise UserError(
+            "--to official: the model was trained without a null class (--label-drop 0), and the layout cannot say "
+            "that it must not be guided; take --to hub-folder"
+        )
     assert config.autoencoder is not None
     released = latent_preset_for(height)
     assert released.autoencoder is not None

@@ -18,6 +18,8 @@ from diffit.randomness import random_labels
 from diffit.sampling import sample, to_uint8
 from diffit.training.distributed import Processes
 
+CLASS_GRID_LIMIT = 4096  # images in one picture
+
 
 def draw(
     net: DiffiT,
@@ -40,14 +42,14 @@ def draw(
 def labels_of(config: Config, seeds: Sequence[int], policy: int | str = "random") -> Tensor | None:
     """A class a seed, ``(len(seeds),)``; None for an unconditional model.
 
-    ``policy`` is the class itself, or ``random`` (drawn by the seed), or ``balanced`` (in turn).
+    ``policy`` is the class itself, or ``random`` (drawn by the seed), or ``balanced`` (the seeds take turns).
     """
     classes = config.model.num_classes
     if not classes:
         return None
     if isinstance(policy, int):
         return torch.full((len(seeds),), policy)
-    return random_labels(seeds, classes) if policy == "random" else torch.arange(len(seeds)) % classes
+    return random_labels(seeds, classes) if policy == "random" else torch.tensor(list(seeds)) % classes
 
 
 def generate(
@@ -84,7 +86,10 @@ def generate(
                 )
                 if not images.isfinite().all():  # uint8 would show them as black or white, and a metric as a number
                     first, last = seeds[part][0], seeds[part][-1]
-                    raise UserError(f"the samples of seeds {first} to {last} are not finite: the weights are damaged")
+                    raise UserError(
+                        f"the samples of seeds {first} to {last} are not finite: the weights are damaged, or the "
+                        f"precision too low; take --precision fp32, and in training --metrics none to go on without"
+                    )
                 yield start, to_uint8(images, (sampling or config.sampling).rounding).cpu()
             bar.advance(task, len(seeds[part]) * count)
 
@@ -142,6 +147,11 @@ def generate_class_grid(
     classes = config.model.num_classes
     if not classes:
         raise UserError("--class-grid: the model has no classes; take --grid")
+    if classes * len(seeds) > CLASS_GRID_LIMIT:
+        raise UserError(
+            f"--class-grid: {classes} classes × {len(seeds)} seeds are {classes * len(seeds)} images, more than "
+            f"{CLASS_GRID_LIMIT} in one picture; give fewer --seeds"
+        )
     path = outdir / "class-grid.png"
     if procs.is_first:
         labels = torch.arange(classes).repeat_interleave(len(seeds))

@@ -32,12 +32,10 @@ def fetch(name: str) -> Path:
     try:
         if not file:
             try:
-                files = [
-                    path.name for path in Path(snapshot_download(repo, local_files_only=True)).glob("*.safetensors")
-                ]
-            except Exception:
-                files = []
-            files = files or [path for path in HfApi().list_repo_files(repo) if path.endswith(".safetensors")]
+                files = [path for path in HfApi().list_repo_files(repo) if path.endswith(".safetensors")]
+            except Exception:  # offline: what is in the cache will do
+                folder = Path(snapshot_download(repo, local_files_only=True))
+                files = [path.name for path in folder.glob("*.safetensors")]
             if len(files) != 1:
                 known = ", ".join(f"{repo}/{path}" for path in sorted(files)) or "none"
                 raise UserError(f"{name}: name one of its .safetensors files: {known}")

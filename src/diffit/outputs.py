@@ -39,9 +39,10 @@ class Record:
         order = json.dumps([list(seeds), None if labels is None else labels.tolist()])
         self.facts |= {"images": len(seeds), "seeds_and_labels": hashlib.sha256(order.encode()).hexdigest(), **layout}
         try:
-            if json.loads(self.path.read_text()) == json.loads(json.dumps(self.facts)):
+            before, now = json.loads(self.path.read_text()), json.loads(json.dumps(self.facts))
+            if before | {"network": None} == now | {"network": None}:  # by its fingerprint, not by how it was spelled
                 return True
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             pass
         self.path.unlink(missing_ok=True)
         return False
@@ -76,8 +77,10 @@ class PngFolder:
             with disk_errors(self.outdir):
                 self.outdir.mkdir(parents=True, exist_ok=True)
                 if not self.record.begin(self.seeds, self.labels, format="png", subdirs=self.subdirs):
-                    for seed in self.seeds:  # of other settings: they must not be taken for finished
-                        (self.outdir / self.name(seed)).unlink(missing_ok=True)
+                    # Images of other settings must neither be taken for finished nor lie among the new ones.
+                    for pattern in ("[0-9]" * 6 + ".png", "[0-9]" * 6 + "/" + "[0-9]" * 6 + ".png"):
+                        for old in self.outdir.glob(pattern):
+                            old.unlink()
                     self.record.write()
         procs.barrier()
 
@@ -130,16 +133,21 @@ class NpzFile:
         self.path = outdir / f"samples_{'x'.join(map(str, self.shape))}.npz"
         self.rows = outdir / f".{self.path.name}.rows"
         self.marks = outdir / f".{self.path.name}.marks"
+        self.complete = False
 
     def prepare(self, procs: Processes) -> None:
         if procs.is_first:
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 same = self.record.begin(self.seeds, self.labels, format="npz")
-                if not (same and self.rows.exists() and self.marks.exists()):
+                self.complete = same and self.path.is_file()
+                if not self.complete and not (same and self.rows.exists() and self.marks.exists()):
+                    self.path.unlink(missing_ok=True)  # of other settings
                     self.allocate()
                     self.record.write()
-        procs.barrier()
+        self.complete = procs.broadcast(self.complete)
+        if self.complete:
+            return
         self.array = np.lib.format.open_memmap(self.rows, "r+")
         self.finished = np.lib.format.open_memmap(self.marks, "r+")
 
@@ -157,7 +165,7 @@ class NpzFile:
 
     def done(self, part: slice) -> bool:
         """Whether the rows of these positions are there."""
-        return bool(self.finished[part].all())
+        return self.complete or bool(self.finished[part].all())
 
     def write(self, start: int, images: Tensor) -> None:
         rows = slice(start, start + len(images))
@@ -166,9 +174,12 @@ class NpzFile:
         self.finished[rows] = True
 
     def read(self, count: int) -> Tensor:
-        return torch.from_numpy(np.array(self.array[:count])).permute(0, 3, 1, 2)
+        array = np.load(self.path)["arr_0"] if self.complete else self.array
+        return torch.from_numpy(np.array(array[:count])).permute(0, 3, 1, 2)
 
     def finish(self, class_names: Sequence[str] | None) -> Path:
+        if self.complete:
+            return self.path
         self.array.flush()
         with whole_file(self.path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             archive.write(self.rows, "arr_0.npy")

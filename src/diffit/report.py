@@ -75,7 +75,11 @@ def write_report(run_dir: Path) -> Path:
     stats = _stats(run_dir / "stats.jsonl")
     files = sorted(run_dir.glob("metric-*.jsonl"))
     cards = [some for some in map(read_cards, files) if some]
-    curves = [curve([(c["kimg"], headline(c["results"])[1]) for c in some], some[0]["metric"]) for some in cards]
+    curves = []
+    for some in cards:  # records of `diffit metrics calc` may lie beside the run's own, and have no place in time
+        points = [(card["kimg"], headline(card["results"])[1]) for card in some if is_of_a_run(card)]
+        if points:
+            curves.append(curve(points, some[0]["metric"]))
     curves += [curve([(s["kimg"], s[name]) for s in stats if name in s], name) for name in CURVES]
     body = [f"<p>written {time.strftime('%Y-%m-%d %H:%M:%S')}; all curves over thousands of images (kimg)</p>"]
     if cards:
@@ -92,9 +96,13 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def is_of_a_run(card: dict[str, Any]) -> bool:
+    return isinstance(card.get("kimg"), int | float) and "failed" not in card
+
+
 def _table(cards: Sequence[dict[str, Any]]) -> str:
     rows = [
-        f"<tr><td>{html.escape(card['metric'])}</td><td>{card.get('kimg', '')}</td>"
+        f"<tr><td>{html.escape(card['metric'])}</td><td>{html.escape(str(card.get('kimg', '')))}</td>"
         f"<td>{html.escape(format_numbers(card['results']))}</td>"
         f"<td><details><summary>card</summary><pre>{html.escape(json.dumps(card, indent=2))}</pre></details></td></tr>"
         for card in cards

@@ -26,7 +26,8 @@ CONFIG_KEY = "diffit_config"
 def public(config: Config) -> Config:
     """``config`` without the paths of the machine that it was trained on."""
     data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
-    training = config.training.model_copy(update={"init_from": None})
+    metrics = tuple(re.sub(r"[^:]*/", "", name) for name in config.training.metrics)  # a detector may be a file
+    training = config.training.model_copy(update={"init_from": None, "metrics": metrics, "metrics_ref": None})
     return config.model_copy(update={"data": data, "training": training})
 
 

@@ -102,6 +102,21 @@ def test_the_latent_model_has_no_edm():
     assert resolve("cifar10", {"diffusion": "edm"}) == resolve("cifar10", {})
 
 
+def test_a_recipe_that_was_not_asked_for_does_not_ask_for_labels():
+    facts = DataFacts(3, (256, 256), 5)
+    unasked, asked = (resolve(preset, {}, facts) for preset in (None, "imagenet256"))
+    assert (unasked.data.cond, unasked.model.num_classes, unasked.sampling.cfg_scale) == (False, 0, 1)
+    assert (asked.data.cond, asked.model.num_classes, asked.sampling.cfg_scale) == (True, 5, 4.4)
+
+
+def test_latents_of_another_vae_bring_their_channels_and_factor():
+    facts = DataFacts(3, (256, 384), latent_scale=0.5, latent_shape=(16, 16, 24))
+    config = resolve("latent-s", {}, facts)
+    assert config.model.sample_shape == (16, 16, 24)
+    assert config.autoencoder.factor == 16
+    assert config.image_shape == (3, 256, 384)
+
+
 def test_cached_latents_choose_the_latent_model_and_bring_their_scale():
     facts = DataFacts(3, (512, 512), latent_scale=0.13025)
     assert resolve(None, {}, facts).preset == "imagenet512"

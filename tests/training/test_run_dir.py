@@ -92,6 +92,14 @@ def test_statistics_after_the_resumed_image_are_dropped(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_records_of_other_things_stay_when_a_run_is_resumed(tmp_path):
+    path = tmp_path / "metric-mine.jsonl"
+    foreign = ['{"metric": "fd", "results": {}}', '{"metric": "fd", "images": {"name": "a.zip"}}']
+    path.write_text("\n".join([*foreign, '{"images": 900}', '{"images": 100}', '{"ima']) + "\n")
+    truncate_jsonl(path, 100)
+    assert path.read_text().splitlines() == [*foreign, '{"images": 100}']
+
+
 @pytest.mark.parametrize("name", ["log.txt", "stats.jsonl"])
 def test_a_disk_that_is_full_for_records_is_a_user_error(tmp_path, name):
     records = Records(tmp_path, 0)

@@ -61,7 +61,11 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         fail(f"{place}{error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+            fail(
+                "out of memory on the device; take a smaller --batch-gpu or --batch, --grad-ckpt or --precision bf16", 1
+            )
         _let_another_process_speak(first_waits=1)
         raise
 

@@ -44,8 +44,9 @@ OPTIONS: list[Callable[..., Any]] = [
     # Machine and output
     click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the file's."),
     click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="fp32", show_default=True,
-                 help="Of the network's arithmetic; auto is bf16 on a GPU."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
+                 help="Of the network's arithmetic; auto is bf16 on a GPU that has it, else fp32."),
+    switch("--compile", help="torch.compile the network: worth it for many images."),
     click.option("--rounding", type=click.Choice(["round", "truncate"]),
                  help="To the nearest of 255 levels, or down as the released program does. Default: the file's."),
     click.option("--format", "format_", type=click.Choice(["png", "npz"]), default="png", show_default=True,
@@ -68,6 +69,7 @@ def sample(
     vae: str | None,
     batch: int,
     precision: str,
+    compile: bool | None,
     format_: str,
     subdirs: bool | None,
     **changes: Any,
@@ -103,6 +105,8 @@ def sample(
         label = None if class_ is None else find_class(class_, config, "--class")
         autoencoder = autoencoder_of(config, vae, device=procs.device)
         net = prepare(net, precision)
+        if compile:
+            net.compile()
         if procs.is_first:
             click.echo(describe(config, len(chosen), label, precision))
         began = time.monotonic()

@@ -59,6 +59,7 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--dump", type=int, metavar="TICKS", help="Ticks between training states; 0: at the end only."),
     click.option("--grid", type=Size(), default="8x8", show_default=True, help="Images in a grid."),
     click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
+    click.option("--metrics-ref", metavar="ARCHIVE|NPZ", help="What they compare with. Default: the training images."),
     click.option("--metrics-ticks", type=int, help="Ticks between them; default: at the end only."),
     click.option("--desc", help="Text to put into the run's name."),
     click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
@@ -93,6 +94,8 @@ def train(**options: Any) -> None:
             options["data"] = str(archive.path.resolve())
             if options["vae"] is None and hasattr(archive, "header"):
                 options["vae"] = archive.header.vae
+        if options["vae"] is not None and Path(options["vae"]).is_dir():
+            options["vae"] = str(Path(options["vae"]).resolve())  # the file will be sampled from elsewhere
         if epochs is not None:
             options["kimg"] = kimg_of(epochs, options["kimg"], archive)
         config = resolve(preset, options, facts_of(archive), processes=procs.count)
@@ -104,7 +107,10 @@ def train(**options: Any) -> None:
         assert archive is not None
         if options["val"] is not None:
             val = open_val(options["val"], archive, config)
-        autoencoder = autoencoder_of(config, device=procs.device)
+        try:
+            autoencoder = autoencoder_of(config, device=procs.device)
+        except UserError as error:
+            raise UserError(f"the model's autoencoder: {error} (--vae PATH|ID names another)") from None
         if autoencoder is not None:
             for latents in filter(lambda data: hasattr(data, "header"), (archive, val)):
                 latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
@@ -162,7 +168,8 @@ def facts_of(archive: Any) -> DataFacts | None:
         return None
     names = tuple(archive.class_names) if archive.class_names else None
     if hasattr(archive, "header"):
-        return DataFacts(3, archive.image_size, archive.num_classes, names, latent_scale=archive.header.scale)
+        scale, shape = archive.header.scale, archive.latent_shape
+        return DataFacts(3, archive.image_size, archive.num_classes, names, scale, shape)
     channels, height, width = archive.image_shape
     return DataFacts(channels, (height, width), archive.num_classes, names)
 

@@ -112,7 +112,7 @@ def debug() -> Config:
 
 def _latent(preset: str, model: LatentModel, sampling: Sampling, *, cond: bool = False, **training: Any) -> Config:
     """What all latent models share: the released procedure, Adam with a constant rate, EMA 0.9999 a step."""
-    recipe: dict[str, Any] = {"kimg": 1_000_000, "lr_rampup_kimg": 0.0, "ema_decay": 0.9999}
+    recipe: dict[str, Any] = {"kimg": 1_000_000, "lr_rampup_kimg": 0.0, "ema_decay": 0.9999, "batch_gpu": 32}
     return Config(
         preset=preset,
         model=model,

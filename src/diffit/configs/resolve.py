@@ -21,6 +21,8 @@ class DataFacts:
     class_names: tuple[str, ...] | None = None
     latent_scale: float | None = None
     """Of cached latents; None for images."""
+    latent_shape: tuple[int, int, int] | None = None
+    """(C, h, w) of cached latents."""
 
 
 def preset_for(image_size: tuple[int, int]) -> str:
@@ -70,6 +72,7 @@ def resolve(
     Raises :class:`UserError` for values that do not fit together.
     """
     options = {key: value for key, value in options.items() if value is not None}
+    named = preset is not None  # a recipe that was not asked for does not ask for labels
     size: tuple[int, int] | None = options.get("resolution") or (facts.image_size if facts else None)
     if facts and size and size != facts.image_size:
         asked, found = (f"{s[1]}x{s[0]}" for s in (size, facts.image_size))
@@ -99,7 +102,7 @@ def resolve(
     if "diffusion" in options:
         change_diffusion(changed, options["diffusion"])
     changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}
-    cond = options.get("cond", base.data.cond)
+    cond = options.get("cond", named and base.data.cond)
     changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond}
     if isinstance(base.model, ImageModel):
         if "vae" in options:
@@ -112,6 +115,10 @@ def resolve(
             changed["autoencoder"]["vae"] = options["vae"]
         if facts and facts.latent_scale:
             changed["autoencoder"]["scale"] = facts.latent_scale
+        if facts and facts.latent_shape:
+            channels, height, width = facts.latent_shape
+            changed["model"] |= {"in_channels": channels, "input_size": (height, width)}
+            changed["autoencoder"]["factor"] = facts.image_size[0] // height
     if not cond:
         changed["model"]["num_classes"] = 0
         if "cfg_scale" not in options:

@@ -229,6 +229,8 @@ class Training(Frozen):
     dump: Annotated[int, Field(ge=0)] = 50
     """Ticks between training states; 0: at the end only."""
     metrics: tuple[str, ...] = ()
+    metrics_ref: str | None = None
+    """Images or statistics to compare with; None is the training data."""
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
 

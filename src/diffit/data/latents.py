@@ -202,11 +202,11 @@ class LatentArchive:
         return mean, std
 
     def __getitem__(self, index: int) -> Tensor:
-        """Moments of one image and of its mirror image, (4, C, h, w) float32: mean, std, mirrored mean and std."""
+        """Moments of one image and of its mirror image, (4, C, h, w) as stored: mean, std, mirrored mean and std."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         shard, row = divmod(index, self.header.shard_size)
-        return torch.stack([self._shard(shard).get_slice(key)[row] for key in MOMENTS]).float()
+        return torch.stack([self._shard(shard).get_slice(key)[row] for key in MOMENTS])
 
     def load_all(self) -> Tensor:
         """All of it, (N, 4, C, h, w) in the dtype of the file."""

@@ -67,6 +67,10 @@ class Schedule:
         betas = {"linear": linear_betas, "cosine": cosine_betas}[name](steps)
         return cls(betas, torch.arange(steps))
 
+    def to(self, device: torch.device) -> "Schedule":
+        """The same with its tables on ``device``, for steps that are drawn there: a look-up then waits for nothing."""
+        return Schedule(self.betas.to(device), self.timesteps.to(device))
+
     def respace(self, respacing: str | int) -> "Schedule":
         """The walk over fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`."""
         kept = space_timesteps(len(self.betas), respacing)

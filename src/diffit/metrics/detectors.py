@@ -5,6 +5,7 @@ number for an FID.
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ def make_detector(spec: str, procs: Processes) -> Detector:
     device = procs.device
     if spec == OFFICIAL:
         with procs.together():
-            found = find_weights() if procs.is_first else None  # one of them downloads
-        path = procs.broadcast(found)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine downloads
+                find_weights()
+        path = find_weights()
         return Detector(OFFICIAL, SHA256, load_inception(path, device), device, any_size=True)
     if spec == "pixels":
         return Detector("pixels", hashlib.sha256(b"pixels / 255").hexdigest(), pixels, device)

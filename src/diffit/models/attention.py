@@ -49,10 +49,10 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
     """
     (th, tw), (h, w) = table_window, window
     offsets = table.view(2 * th - 1, 2 * tw - 1, -1)[th - h : th + h - 1, tw - w : tw + w - 1]
-    # Sliding views stand in for an index of N² entries: [yi, xi, head, a, b] is the offset row (yi + a, xi + b),
+    offsets = offsets.permute(2, 0, 1).contiguous()  # heads first: the views below then read along memory
+    # Sliding views stand in for an index of N² entries: [head, yi, xi, a, b] is the offset row (yi + a, xi + b),
     # and a = h − 1 − yj makes that yi − yj + h − 1.
-    bias = offsets.unfold(0, h, 1).unfold(1, w, 1).flip(-2, -1)
-    return bias.permute(2, 0, 1, 3, 4).reshape(-1, h * w, h * w)
+    return offsets.unfold(1, h, 1).unfold(2, w, 1).flip(-2, -1).reshape(-1, h * w, h * w)
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:

@@ -1,15 +1,20 @@
 """Processes: one without a launcher, or those that torchrun started."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from diffit.errors import UserError
+
+# The first process may work alone for long (statistics of a large archive, packing 50,000 samples) while others wait.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Processes:
             yield
         except Exception as caught:
             error = caught
+            # At once: the others may be at work for long before they hear of it.
+            print(f"process {self.rank} of {self.count}: {caught}", file=sys.stderr, flush=True)
         messages: list[str | None] = [None] * self.count
         text = str(error) if isinstance(error, UserError) else repr(error)
         dist.all_gather_object(messages, None if error is None else text)
@@ -95,8 +102,8 @@ def processes(*, join: bool = True) -> Iterator[Processes]:
         yield Processes(rank=0, count=1, device=device)
         return
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     yield Processes(rank=dist.get_rank(), count=count, device=device)
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ from typing import Any
 
 from diffit.autoencoder import Autoencoder
 from diffit.configs.schema import Config
-from diffit.data.latents import LatentArchive
+from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics.card import card_file, read_cards
 from diffit.metrics.evaluate import evaluate_network
@@ -32,12 +32,17 @@ class Evaluator:
         self.config, self.archive, self.procs, self.autoencoder = config, archive, procs, autoencoder
         self.batch, self.precision = batch, precision
         names = config.training.metrics
-        if names and isinstance(archive, LatentArchive):
+        reference = config.training.metrics_ref
+        if reference is None and isinstance(archive, ImageArchive):
+            reference = str(archive.path)
+        if names and reference is None:
             raise UserError(
-                f"--metrics {','.join(names)}: compare with images, and {archive.path} holds latents; train on the "
-                "images themselves, or judge snapshots: diffit metrics calc --network … --ref IMAGES"
+                f"--metrics {','.join(names)}: compare with images, and {archive.path} holds latents; "
+                "give the images that they were made of: --metrics-ref ARCHIVE"
             )
-        self.suite = Suite(names, archive.path, config.image_shape, procs, batch=batch) if names else None
+        self.suite = (
+            Suite(names, Path(reference), config.image_shape, procs, batch=batch) if names and reference else None
+        )
 
     def pending(self, run_dir: Path, images_seen: int) -> bool:
         """Whether a metric has no record of this moment yet. The first process looks, for all."""
@@ -45,7 +50,7 @@ class Evaluator:
             return False
         names = [metric.name(self.suite.detectors[metric.spec]) for metric in self.suite.metrics]
         missing = self.procs.is_first and any(
-            all(card["images"] != images_seen for card in read_cards(run_dir / card_file(name))) for name in names
+            all(card.get("images") != images_seen for card in read_cards(run_dir / card_file(name))) for name in names
         )
         return bool(self.procs.broadcast(missing))
 
@@ -65,10 +70,11 @@ class Evaluator:
             assert records is not None
             path = records.run_dir / card_file(card["metric"])
             name, value = headline(card["results"])
-            earlier = [headline(old["results"])[1] for old in read_cards(path) if old["images"] < images_seen]
+            known = [old for old in read_cards(path) if isinstance(old.get("images"), int)]  # of this run
+            earlier = [headline(old["results"])[1] for old in known if old["images"] < images_seen]
             if all(better(name, value, old) for old in earlier):
                 best = path.name.replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
                 save_network(records.run_dir / best, net.state_dict(), self.config, kimg=kimg)
-            if all(old["images"] != images_seen for old in read_cards(path)):
+            if all(old["images"] != images_seen for old in known):
                 records.metric(path, card)
         return cards

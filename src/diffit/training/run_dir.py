@@ -17,7 +17,8 @@ OPTIONS = "training_options.json"
 # Fields that may change between a stop and a resume: they say how long, how often and how fast, not what is learned.
 FREE: Any = {
     "training": {
-        "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ticks", "compile", "grad_ckpt", "max_skipped",
+        "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
+        "max_skipped",
     },
     "sampling": True,
     "data": {"val"},
@@ -125,10 +126,11 @@ def truncate_jsonl(path: Path, images_seen: int) -> None:
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["images"] <= images_seen:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # the last line of a run that was killed while writing it
+            images = json.loads(line).get("images")
+        except (ValueError, AttributeError):  # the last line of a run that was killed while writing it
             continue
+        if not (isinstance(images, int) and images > images_seen):  # records of other things stay
+            kept.append(line + "\n")
     with whole_file(path) as part:
         part.write_text("".join(kept))
 

@@ -31,11 +31,11 @@ def build_network(config: Config) -> DiffiT:
     return channels_last(net) if isinstance(net, ImageDiffiT) else net
 
 
-def build_loss(config: Config) -> EDMLoss | ADMLoss:
-    """The training loss of a configuration's diffusion."""
+def build_loss(config: Config, device: torch.device) -> EDMLoss | ADMLoss:
+    """The training loss of a configuration's diffusion, for images on ``device``."""
     diffusion = config.diffusion
     if isinstance(diffusion, ADMDiffusion):
-        return ADMLoss(schedule_of(diffusion))
+        return ADMLoss(schedule_of(diffusion).to(device))
     return EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)
 
 
@@ -106,8 +106,8 @@ class Stepper:
             self.net.compile(fullgraph=not training.grad_ckpt)
         self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1:
-            self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
-        self.loss = build_loss(config)
+            self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.loss = build_loss(config, procs.device)
         self.augment = Augment(training.augment) if training.augment else None
         self.generator = torch.Generator(procs.device)
         self.meter = Meter(self.loss, procs.device)
