@@ -185,6 +185,17 @@ def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):
     assert (tmp_path / "copies.html").read_text().count("data:image/png") == 20 * 4
 
 
+def test_exact_copies_are_found_where_the_training_images_have_duplicates(pets, tmp_path, capsys):
+    """The closest 1 % of real images are then at distance 0, and nothing is closer."""
+    images = ImageArchive(pets).load_all().movedim(1, 3).numpy()
+    np.savez(tmp_path / "twice.npz", arr_0=np.concatenate([images, images[:5]]))
+    where = ["--data", str(tmp_path / "twice.npz"), "--detector", "pixels", "--dest", str(tmp_path / "copies.html")]
+    cli(["metrics", "copies", "--images", str(tmp_path / "twice.npz"), "--count", "95", *where], standalone_mode=False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["near_copies"] == 1
+    assert facts["near_copies_among_real"] == pytest.approx(10 / 95)
+
+
 TOGETHER = """
 from diffit.errors import UserError
 from diffit.training.distributed import processes

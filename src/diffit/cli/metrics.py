@@ -249,7 +249,8 @@ def copies(
         )
         write_copies(dest, result)
         click.echo(json.dumps(result.facts))
-        click.echo(f"{dest}: {result.facts['near_copies']:.2%} near-copies, 1 % of real images are", err=True)
+        share, usual = result.facts["near_copies"], result.facts["near_copies_among_real"]
+        click.echo(f"{dest}: {share:.2%} near-copies, {usual:.2%} of real images are", err=True)
 
 
 @contextmanager
