@@ -7,12 +7,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics import reference as reference_module
-from diffit.metrics.detectors import make_detector
+from diffit.metrics.detectors import Detector, make_detector
 from diffit.metrics.evaluate import evaluate_images
 from diffit.metrics.frechet import finite_sample_bias, frechet_distance, moments
 from diffit.metrics.images import choose, open_images
@@ -84,7 +85,7 @@ def test_numbers_are_those_of_the_functions_on_all_features(fake, real, torchscr
     chosen = choose(60, 60, 40)
     assert_close(found["fd60_full"]["fd"], frechet_distance(*moments(x), *moments(y)), rtol=1e-8, atol=0)
     assert_close(found["fd60_full"]["fd_bias"], finite_sample_bias(moments(y)[1], 60, 101), rtol=1e-8, atol=0)
-    assert_close(found["kd60_full"]["kd"], kid(x[chosen], y)[0], rtol=1e-8, atol=0)
+    assert_close(found["kd60_full"]["kd"], kid(x[chosen], y[choose(101, 101)])[0], rtol=1e-8, atol=0)
     some = moments(x[chosen[:40]]), moments(y[choose(101, 40)])
     assert_close(found["fd40"]["fd"], frechet_distance(*some[0], *some[1]), rtol=1e-8, atol=0)
 
@@ -180,9 +181,67 @@ def test_an_adm_reference_batch_gives_statistics_and_images(inception_weights, t
     found.prepare(needs.values(), ONE)
     assert found.moments(needs["moments", "pool"])[1].shape == (2048, 2048)
     assert float(found.moments(needs["moments", "spatial"])[0].sum()) == 2023
-    assert_close(found.features(needs["rows", "pool"]), official(torch.from_numpy(array).movedim(3, 1))["pool"])
+    pool = official(torch.from_numpy(array).movedim(3, 1))["pool"]
+    assert_close(found.features(needs["rows", "pool"]), pool[choose(6, 6)])
     # The statistics in it are not those of another detector, whose own it takes from the images.
     assert open_reference(tmp_path / "adm.npz", detector).stored == {}
+
+
+def complete(images):
+    """All outputs of Inception, smaller, by random filters; the probabilities depend on the images' mean too."""
+    x = images.flatten(1).double() / 255
+    weights = torch.randn(x.shape[1], 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pool, spatial, logits = (x @ weights).split([8, 6, 6], dim=1)
+    return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(1)}
+
+
+def stand_in(monkeypatch, extract):
+    """A detector that goes by the name of FID's."""
+    detector = Detector("inception", "a key", extract, ONE.device)
+    monkeypatch.setattr("diffit.metrics.suite.make_detector", lambda spec, procs: detector)
+    return detector
+
+
+def score(p):
+    """The Inception score by loops over ten splits: mean, standard deviation."""
+    scores = []
+    for part in (p[i * len(p) // 10 : (i + 1) * len(p) // 10] for i in range(10)):
+        kl = [float((row * (row / part.mean(0)).log()).sum()) for row in part]
+        scores.append(np.exp(np.mean(kl)))
+    return np.mean(scores), np.std(scores)
+
+
+def test_all_numbers_of_the_adm_suite_and_the_inception_score_are_those_of_the_functions(fake, real, monkeypatch):
+    detector = stand_in(monkeypatch, complete)
+    x, y = (detector(ImageArchive(path).load_all()) for path in (fake, real))
+    found = numbers(fake, real, ["adm60", "is60", "is40"], "inception")
+    chosen = choose(60, 60)
+    precision, recall = precision_recall(x["pool"].float(), y["pool"].float(), 3)
+    expected = {
+        "fid": frechet_distance(*moments(x["pool"]), *moments(y["pool"])),
+        "sfid": frechet_distance(*moments(x["spatial"]), *moments(y["spatial"])),
+        "is": score(x["probabilities"][chosen])[0],
+        "precision": precision,
+        "recall": recall,
+    }
+    assert 0 < recall < 1 or 0 < precision < 1
+    assert_close({name: found["adm60"][name] for name in expected}, expected, rtol=1e-8, atol=0)
+    for count in (40, 60):
+        pair = tuple(found[f"is{count}"].values())
+        assert_close(pair, score(x["probabilities"][chosen[:count]]), rtol=1e-8, atol=1e-12)
+
+
+def test_the_inception_score_of_sorted_images_is_one_number_alone_and_in_company(tmp_path, monkeypatch):
+    """Of ten classes, in whose order the files are: every split has all classes in it, and not one."""
+    for i in range(200):
+        Image.new("RGB", (4, 4), (i // 20, 0, 0)).save(tmp_path / f"{i:03d}.png")
+    stand_in(monkeypatch, lambda images: {
+        "pool": images.flatten(1).double(), "probabilities": torch.eye(10)[images[:, 0, 0, 0].long()]
+    })  # fmt: skip
+    alone = numbers(tmp_path, None, ["is200"], "inception")["is200"]
+    company = numbers(tmp_path, None, ["is200", "is100"], "inception")["is200"]
+    assert alone == company
+    assert 5 < alone["is"] < 10
 
 
 def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
