@@ -74,11 +74,12 @@ def find_copies(
         if len(real) < 2:
             raise UserError(f"{training.name}: one image; without --heldout at least two are needed")
         chosen = choose(len(real), min(REAL, len(real)))
-        yardstick = nearest(real[chosen], real, 2)[0][:, 1]  # the nearest is the image itself
+        yardstick = nearest(real[chosen], real, 2, device=procs.device)[0][:, 1]  # the nearest is the image itself
     else:
         chosen = choose(len(heldout), min(REAL, len(heldout)))
-        yardstick = nearest(features(stream(heldout, chosen, batch, procs), detector, procs), real)[0][:, 0]
-    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)))
+        unseen = features(stream(heldout, chosen, batch, procs), detector, procs)
+        yardstick = nearest(unseen, real, device=procs.device)[0][:, 0]
+    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)), device=procs.device)
     # Duplicates among the real images have distance 0 but for rounding, and so have exact copies.
     threshold = yardstick.quantile(QUANTILE).clamp(min=ROUNDING * float(yardstick.median()))
     order = distances[:, 0].argsort()[:SHOWN]

@@ -189,13 +189,13 @@ class Suite:
 
 
 def _pairs(metric: Metric, detector: Detector, fake: Rows, real: Tensor) -> dict[str, float]:
-    device = detector.device
-    x, y = fake.features.to(device), real.to(device)
+    x, y, device = fake.features, real, detector.device  # features of millions of images do not fit on a GPU
     if metric.kind == "kid":
         name = "kid" if detector.official else "kd"
-        value, error = kid(x, y)
+        value, error = kid(x, y, device=device)
         return {name: value} if math.isnan(error) else {name: value, f"{name}_error": error}
-    return dict(zip(("precision", "recall"), precision_recall(x, y, metric.neighbours), strict=True))
+    pair = precision_recall(x, y, metric.neighbours, device=device)
+    return dict(zip(("precision", "recall"), pair, strict=True))
 
 
 def headline(numbers: dict[str, float]) -> tuple[str, float]:
