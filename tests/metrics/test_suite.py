@@ -90,6 +90,18 @@ def test_numbers_are_those_of_the_functions_on_all_features(fake, real, torchscr
     assert_close(found["fd40"]["fd"], frechet_distance(*some[0], *some[1]), rtol=1e-8, atol=0)
 
 
+def test_the_bias_is_stated_only_where_the_images_suffice_for_an_estimate(tmp_path):
+    """Two for each of the 12 dimensions, of either kind."""
+    few, many = (write_archive(tmp_path / f"{n}.zip", n, side=2) for n in (23, 24))
+    for fake, real, stated in ((many, many, True), (few, many, False), (many, few, False)):
+        images = open_images(fake)
+        suite = Suite([f"fd{len(images)}_full"], real, images.shape, ONE, detector="pixels")
+        (card,) = evaluate_images(suite, images, ONE)
+        assert ("fd_bias" in card["results"]) == stated
+        said = "of the distance is the bias" if stated else "too few samples for an estimate of the bias; compare"
+        assert said in card["notes"][0]
+
+
 def test_precision_and_recall_use_the_neighbours_of_the_name(real, tmp_path, torchscript):
     fake = write_archive(tmp_path / "fake.zip", 1000, side=16, classes=2)
     detector = make_detector(str(torchscript), ONE)

@@ -19,6 +19,7 @@ from diffit.metrics.suite import PUBLISHED, Metric, Suite, headline
 from diffit.randomness import random_labels
 from diffit.training.distributed import Processes
 
+TOO_FEW = "too few samples for an estimate of the bias"  # fewer than two a dimension, real or generated
 PACKAGES = ("torch", "numpy", "pillow", "torch-fidelity")
 
 
@@ -85,9 +86,11 @@ def notes(metric: Metric, numbers: dict[str, float], *, official: bool) -> list[
     texts = []
     for name in ("fid", "fd"):
         if name in numbers and metric.samples < PUBLISHED:
+            bias = numbers.get(f"{name}_bias")
             texts.append(
-                f"{metric.samples} samples, published figures have {PUBLISHED}: about {numbers[f'{name}_bias']:.3g} of "
-                "the distance is the bias of finite samples; compare only with figures of the same number"
+                f"{metric.samples} samples, published figures have {PUBLISHED}: "
+                + (TOO_FEW if bias is None else f"about {bias:.3g} of the distance is the bias of finite samples")
+                + "; compare only with figures of the same number"
             )
     if "is" in numbers and metric.samples < PUBLISHED:
         texts.append(f"{metric.samples} samples instead of {PUBLISHED}: Inception scores of few samples are too low")

@@ -179,7 +179,8 @@ class Suite:
                 name = ("s" if output == "spatial" else "") + ("fid" if detector.official else "fd")
                 numbers[name] = frechet_distance(*sums.mean_and_cov(), *gaussian)
                 reals = real[what, output].count or reference.stored_count or torch.inf
-                numbers[f"{name}_bias"] = finite_sample_bias(gaussian[1], sums.count, reals)
+                if min(sums.count, reals) >= 2 * len(gaussian[0]):  # below, the first order in 1/n is far off
+                    numbers[f"{name}_bias"] = finite_sample_bias(gaussian[1], sums.count, reals)
             elif isinstance(sums, ScoreSums):
                 numbers["is"], numbers["is_std"] = sums.score()
             else:
