@@ -133,7 +133,8 @@ def test_calc_prints_a_complete_record_a_metric(network, pets, capsys):
     card = cards[0]
     assert card["sampling"]["steps"] == 2
     assert card["repeats"]["seeds"] == ["0-99", "100-199"]
-    assert card["repeats"]["minimum"] == min(card["repeats"]["values"]) == card["results"]["fd"]
+    summary = card["repeats"]["numbers"]["fd"]
+    assert summary["minimum"] == min(summary["values"]) == card["results"]["fd"]
     assert card["reference"]["images"] == {"moments_pool": 90}
     assert {"network", "weights_sha256", "seeds", "labels", "precision", "detector", "versions", "processes",
             "seconds", "date", "notes"} <= card.keys()  # fmt: skip

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics import reference as reference_module
+from diffit.metrics.card import summarise_repeats
 from diffit.metrics.detectors import Detector, make_detector
 from diffit.metrics.evaluate import evaluate_images
 from diffit.metrics.frechet import finite_sample_bias, frechet_distance, moments
@@ -254,6 +255,31 @@ def test_the_inception_score_of_sorted_images_is_one_number_alone_and_in_company
     company = numbers(tmp_path, None, ["is200", "is100"], "inception")["is200"]
     assert alone == company
     assert 5 < alone["is"] < 10
+
+
+def test_of_repeats_the_best_is_kept_and_every_number_summarised():
+    """Distances fall, precision and scores rise; the mean and the spread are by hand."""
+    precise = [
+        {"precision": 0.5, "recall": 0.3},
+        {"precision": 0.75, "recall": 0.1},
+        {"precision": 0.25, "recall": 0.2},
+    ]
+    far = [{"fid": 3.0, "fid_bias": 0.1}, {"fid": 1.0, "fid_bias": 0.1}, {"fid": 2.0, "fid_bias": 0.1}]
+    scores = [{"is": 8.0, "is_std": 0.1}, {"is": 9.0, "is_std": 0.3}, {"is": 7.0, "is_std": 0.2}]
+    for results in (precise, far, scores):
+        summary = summarise_repeats([{"seeds": f"{i}-{i}", "results": r} for i, r in enumerate(results)])
+        assert summary["results"] == results[1]
+        assert summary["seeds"] == "1-1"
+        assert summary["repeats"]["seeds"] == ["0-0", "1-1", "2-2"]
+        name, *_ = results[0]
+        expected = {"precision": (0.25, 0.5, 0.25), "fid": (1.0, 2.0, 1.0), "is": (7.0, 8.0, 1.0)}[name]
+        found = summary["repeats"]["numbers"]
+        assert [found[name][key] for key in ("minimum", "mean", "spread")] == pytest.approx(expected)
+        assert list(found) == [key for key in results[0] if "_" not in key]
+        assert found[name]["values"] == [r[name] for r in results]
+    assert summarise_repeats([{"seeds": "0-0", "results": r} for r in precise])["repeats"]["numbers"]["recall"] == {
+        "values": [0.3, 0.1, 0.2], "minimum": 0.1, "mean": pytest.approx(0.2), "spread": pytest.approx(0.1),
+    }  # fmt: skip
 
 
 def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):

@@ -38,7 +38,7 @@ def metrics() -> None:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Draw new samples so many times: minimum, mean and spread.",
+    help="Draw new samples so many times: the best, and minimum, mean and spread.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="First seed; one a sample.")
 @click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]), help="Default: the file's.")
@@ -130,11 +130,10 @@ def report(cards: list[dict[str, Any]]) -> None:
 
     for card in cards:
         click.echo(json.dumps(card))
-        line = f"{card['metric']}: {format_numbers(card['results'])}"
-        if "repeats" in card:
-            r = card["repeats"]
-            line += f"   over {len(r['values'])}: min {r['minimum']:.5g}, mean {r['mean']:.5g} ± {r['spread']:.2g}"
-        click.echo(line, err=True)
+        click.echo(f"{card['metric']}: {format_numbers(card['results'])}", err=True)
+        for name, r in card.get("repeats", {}).get("numbers", {}).items():
+            over = f"min {r['minimum']:.5g}, mean {r['mean']:.5g} ± {r['spread']:.2g}"
+            click.echo(f"  {name} over {len(r['values'])} repeats: {over}", err=True)
         for note in card["notes"]:
             click.echo(f"  note: {note}", err=True)
 

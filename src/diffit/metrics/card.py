@@ -15,7 +15,7 @@ from torch import Tensor
 from diffit import __version__
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.metrics.suite import PUBLISHED, Metric, Suite, headline
+from diffit.metrics.suite import PUBLISHED, Metric, Suite, better, headline
 from diffit.randomness import random_labels
 from diffit.training.distributed import Processes
 
@@ -107,28 +107,37 @@ def _version(package: str) -> str | None:
 
 
 def summarise_repeats(cards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One card for several of different seeds: minimum, mean and spread (standard deviation) of the main number."""
-    values = [headline(card["results"])[1] for card in cards]
-    first = cards[values.index(min(values))]
-    return first | {
-        "repeats": {
+    """The best of several cards of different seeds, with minimum, mean and spread (standard deviation) of each number.
+
+    The best is that with the best main number, whether less of it or more is better.
+    """
+    best = cards[0]
+    for card in cards[1:]:
+        (name, value), (_, known) = headline(card["results"]), headline(best["results"])
+        best = card if better(name, value, known) else best
+    numbers = {}
+    for name in own_numbers(best["results"]):
+        values = [card["results"][name] for card in cards]
+        numbers[name] = {
             "values": values,
-            "seeds": [card["seeds"] for card in cards],
             "minimum": min(values),
             "mean": statistics.fmean(values),
             "spread": statistics.stdev(values),
         }
-    }
+    return best | {"repeats": {"seeds": [card["seeds"] for card in cards], "numbers": numbers}}
+
+
+def own_numbers(numbers: dict[str, float]) -> list[str]:
+    """Names of the numbers that do not describe another one."""
+    return [name for name in numbers if not name.endswith(("_bias", "_std", "_error"))]
 
 
 def format_numbers(numbers: dict[str, float]) -> str:
     """``fid 12.35   is 7.02 ± 0.08``; what is only in the card is left out."""
     parts = []
-    for name, value in numbers.items():
-        if name.endswith(("_bias", "_std", "_error")):
-            continue
+    for name in own_numbers(numbers):
         spread = numbers.get(f"{name}_std", numbers.get(f"{name}_error"))
-        parts.append(f"{name} {value:.5g}" + ("" if spread is None else f" ± {spread:.2g}"))
+        parts.append(f"{name} {numbers[name]:.5g}" + ("" if spread is None else f" ± {spread:.2g}"))
     return "   ".join(parts)
 
 
