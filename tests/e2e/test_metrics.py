@@ -170,9 +170,24 @@ def test_show_prints_what_calc_said_and_what_a_run_recorded(network, pets, tmp_p
     (tmp_path / "cards.jsonl").write_text("".join(json.dumps(card) + "\n" for card in cards))
     cli(["metrics", "show", str(tmp_path / "cards.jsonl")], standalone_mode=False)
     assert "fd90_full:pixels" in capsys.readouterr().out
-    for path, message in ((tmp_path / "none", "no such run or file"), (network.parent, "no metrics in it")):
+    for path, message in (
+        (tmp_path / "none", "no such run or file"),
+        (network.parent, "no metrics in it"),
+        (network, "not a text of `diffit metrics calc` records"),
+    ):
         with pytest.raises(UserError, match=message):
             cli(["metrics", "show", str(path)], standalone_mode=False)
+
+
+def test_what_gives_no_number_is_refused(pets, tmp_path):
+    one = write_archive(tmp_path / "one.zip", 1)
+    for words, message in (
+        (["calc", "--images", pets, "--ref", pets, "--metrics", ","], "no metric is named"),
+        (["ref", "--data", one, "--dest", tmp_path / "one.npz", "--detector", "pixels"], "1 image has no covariance"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli(["metrics", *map(str, words)], standalone_mode=False)
+    assert not (tmp_path / "one.npz").exists()
 
 
 def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):

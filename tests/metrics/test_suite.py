@@ -1,6 +1,8 @@
 """Named metrics from end to end: the number in the name is the number used, and nothing else changes the value."""
 
+import io
 import json
+import math
 import random
 import zipfile
 
@@ -20,7 +22,7 @@ from diffit.metrics.frechet import finite_sample_bias, frechet_distance, moments
 from diffit.metrics.images import choose, open_images
 from diffit.metrics.kid import kid
 from diffit.metrics.neighbours import precision_recall
-from diffit.metrics.reference import open_reference
+from diffit.metrics.reference import open_reference, read_arrays
 from diffit.metrics.suite import Suite, parse_metric
 from diffit.training.distributed import Processes
 from helpers import command, write_archive
@@ -57,6 +59,8 @@ def numbers(fake, real, names, detector, batch=64):
         ("is50k", "is", 50_000, False, 3),
         ("pr50k3_full", "pr", 50_000, True, 3),
         ("pr10k5", "pr", 10_000, False, 5),
+        ("pr1500_3_full", "pr", 1500, True, 3),
+        ("pr1500_10", "pr", 1500, False, 10),
         ("adm50k", "adm", 50_000, False, 3),
     ],
 )
@@ -71,9 +75,14 @@ def test_a_name_says_whose_features_it_compares():
     assert parse_metric("fid10k_full:pixels").name(official) == "fd10k_full:pixels"
     assert parse_metric("kid500:pixels").name(official) == "kd500:pixels"
     assert parse_metric("pr2k3:pixels").name(official) == "pr2k3:pixels"
+    for text in ("pr1500_3_full:pixels", "pr1500_10:pixels", "pr3k10_full:pixels"):
+        assert parse_metric(text).name(official) == text
 
 
-@pytest.mark.parametrize("text", ["fid", "fid0k", "fid50k_ful", "lpips50k", "pr50k", "fid50k3", "pr50k0", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["fid", "fid0k", "fid50k_ful", "lpips50k", "pr50k", "fid50k3", "pr50k0", "pr1500", "pr1500_0", "fid1500_3", ""],
+)
 def test_unknown_names_are_answered_with_the_known(text):
     with pytest.raises(UserError, match=r"(fid50k|pr50k3)_full"):
         parse_metric(text)
@@ -296,6 +305,30 @@ def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
         open_reference(tmp_path / "edm.npz", pixels)
 
 
+def test_as_few_images_as_the_message_says_are_enough(tmp_path, monkeypatch):
+    """Of 1×1 pixels a covariance is 3×3: two images; the score takes ten splits."""
+    paths = {n: write_archive(tmp_path / f"{n}.zip", n, side=1) for n in (1, 2, 10)}
+    with pytest.raises(UserError, match="1 images are too few for a 3×3 covariance; take 2 or more"):
+        numbers(paths[1], paths[2], ["fd1_full"], "pixels")
+    with pytest.raises(UserError, match="1 images are too few"):
+        numbers(paths[2], paths[1], ["fd2_full"], "pixels")
+    assert math.isfinite(numbers(paths[2], paths[2], ["fd2_full"], "pixels")["fd2_full"]["fd"])
+    stand_in(monkeypatch, complete)
+    with pytest.raises(UserError, match="9 images are too few for the 10 splits of the Inception score; take 10 or"):
+        numbers(paths[10], None, ["is9"], "inception")
+    assert math.isfinite(numbers(paths[10], None, ["is10"], "inception")["is10"]["is"])
+
+
+def test_a_header_that_claims_more_than_the_memory_holds_is_named(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as file:
+        for name in ("mu.npy", "sigma.npy"):
+            file.writestr(name, header.getvalue())
+    with pytest.raises(UserError, match=r"large\.npz: not read as statistics"):
+        read_arrays(tmp_path / "large.npz")
+
+
 def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchscript, monkeypatch):
     def never(*arguments, **keywords):
         raise AssertionError("work had started")
@@ -320,6 +353,7 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
         (fake, theirs, ["fd60_full"], torchscript, "statistics of detector pixels, the metric's is filters-"),
         (fake, tmp_path / "none.npz", ["fd60_full"], torchscript, "no such file"),
         (fake, empty, ["fd60_full"], torchscript, "holds no images"),
+        (fake, real, [], torchscript, "no metric is named; known are"),
         (fake, real, ["is60"], torchscript, "has no probabilities output"),
         (fake, real, ["adm60"], torchscript, "has no spatial output"),
     ):  # fmt: skip

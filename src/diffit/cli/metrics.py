@@ -30,7 +30,7 @@ def metrics() -> None:
     required=True,
     multiple=True,
     metavar="NAMES",
-    help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k; any number for 50k; joined by commas.",
+    help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k; any number for 50k (pr1500_3_full); joined by commas.",
 )
 @click.option("--detector", metavar="NAME|FILE", help=DETECTOR_HELP)
 @click.option(
@@ -154,6 +154,8 @@ def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
         raise UserError(f"--dest {dest}: statistics go into a file NAME.npz")
     with processes() as procs:
         images = open_images(data)
+        if len(images) < 2:
+            raise UserError(f"{data}: {len(images)} image has no covariance; take two or more")
         found = make_detector(detector, procs)
         reference = Reference(images.name, found, images)
         outputs = FIELDS if found.official else ["pool"]

@@ -148,7 +148,10 @@ def card_file(metric: str) -> str:
 
 def read_cards(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, none where there is none; a last line that a kill cut off is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text of `diffit metrics calc` records; give such a file or a run") from None
     cards = []
     for i, line in enumerate(lines):
         try:
