@@ -133,7 +133,8 @@ def test_calc_prints_a_complete_record_a_metric(network, pets, capsys):
     card = cards[0]
     assert card["sampling"]["steps"] == 2
     assert card["repeats"]["seeds"] == ["0-99", "100-199"]
-    assert card["repeats"]["minimum"] == min(card["repeats"]["values"]) == card["results"]["fd"]
+    summary = card["repeats"]["numbers"]["fd"]
+    assert summary["minimum"] == min(summary["values"]) == card["results"]["fd"]
     assert card["reference"]["images"] == {"moments_pool": 90}
     assert {"network", "weights_sha256", "seeds", "labels", "precision", "detector", "versions", "processes",
             "seconds", "date", "notes"} <= card.keys()  # fmt: skip
@@ -169,9 +170,24 @@ def test_show_prints_what_calc_said_and_what_a_run_recorded(network, pets, tmp_p
     (tmp_path / "cards.jsonl").write_text("".join(json.dumps(card) + "\n" for card in cards))
     cli(["metrics", "show", str(tmp_path / "cards.jsonl")], standalone_mode=False)
     assert "fd90_full:pixels" in capsys.readouterr().out
-    for path, message in ((tmp_path / "none", "no such run or file"), (network.parent, "no metrics in it")):
+    for path, message in (
+        (tmp_path / "none", "no such run or file"),
+        (network.parent, "no metrics in it"),
+        (network, "not a text of `diffit metrics calc` records"),
+    ):
         with pytest.raises(UserError, match=message):
             cli(["metrics", "show", str(path)], standalone_mode=False)
+
+
+def test_what_gives_no_number_is_refused(pets, tmp_path):
+    one = write_archive(tmp_path / "one.zip", 1)
+    for words, message in (
+        (["calc", "--images", pets, "--ref", pets, "--metrics", ","], "no metric is named"),
+        (["ref", "--data", one, "--dest", tmp_path / "one.npz", "--detector", "pixels"], "1 image has no covariance"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli(["metrics", *map(str, words)], standalone_mode=False)
+    assert not (tmp_path / "one.npz").exists()
 
 
 def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):
@@ -183,6 +199,17 @@ def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["near_copies"] == 0  # noise
     assert (tmp_path / "copies.html").read_text().count("data:image/png") == 20 * 4
+
+
+def test_exact_copies_are_found_where_the_training_images_have_duplicates(pets, tmp_path, capsys):
+    """The closest 1 % of real images are then at distance 0, and nothing is closer."""
+    images = ImageArchive(pets).load_all().movedim(1, 3).numpy()
+    np.savez(tmp_path / "twice.npz", arr_0=np.concatenate([images, images[:5]]))
+    where = ["--data", str(tmp_path / "twice.npz"), "--detector", "pixels", "--dest", str(tmp_path / "copies.html")]
+    cli(["metrics", "copies", "--images", str(tmp_path / "twice.npz"), "--count", "95", *where], standalone_mode=False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["near_copies"] == 1
+    assert facts["near_copies_among_real"] == pytest.approx(10 / 95)
 
 
 TOGETHER = """

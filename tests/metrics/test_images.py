@@ -39,11 +39,12 @@ def test_every_chosen_image_comes_once_and_at_its_position(tmp_path, batch, proc
 
 
 def test_a_choice_is_random_but_begins_with_every_smaller_one():
-    assert choose(10, 10).tolist() == list(range(10))
     chosen = choose(1000, 100, 10)
     assert len(set(chosen.tolist())) == 100
     assert chosen[:10].max() > 200  # not the first images, which would be of one class
-    assert (choose(1000, 1000, 10)[:10] == chosen[:10]).all()
+    for counts in ((1000,), (1000, 10), (2000,)):
+        assert (choose(1000, *counts)[:100] == chosen).all()
+        assert sorted(choose(1000, *counts).tolist()) == list(range(1000))
 
 
 def test_a_folder_and_its_zip_have_one_fingerprint_and_other_pixels_another(tmp_path):

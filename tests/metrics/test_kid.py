@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
 import torch
 from torch.testing import assert_close
 from torchmetrics.image.kid import poly_mmd
 
-from diffit.metrics.kid import kid, squared_mmd
+from diffit.metrics.kid import draw_blocks, kid, squared_mmd
 
 
 def draw(n, d, seed, shift=0.0):
@@ -37,8 +38,37 @@ def test_one_block_is_the_whole_estimate_and_many_agree_within_their_error():
     assert math.isnan(none)
 
 
-def test_it_has_no_bias():
-    values = [kid(draw(100, 8, 2 * i), draw(100, 8, 2 * i + 1), block=10)[0] for i in range(100)]
+@pytest.mark.parametrize(("n", "m"), [(100, 100), (30, 100), (100, 35)])
+def test_it_has_no_bias_and_an_error_whatever_the_sizes(n, m):
+    found = [kid(draw(n, 8, 2 * i), draw(m, 8, 2 * i + 1), block=10) for i in range(100)]
+    values = [value for value, _ in found]
     mean = sum(values) / 100
     spread = (sum((v - mean) ** 2 for v in values) / 99) ** 0.5
     assert abs(mean) < 4 * spread / 10
+    assert all(math.isfinite(error) and error > 0 for _, error in found)
+
+
+def test_a_large_set_is_used_whole_and_a_small_one_again():
+    """A fake image far from all others changes the value wherever it stands."""
+    for block, small, large in ((10, 25, 60), (1000, 7, 50)):
+        fake, real = draw(large, 4, 0), draw(small, 4, 1)
+        expected = kid(fake, real, block=block)[0]
+        used = 0
+        for i in range(large):
+            other = fake.clone()
+            other[i] += 9
+            used += kid(other, real, block=block)[0] != expected
+        block = min(block, small)
+        assert used == large // block * block
+
+
+def test_no_image_is_twice_in_a_block_and_all_are_drawn_alike():
+    chosen = draw_blocks(25, 10, 400, torch.Generator().manual_seed(0))
+    assert chosen.shape == (400, 10)
+    assert all(len(set(row)) == 10 for row in chosen.tolist())
+    # 160 draws of each are expected, with a standard deviation below 7; pairs meet 60 times each, with one near 8.
+    counts = torch.bincount(chosen.flatten(), minlength=25)
+    assert (counts - 160).abs().max() < 30
+    member = torch.zeros(400, 25).scatter(1, chosen, 1)
+    pairs = (member.T @ member)[~torch.eye(25, dtype=torch.bool)]
+    assert (pairs - 60).abs().max() < 40

@@ -1,12 +1,13 @@
 """Precision and recall against prdc; nearest neighbours against scikit-learn; tiles against no tiles."""
 
+import pytest
 import torch
 from prdc import compute_prdc
 from sklearn.neighbors import NearestNeighbors
 from torch.testing import assert_close
 
 from diffit.metrics import neighbours
-from diffit.metrics.neighbours import nearest, precision_recall, radii
+from diffit.metrics.neighbours import covered, nearest, precision_recall, radii
 
 
 def draw(n, d, seed, scale=1.0):
@@ -30,6 +31,23 @@ def test_nearest_neighbours_are_scikit_learns():
     found = nearest(x, y, 4)
     assert_close(found[0].numpy(), distances, rtol=1e-10, atol=0)
     assert (found[1].numpy() == indices).all()
+
+
+@pytest.mark.parametrize("tile", [25, 400, 2500, 2**23])
+def test_tiles_of_any_size_give_what_the_whole_matrix_gives(tile, monkeypatch):
+    """Sides of 5, 20, 50: narrower than k, a divisor of one set, of none; and all at once."""
+    monkeypatch.setattr(neighbours, "TILE", tile)
+    x, y = draw(60, 6, 0), draw(101, 6, 1)
+    whole = (x[:, None] - y).double().norm(dim=2)
+    distances, indices = whole.sort(dim=1)
+    found = nearest(x, y, 7)
+    assert_close(found, (distances[:, :7], indices[:, :7]), rtol=1e-6, atol=0)
+    own = (y[:, None] - y).double().norm(dim=2).sort(dim=1).values  # the first is the feature itself
+    assert_close(radii(y, 7), own[:, 7], rtol=1e-6, atol=0)
+    radius = own[:, 2] * 0.9
+    expected = float((whole <= radius).any(dim=1).double().mean())
+    assert 0 < expected < 1
+    assert covered(x, y, radius) == expected
 
 
 def test_a_radius_does_not_count_the_feature_itself_but_counts_its_copies():

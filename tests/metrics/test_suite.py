@@ -1,24 +1,28 @@
 """Named metrics from end to end: the number in the name is the number used, and nothing else changes the value."""
 
+import io
 import json
+import math
 import random
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics import reference as reference_module
-from diffit.metrics.detectors import make_detector
+from diffit.metrics.card import summarise_repeats
+from diffit.metrics.detectors import Detector, make_detector
 from diffit.metrics.evaluate import evaluate_images
 from diffit.metrics.frechet import finite_sample_bias, frechet_distance, moments
 from diffit.metrics.images import choose, open_images
 from diffit.metrics.kid import kid
 from diffit.metrics.neighbours import precision_recall
-from diffit.metrics.reference import open_reference
+from diffit.metrics.reference import open_reference, read_arrays
 from diffit.metrics.suite import Suite, parse_metric
 from diffit.training.distributed import Processes
 from helpers import command, write_archive
@@ -55,6 +59,8 @@ def numbers(fake, real, names, detector, batch=64):
         ("is50k", "is", 50_000, False, 3),
         ("pr50k3_full", "pr", 50_000, True, 3),
         ("pr10k5", "pr", 10_000, False, 5),
+        ("pr1500_3_full", "pr", 1500, True, 3),
+        ("pr1500_10", "pr", 1500, False, 10),
         ("adm50k", "adm", 50_000, False, 3),
     ],
 )
@@ -69,9 +75,14 @@ def test_a_name_says_whose_features_it_compares():
     assert parse_metric("fid10k_full:pixels").name(official) == "fd10k_full:pixels"
     assert parse_metric("kid500:pixels").name(official) == "kd500:pixels"
     assert parse_metric("pr2k3:pixels").name(official) == "pr2k3:pixels"
+    for text in ("pr1500_3_full:pixels", "pr1500_10:pixels", "pr3k10_full:pixels"):
+        assert parse_metric(text).name(official) == text
 
 
-@pytest.mark.parametrize("text", ["fid", "fid0k", "fid50k_ful", "lpips50k", "pr50k", "fid50k3", "pr50k0", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["fid", "fid0k", "fid50k_ful", "lpips50k", "pr50k", "fid50k3", "pr50k0", "pr1500", "pr1500_0", "fid1500_3", ""],
+)
 def test_unknown_names_are_answered_with_the_known(text):
     with pytest.raises(UserError, match=r"(fid50k|pr50k3)_full"):
         parse_metric(text)
@@ -84,9 +95,21 @@ def test_numbers_are_those_of_the_functions_on_all_features(fake, real, torchscr
     chosen = choose(60, 60, 40)
     assert_close(found["fd60_full"]["fd"], frechet_distance(*moments(x), *moments(y)), rtol=1e-8, atol=0)
     assert_close(found["fd60_full"]["fd_bias"], finite_sample_bias(moments(y)[1], 60, 101), rtol=1e-8, atol=0)
-    assert_close(found["kd60_full"]["kd"], kid(x[chosen], y)[0], rtol=1e-8, atol=0)
+    assert_close(found["kd60_full"]["kd"], kid(x[chosen], y[choose(101, 101)])[0], rtol=1e-8, atol=0)
     some = moments(x[chosen[:40]]), moments(y[choose(101, 40)])
     assert_close(found["fd40"]["fd"], frechet_distance(*some[0], *some[1]), rtol=1e-8, atol=0)
+
+
+def test_the_bias_is_stated_only_where_the_images_suffice_for_an_estimate(tmp_path):
+    """Two for each of the 12 dimensions, of either kind."""
+    few, many = (write_archive(tmp_path / f"{n}.zip", n, side=2) for n in (23, 24))
+    for fake, real, stated in ((many, many, True), (few, many, False), (many, few, False)):
+        images = open_images(fake)
+        suite = Suite([f"fd{len(images)}_full"], real, images.shape, ONE, detector="pixels")
+        (card,) = evaluate_images(suite, images, ONE)
+        assert ("fd_bias" in card["results"]) == stated
+        said = "of the distance is the bias" if stated else "too few samples for an estimate of the bias; compare"
+        assert said in card["notes"][0]
 
 
 def test_precision_and_recall_use_the_neighbours_of_the_name(real, tmp_path, torchscript):
@@ -180,9 +203,92 @@ def test_an_adm_reference_batch_gives_statistics_and_images(inception_weights, t
     found.prepare(needs.values(), ONE)
     assert found.moments(needs["moments", "pool"])[1].shape == (2048, 2048)
     assert float(found.moments(needs["moments", "spatial"])[0].sum()) == 2023
-    assert_close(found.features(needs["rows", "pool"]), official(torch.from_numpy(array).movedim(3, 1))["pool"])
+    pool = official(torch.from_numpy(array).movedim(3, 1))["pool"]
+    assert_close(found.features(needs["rows", "pool"]), pool[choose(6, 6)])
     # The statistics in it are not those of another detector, whose own it takes from the images.
     assert open_reference(tmp_path / "adm.npz", detector).stored == {}
+
+
+def complete(images):
+    """All outputs of Inception, smaller, by random filters; the probabilities depend on the images' mean too."""
+    x = images.flatten(1).double() / 255
+    weights = torch.randn(x.shape[1], 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pool, spatial, logits = (x @ weights).split([8, 6, 6], dim=1)
+    return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(1)}
+
+
+def stand_in(monkeypatch, extract):
+    """A detector that goes by the name of FID's."""
+    detector = Detector("inception", "a key", extract, ONE.device)
+    monkeypatch.setattr("diffit.metrics.suite.make_detector", lambda spec, procs: detector)
+    return detector
+
+
+def score(p):
+    """The Inception score by loops over ten splits: mean, standard deviation."""
+    scores = []
+    for part in (p[i * len(p) // 10 : (i + 1) * len(p) // 10] for i in range(10)):
+        kl = [float((row * (row / part.mean(0)).log()).sum()) for row in part]
+        scores.append(np.exp(np.mean(kl)))
+    return np.mean(scores), np.std(scores)
+
+
+def test_all_numbers_of_the_adm_suite_and_the_inception_score_are_those_of_the_functions(fake, real, monkeypatch):
+    detector = stand_in(monkeypatch, complete)
+    x, y = (detector(ImageArchive(path).load_all()) for path in (fake, real))
+    found = numbers(fake, real, ["adm60", "is60", "is40"], "inception")
+    chosen = choose(60, 60)
+    precision, recall = precision_recall(x["pool"].float(), y["pool"].float(), 3)
+    expected = {
+        "fid": frechet_distance(*moments(x["pool"]), *moments(y["pool"])),
+        "sfid": frechet_distance(*moments(x["spatial"]), *moments(y["spatial"])),
+        "is": score(x["probabilities"][chosen])[0],
+        "precision": precision,
+        "recall": recall,
+    }
+    assert 0 < recall < 1 or 0 < precision < 1
+    assert_close({name: found["adm60"][name] for name in expected}, expected, rtol=1e-8, atol=0)
+    for count in (40, 60):
+        pair = tuple(found[f"is{count}"].values())
+        assert_close(pair, score(x["probabilities"][chosen[:count]]), rtol=1e-8, atol=1e-12)
+
+
+def test_the_inception_score_of_sorted_images_is_one_number_alone_and_in_company(tmp_path, monkeypatch):
+    """Of ten classes, in whose order the files are: every split has all classes in it, and not one."""
+    for i in range(200):
+        Image.new("RGB", (4, 4), (i // 20, 0, 0)).save(tmp_path / f"{i:03d}.png")
+    stand_in(monkeypatch, lambda images: {
+        "pool": images.flatten(1).double(), "probabilities": torch.eye(10)[images[:, 0, 0, 0].long()]
+    })  # fmt: skip
+    alone = numbers(tmp_path, None, ["is200"], "inception")["is200"]
+    company = numbers(tmp_path, None, ["is200", "is100"], "inception")["is200"]
+    assert alone == company
+    assert 5 < alone["is"] < 10
+
+
+def test_of_repeats_the_best_is_kept_and_every_number_summarised():
+    """Distances fall, precision and scores rise; the mean and the spread are by hand."""
+    precise = [
+        {"precision": 0.5, "recall": 0.3},
+        {"precision": 0.75, "recall": 0.1},
+        {"precision": 0.25, "recall": 0.2},
+    ]
+    far = [{"fid": 3.0, "fid_bias": 0.1}, {"fid": 1.0, "fid_bias": 0.1}, {"fid": 2.0, "fid_bias": 0.1}]
+    scores = [{"is": 8.0, "is_std": 0.1}, {"is": 9.0, "is_std": 0.3}, {"is": 7.0, "is_std": 0.2}]
+    for results in (precise, far, scores):
+        summary = summarise_repeats([{"seeds": f"{i}-{i}", "results": r} for i, r in enumerate(results)])
+        assert summary["results"] == results[1]
+        assert summary["seeds"] == "1-1"
+        assert summary["repeats"]["seeds"] == ["0-0", "1-1", "2-2"]
+        name, *_ = results[0]
+        expected = {"precision": (0.25, 0.5, 0.25), "fid": (1.0, 2.0, 1.0), "is": (7.0, 8.0, 1.0)}[name]
+        found = summary["repeats"]["numbers"]
+        assert [found[name][key] for key in ("minimum", "mean", "spread")] == pytest.approx(expected)
+        assert list(found) == [key for key in results[0] if "_" not in key]
+        assert found[name]["values"] == [r[name] for r in results]
+    assert summarise_repeats([{"seeds": "0-0", "results": r} for r in precise])["repeats"]["numbers"]["recall"] == {
+        "values": [0.3, 0.1, 0.2], "minimum": 0.1, "mean": pytest.approx(0.2), "spread": pytest.approx(0.1),
+    }  # fmt: skip
 
 
 def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
@@ -197,6 +303,30 @@ def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
         parse_metric("adm50k").real_needs(found)
     with pytest.raises(UserError, match="statistics of Inception features; detector pixels needs the images"):
         open_reference(tmp_path / "edm.npz", pixels)
+
+
+def test_as_few_images_as_the_message_says_are_enough(tmp_path, monkeypatch):
+    """Of 1×1 pixels a covariance is 3×3: two images; the score takes ten splits."""
+    paths = {n: write_archive(tmp_path / f"{n}.zip", n, side=1) for n in (1, 2, 10)}
+    with pytest.raises(UserError, match="1 images are too few for a 3×3 covariance; take 2 or more"):
+        numbers(paths[1], paths[2], ["fd1_full"], "pixels")
+    with pytest.raises(UserError, match="1 images are too few"):
+        numbers(paths[2], paths[1], ["fd2_full"], "pixels")
+    assert math.isfinite(numbers(paths[2], paths[2], ["fd2_full"], "pixels")["fd2_full"]["fd"])
+    stand_in(monkeypatch, complete)
+    with pytest.raises(UserError, match="9 images are too few for the 10 splits of the Inception score; take 10 or"):
+        numbers(paths[10], None, ["is9"], "inception")
+    assert math.isfinite(numbers(paths[10], None, ["is10"], "inception")["is10"]["is"])
+
+
+def test_a_header_that_claims_more_than_the_memory_holds_is_named(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as file:
+        for name in ("mu.npy", "sigma.npy"):
+            file.writestr(name, header.getvalue())
+    with pytest.raises(UserError, match=r"large\.npz: not read as statistics"):
+        read_arrays(tmp_path / "large.npz")
 
 
 def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchscript, monkeypatch):
@@ -223,6 +353,7 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
         (fake, theirs, ["fd60_full"], torchscript, "statistics of detector pixels, the metric's is filters-"),
         (fake, tmp_path / "none.npz", ["fd60_full"], torchscript, "no such file"),
         (fake, empty, ["fd60_full"], torchscript, "holds no images"),
+        (fake, real, [], torchscript, "no metric is named; known are"),
         (fake, real, ["is60"], torchscript, "has no probabilities output"),
         (fake, real, ["adm60"], torchscript, "has no spatial output"),
     ):  # fmt: skip

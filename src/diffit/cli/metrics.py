@@ -30,7 +30,7 @@ def metrics() -> None:
     required=True,
     multiple=True,
     metavar="NAMES",
-    help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k; any number for 50k; joined by commas.",
+    help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k; any number for 50k (pr1500_3_full); joined by commas.",
 )
 @click.option("--detector", metavar="NAME|FILE", help=DETECTOR_HELP)
 @click.option(
@@ -38,7 +38,7 @@ def metrics() -> None:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Draw new samples so many times: minimum, mean and spread.",
+    help="Draw new samples so many times: the best, and minimum, mean and spread.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="First seed; one a sample.")
 @click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]), help="Default: the file's.")
@@ -130,11 +130,10 @@ def report(cards: list[dict[str, Any]]) -> None:
 
     for card in cards:
         click.echo(json.dumps(card))
-        line = f"{card['metric']}: {format_numbers(card['results'])}"
-        if "repeats" in card:
-            r = card["repeats"]
-            line += f"   over {len(r['values'])}: min {r['minimum']:.5g}, mean {r['mean']:.5g} ± {r['spread']:.2g}"
-        click.echo(line, err=True)
+        click.echo(f"{card['metric']}: {format_numbers(card['results'])}", err=True)
+        for name, r in card.get("repeats", {}).get("numbers", {}).items():
+            over = f"min {r['minimum']:.5g}, mean {r['mean']:.5g} ± {r['spread']:.2g}"
+            click.echo(f"  {name} over {len(r['values'])} repeats: {over}", err=True)
         for note in card["notes"]:
             click.echo(f"  note: {note}", err=True)
 
@@ -155,6 +154,8 @@ def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
         raise UserError(f"--dest {dest}: statistics go into a file NAME.npz")
     with processes() as procs:
         images = open_images(data)
+        if len(images) < 2:
+            raise UserError(f"{data}: {len(images)} image has no covariance; take two or more")
         found = make_detector(detector, procs)
         reference = Reference(images.name, found, images)
         outputs = FIELDS if found.official else ["pool"]
@@ -249,7 +250,8 @@ def copies(
         )
         write_copies(dest, result)
         click.echo(json.dumps(result.facts))
-        click.echo(f"{dest}: {result.facts['near_copies']:.2%} near-copies, 1 % of real images are", err=True)
+        share, usual = result.facts["near_copies"], result.facts["near_copies_among_real"]
+        click.echo(f"{dest}: {share:.2%} near-copies, {usual:.2%} of real images are", err=True)
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from torch import Tensor
 from diffit import __version__
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.metrics.suite import PUBLISHED, Metric, Suite, headline
+from diffit.metrics.suite import PUBLISHED, Metric, Suite, better, headline
 from diffit.randomness import random_labels
 from diffit.training.distributed import Processes
 
+TOO_FEW = "too few samples for an estimate of the bias"  # fewer than two a dimension, real or generated
 PACKAGES = ("torch", "numpy", "pillow", "torch-fidelity")
 
 
@@ -85,9 +86,11 @@ def notes(metric: Metric, numbers: dict[str, float], *, official: bool) -> list[
     texts = []
     for name in ("fid", "fd"):
         if name in numbers and metric.samples < PUBLISHED:
+            bias = numbers.get(f"{name}_bias")
             texts.append(
-                f"{metric.samples} samples, published figures have {PUBLISHED}: about {numbers[f'{name}_bias']:.3g} of "
-                "the distance is the bias of finite samples; compare only with figures of the same number"
+                f"{metric.samples} samples, published figures have {PUBLISHED}: "
+                + (TOO_FEW if bias is None else f"about {bias:.3g} of the distance is the bias of finite samples")
+                + "; compare only with figures of the same number"
             )
     if "is" in numbers and metric.samples < PUBLISHED:
         texts.append(f"{metric.samples} samples instead of {PUBLISHED}: Inception scores of few samples are too low")
@@ -104,28 +107,37 @@ def _version(package: str) -> str | None:
 
 
 def summarise_repeats(cards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One card for several of different seeds: minimum, mean and spread (standard deviation) of the main number."""
-    values = [headline(card["results"])[1] for card in cards]
-    first = cards[values.index(min(values))]
-    return first | {
-        "repeats": {
+    """The best of several cards of different seeds, with minimum, mean and spread (standard deviation) of each number.
+
+    The best is that with the best main number, whether less of it or more is better.
+    """
+    best = cards[0]
+    for card in cards[1:]:
+        (name, value), (_, known) = headline(card["results"]), headline(best["results"])
+        best = card if better(name, value, known) else best
+    numbers = {}
+    for name in own_numbers(best["results"]):
+        values = [card["results"][name] for card in cards]
+        numbers[name] = {
             "values": values,
-            "seeds": [card["seeds"] for card in cards],
             "minimum": min(values),
             "mean": statistics.fmean(values),
             "spread": statistics.stdev(values),
         }
-    }
+    return best | {"repeats": {"seeds": [card["seeds"] for card in cards], "numbers": numbers}}
+
+
+def own_numbers(numbers: dict[str, float]) -> list[str]:
+    """Names of the numbers that do not describe another one."""
+    return [name for name in numbers if not name.endswith(("_bias", "_std", "_error"))]
 
 
 def format_numbers(numbers: dict[str, float]) -> str:
     """``fid 12.35   is 7.02 ± 0.08``; what is only in the card is left out."""
     parts = []
-    for name, value in numbers.items():
-        if name.endswith(("_bias", "_std", "_error")):
-            continue
+    for name in own_numbers(numbers):
         spread = numbers.get(f"{name}_std", numbers.get(f"{name}_error"))
-        parts.append(f"{name} {value:.5g}" + ("" if spread is None else f" ± {spread:.2g}"))
+        parts.append(f"{name} {numbers[name]:.5g}" + ("" if spread is None else f" ± {spread:.2g}"))
     return "   ".join(parts)
 
 
@@ -136,7 +148,10 @@ def card_file(metric: str) -> str:
 
 def read_cards(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, none where there is none; a last line that a kill cut off is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text of `diffit metrics calc` records; give such a file or a run") from None
     cards = []
     for i, line in enumerate(lines):
         try:

@@ -19,6 +19,7 @@ from diffit.training.distributed import Processes
 from diffit.weights import load_network
 
 QUANTILE = 0.01  # of real images lie as close to a training image as a near-copy does
+ROUNDING = 1e-5  # of the median distance: the same image in another batch is that far from itself
 SHOWN, NEIGHBOURS = 32, 3
 REAL = 10_000  # real images whose distances give the yardstick
 
@@ -73,12 +74,14 @@ def find_copies(
         if len(real) < 2:
             raise UserError(f"{training.name}: one image; without --heldout at least two are needed")
         chosen = choose(len(real), min(REAL, len(real)))
-        yardstick = nearest(real[chosen], real, 2)[0][:, 1]  # the nearest is the image itself
+        yardstick = nearest(real[chosen], real, 2, device=procs.device)[0][:, 1]  # the nearest is the image itself
     else:
         chosen = choose(len(heldout), min(REAL, len(heldout)))
-        yardstick = nearest(features(stream(heldout, chosen, batch, procs), detector, procs), real)[0][:, 0]
-    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)))
-    threshold = yardstick.quantile(QUANTILE)
+        unseen = features(stream(heldout, chosen, batch, procs), detector, procs)
+        yardstick = nearest(unseen, real, device=procs.device)[0][:, 0]
+    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)), device=procs.device)
+    # Duplicates among the real images have distance 0 but for rounding, and so have exact copies.
+    threshold = yardstick.quantile(QUANTILE).clamp(min=ROUNDING * float(yardstick.median()))
     order = distances[:, 0].argsort()[:SHOWN]
     wanted = sorted(set(indices[order].flatten().tolist()))
     pictures = dict(zip(wanted, training.rows(wanted), strict=True))
@@ -87,8 +90,8 @@ def find_copies(
         "training_images": len(real),
         "detector": {"name": detector.name, "sha256": detector.key},
         "yardstick": "training images among themselves" if heldout is None else f"held-out images of {heldout.name}",
-        "near_copies": float((distances[:, 0] < threshold).double().mean()),
-        "near_copies_among_real": QUANTILE,
+        "near_copies": float((distances[:, 0] <= threshold).double().mean()),
+        "near_copies_among_real": float((yardstick <= threshold).double().mean()),
         "closer_than_the_median_real": float((distances[:, 0] < yardstick.median()).double().mean()),
         "median_distance": float(distances[:, 0].median()),
         "median_distance_of_real": float(yardstick.median()),

@@ -77,6 +77,8 @@ def finite_sample_bias(cov: Tensor, n1: int, n2: float = float("inf")) -> float:
 
     The means differ by tr Σ (1/n₁ + 1/n₂). The covariances differ by Δ with E Δᵢⱼ² = (λᵢλⱼ + δᵢⱼλᵢ²)(1/n₁ + 1/n₂) in
     the eigenbasis, which costs ½ Σ Δᵢⱼ²/(λᵢ + λⱼ). For Σ = I and n₁ = n₂ = n it is (d² + 5d)/(2n).
+
+    For n₁ and n₂ from about 2d on: with fewer the covariances lose rank, and the next orders count.
     """
     values = torch.linalg.eigvalsh(cov.double())
     values = values[values > len(cov) * torch.finfo(values.dtype).eps * values[-1]]

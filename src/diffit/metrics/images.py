@@ -119,11 +119,10 @@ def load_batch(archive: ImageArchive, indices: Tensor) -> Tensor:
 
 
 def choose(total: int, *counts: int) -> Tensor:
-    """Indices of the most of ``counts`` of ``total`` images. Its first n are a random choice of n for every count n,
-    since archives are sorted by class; only where all counts are all images do they keep their order.
+    """Indices of the most of ``counts`` of ``total`` images, or of all. Its first n are a random choice of n for every
+    count n: archives are sorted by class, and what depends on order, as the splits of the Inception score do, must not
+    depend on what else is asked.
     """
-    if min(counts) >= total:
-        return torch.arange(total)
     return torch.randperm(total, generator=make_generator(0, SUBSET))[: max(counts)]
 
 

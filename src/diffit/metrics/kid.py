@@ -18,15 +18,34 @@ def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     return (xx.sum() - xx.trace()) / (m * (m - 1)) + (yy.sum() - yy.trace()) / (n * (n - 1)) - 2 * xy.mean()
 
 
-def kid(fake: Tensor, real: Tensor, *, block: int = BLOCK, seed: int = 0) -> tuple[float, float]:
-    """Mean over disjoint random blocks, and the standard error of that mean (nan for a single block).
+def draw_blocks(images: int, block: int, blocks: int, generator: torch.Generator) -> Tensor:
+    """Indices (blocks, block) of ``images``, none twice in a block: rounds of random permutations, of each as many
+    whole blocks as it has. A permutation repeated would put the same images side by side again.
+    """
+    per = images // block
+    rounds = [
+        torch.randperm(images, generator=generator)[: per * block].view(per, block) for _ in range(-(-blocks // per))
+    ]
+    return torch.cat(rounds)[:blocks]
 
-    ``fake`` (n, d) and ``real`` (m, d) are features. Blocks that share no image are independent, so their spread says
-    how well the mean is known; and they take time in proportion to the images, not to their square.
+
+def kid(
+    fake: Tensor, real: Tensor, *, block: int = BLOCK, seed: int = 0, device: torch.device | None = None
+) -> tuple[float, float]:
+    """Mean over random blocks, and the standard error of that mean (nan for a single block).
+
+    ``fake`` (n, d) and ``real`` (m, d) are features, of which a block at a time goes to the ``device`` (default:
+    theirs). The larger set gives as many disjoint blocks as it holds; the smaller one is drawn again, in another order,
+    until it has as many. This takes time in proportion to the images, not to their square.
+
+    Blocks of sets of one size share no image, and their spread says how well the mean is known. Blocks that share
+    images of the smaller set do not vary by what that set happens to hold: the error is then that of these very
+    images, and too small for new ones.
     """
     block = min(block, len(fake), len(real))
-    blocks = min(len(fake), len(real)) // block
+    blocks = max(len(fake), len(real)) // block
     generator = make_generator(seed, SUBSET)
-    chosen = [torch.randperm(len(x), generator=generator)[: blocks * block].view(blocks, block) for x in (fake, real)]
-    values = torch.stack([squared_mmd(fake[i], real[j]) for i, j in zip(*chosen, strict=True)])
+    chosen = [draw_blocks(len(x), block, blocks, generator) for x in (fake, real)]
+    pairs = zip(*chosen, strict=True)
+    values = torch.stack([squared_mmd(fake[i].to(device), real[j].to(device)) for i, j in pairs])
     return float(values.mean()), float(values.std() / math.sqrt(blocks)) if blocks > 1 else math.nan

@@ -140,7 +140,7 @@ def read_arrays(path: Path) -> dict[str, Gaussian]:
                     if not (mu.isfinite().all() and sigma.isfinite().all()):
                         raise UserError(f"{path}: {mu_name} or {sigma_name} has values that are not finite")
                     moments[output] = mu, sigma
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError, MemoryError) as error:
         reason = "it holds Python objects, which could run code" if "pickle" in str(error) else error
         raise UserError(f"{path}: not read as statistics ({reason})") from None
     return moments
@@ -151,7 +151,7 @@ def _text(path: Path, name: str) -> str | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return str(file[name]) if name in file and file[name].dtype.kind == "U" else None
-    except ValueError:  # Python objects: not a string of ours
+    except (ValueError, MemoryError):  # Python objects, or a header that claims too much: not a string of ours
         return None
 
 

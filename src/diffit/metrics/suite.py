@@ -14,14 +14,14 @@ from diffit.metrics.detectors import OFFICIAL, Detector, make_detector
 from diffit.metrics.frechet import Moments, finite_sample_bias, frechet_distance
 from diffit.metrics.gather import Need, Rows, Sums, gather
 from diffit.metrics.images import Batches
-from diffit.metrics.inception_score import ScoreSums
+from diffit.metrics.inception_score import SPLITS, ScoreSums
 from diffit.metrics.kid import kid
 from diffit.metrics.neighbours import precision_recall
 from diffit.metrics.reference import Reference, open_reference
 from diffit.training.distributed import Processes
 
-NAME = re.compile(r"(fid|fd|kid|kd|is|pr|adm)(\d+)(?:(k)(\d*))?(_full)?(?::(.+))?")
-EXAMPLES = "fid50k_full, fid10k_full, fid50k, kid50k_full, is50k, pr50k3_full, adm50k, fd10k_full:pixels"
+NAME = re.compile(r"(fid|fd|kid|kd|is|pr|adm)(\d+)(?:(k)(\d*)|_(\d+))?(_full)?(?::(.+))?")
+EXAMPLES = "fid50k_full, fid10k_full, fid50k, kid50k_full, is50k, pr50k3_full, pr1500_3_full, adm50k, fd10k_full:pixels"
 PUBLISHED = 50_000  # samples of the field's figures
 ADM_REAL_FEATURES = 10_000  # real images for precision and recall in the ADM protocol
 SPARSEST = 10  # dimensions an image, above which a covariance says nothing
@@ -42,7 +42,7 @@ class Metric:
         """As it is written down: with another detector than FID's it is not an FID, and says whose number it is."""
         thousands, rest = divmod(self.samples, 1000)
         count = str(self.samples) if rest else f"{thousands}k"
-        k = str(self.neighbours) if self.kind == "pr" else ""
+        k = f"{'_' * bool(rest)}{self.neighbours}" if self.kind == "pr" else ""  # a k or _ keeps two numbers apart
         kind = self.kind if detector.official else self.kind.replace("id", "d")
         return f"{kind}{count}{k}{'_full' * self.full}{'' if detector.official else f':{detector.name}'}"
 
@@ -79,10 +79,13 @@ def parse_metric(text: str, detector: str | None = None) -> Metric:
     match = NAME.fullmatch(text.strip())
     if match is None or not int(match[2]):
         raise UserError(f"unknown metric {text!r}; known are, with any number: {EXAMPLES}")
-    kind, count, k, neighbours, full, spec = match.groups()
+    kind, count, k, after_k, after_line, full, spec = match.groups()
+    neighbours = after_k or after_line
     kind = {"fd": "fid", "kd": "kid"}.get(kind, kind)
-    if (kind == "pr") != bool(neighbours) or neighbours == "0":
-        raise UserError(f"metric {text!r}: neighbours are for precision and recall, and needed there: pr50k3_full")
+    if (kind == "pr") != bool(neighbours) or (neighbours and not int(neighbours)):
+        raise UserError(
+            f"metric {text!r}: neighbours are for precision and recall, and needed there: pr50k3_full, pr1500_3_full"
+        )
     samples = int(count) * (1000 if k else 1)
     return Metric(kind, samples, bool(full), int(neighbours or 3), spec or detector or OFFICIAL)
 
@@ -107,6 +110,8 @@ class Suite:
         """``shape`` (C, H, W) is that of the images to come. All processes call this together."""
         self.procs, self.batch = procs, batch
         self.metrics = parse_metrics(names, detector)
+        if not self.metrics:
+            raise UserError(f"no metric is named; known are, with any number: {EXAMPLES}")
         self.detectors = {m.spec: make_detector(m.spec, procs) for m in self.metrics}
         self.references: dict[str, Reference] = {}
         for metric in self.metrics:
@@ -127,7 +132,11 @@ class Suite:
         for _, output in metric.outputs():
             if output not in outputs:
                 raise UserError(f"{name}: detector {detector.name} has no {output} output; inception has")
-        dim = outputs["pool"].shape[1]
+        if ("score", "probabilities") in metric.outputs() and metric.samples < SPLITS:
+            raise UserError(
+                f"{name}: {metric.samples} images are too few for the {SPLITS} splits of the Inception score; "
+                f"take {SPLITS} or more"
+            )
         reference = self.references.get(metric.spec)
         images = None if reference is None else reference.images
         if images is not None and images.shape != shape and not detector.any_size:
@@ -135,19 +144,19 @@ class Suite:
             raise UserError(f"{name}: samples of {ours}, reference {images.name} of {theirs}; they must be of one size")
         for (what, output), need in (metric.real_needs(reference) if reference else {}).items():
             assert reference is not None
+            dim = outputs[output].shape[1]
             stored = reference.stored.get(output) if what == "moments" else None
-            if stored is not None and len(stored[0]) != outputs[output].shape[1]:
+            if stored is not None and len(stored[0]) != dim:
                 raise UserError(
-                    f"{reference.name}: statistics of {len(stored[0])} dimensions, detector {detector.name} has "
-                    f"{outputs[output].shape[1]}"
+                    f"{reference.name}: statistics of {len(stored[0])} dimensions, detector {detector.name} has {dim}"
                 )
-            for count in (metric.samples, need.count or reference.stored_count or dim):
-                least = dim / SPARSEST if what == "moments" else metric.neighbours + 1
+            least = max(math.ceil(dim / SPARSEST), 2) if what == "moments" else metric.neighbours + 1
+            for count in (metric.samples, need.count or reference.stored_count or least):
                 if count < least:
                     raise UserError(
                         f"{name}: {count} images are too few "
                         + (f"for a {dim}×{dim} covariance" if what == "moments" else "to compare with each other")
-                        + f"; take {int(least) + 1} or more"
+                        + f"; take {least} or more"
                     )
 
     def __call__(self, batches: Batches, *, progress: bool = False) -> list[dict[str, float]]:
@@ -179,7 +188,8 @@ class Suite:
                 name = ("s" if output == "spatial" else "") + ("fid" if detector.official else "fd")
                 numbers[name] = frechet_distance(*sums.mean_and_cov(), *gaussian)
                 reals = real[what, output].count or reference.stored_count or torch.inf
-                numbers[f"{name}_bias"] = finite_sample_bias(gaussian[1], sums.count, reals)
+                if min(sums.count, reals) >= 2 * len(gaussian[0]):  # below, the first order in 1/n is far off
+                    numbers[f"{name}_bias"] = finite_sample_bias(gaussian[1], sums.count, reals)
             elif isinstance(sums, ScoreSums):
                 numbers["is"], numbers["is_std"] = sums.score()
             else:
@@ -189,13 +199,13 @@ class Suite:
 
 
 def _pairs(metric: Metric, detector: Detector, fake: Rows, real: Tensor) -> dict[str, float]:
-    device = detector.device
-    x, y = fake.features.to(device), real.to(device)
+    x, y, device = fake.features, real, detector.device  # features of millions of images do not fit on a GPU
     if metric.kind == "kid":
         name = "kid" if detector.official else "kd"
-        value, error = kid(x, y)
+        value, error = kid(x, y, device=device)
         return {name: value} if math.isnan(error) else {name: value, f"{name}_error": error}
-    return dict(zip(("precision", "recall"), precision_recall(x, y, metric.neighbours), strict=True))
+    pair = precision_recall(x, y, metric.neighbours, device=device)
+    return dict(zip(("precision", "recall"), pair, strict=True))
 
 
 def headline(numbers: dict[str, float]) -> tuple[str, float]:
