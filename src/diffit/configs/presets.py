@@ -78,14 +78,14 @@ def digits() -> Config:
         sampling=Sampling(steps=18, cfg_scale=1.2),
         training=Training(
             batch=64,
-            kimg=200,
+            kimg=120,
             lr=2e-3,
             lr_rampup_kimg=4,
             ema_halflife_kimg=10,
             ema_rampup_ratio=0.1,
             tick=10,
-            snap=10,
-            dump=10,
+            snap=4,
+            dump=4,
             workers=0,
         ),
     )
