@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks.measure import DEVICE, in_turns, peak_mib, peak_of
+from benchmarks.measure import DEVICE, in_turns, peak_mib, peak_of, reset_peak
 from diffit.models.attention import TMSA
 
 WIDTH, COND, HEADS, BATCH = 256, 512, 4, 16
@@ -41,6 +41,7 @@ def main() -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         run = make(sys.argv[1] == "fused", int(sys.argv[2]), int(sys.argv[3]))
+        reset_peak()
         before = peak_mib()
         run()
         print(peak_mib() - before)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.measure import DEVICE, in_turns, peak_mib
+from benchmarks.measure import DEVICE, in_turns, peak_mib, reset_peak
 from diffit.configs.presets import imagenet256
 from diffit.configs.schema import Config, LatentModel
 from diffit.diffusion.adm import predictor
@@ -76,6 +76,7 @@ def ceiling(seconds_a_round: float = 0.5) -> float:
 def compare(name: str, make_step: Callable[..., Callable[[], object]], config: Config, macs: float) -> None:
     """Images a second of three ways, as ratios to the first, and the last's share of the matrix ceiling."""
     ways = {"fp32 eager": ("fp32", False), "bf16 eager": ("bf16", False), "bf16 compiled": ("bf16", True)}
+    reset_peak()
     steps = [make_step(config, precision, compiled=compiled) for precision, compiled in ways.values()]
     times = in_turns(*steps, rounds=5)
     batch, top = config.training.batch, ceiling()

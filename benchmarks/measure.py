@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -45,11 +46,22 @@ def in_turns(*runs: Callable[[], object], rounds: int = 7) -> list[float]:
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
+def reset_peak() -> None:
+    """Forget the peak so far, where the system can: importing torch takes more than a small benchmark."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_mib() -> float:
-    """The most memory this process has had: on the GPU where there is one, else resident."""
+    """The most memory this process has had since :func:`reset_peak`: on the GPU where there is one, else resident."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes, on macOS
 
 
 def peak_of(module: str, *arguments: object) -> float:
