@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,7 +93,9 @@ def test_a_conversion_that_is_stopped_leaves_nothing_behind(tmp_path, number, st
     source = write_archive(tmp_path / "source.zip", 3000, side=32)
     (tmp_path / "out").mkdir()
     words = ["-m", "diffit", "data", "convert", "--source", source, "--dest", tmp_path / "out" / "a.zip"]
-    process = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.PIPE)
+    # A shell that starts the tests in the background has its children ignore Ctrl-C.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.PIPE, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)
