@@ -4,6 +4,7 @@ import sys
 import time
 from functools import partial
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -110,3 +111,18 @@ def test_a_user_error_is_one_line_without_traceback(raw, capsys):
         run(cli, ["data", "convert", "--source", "nowhere", "--dest", "out.zip"])
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: nowhere: no such file or folder; check the spelling\n"
+
+
+@pytest.mark.parametrize(("cause", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_complaint_while_tidying_up_after_an_interruption_is_no_error(capsys, cause, status):
+    @click.command()
+    def interrupted():
+        try:
+            raise cause
+        finally:
+            raise ValueError("Can't close the ZIP file while there is an open writing handle on it")
+
+    with pytest.raises(SystemExit) as stop:
+        run(interrupted, [])
+    assert stop.value.code == status
+    assert capsys.readouterr().err == "error: interrupted\n"

@@ -62,12 +62,27 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except Exception as error:
+        # A zip that was interrupted while a member was open complains when it is closed, in place of the interruption.
+        stopped = interruption(error)
+        if stopped is not None:
+            fail("interrupted", stopped)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
             fail(
                 "out of memory on the device; take a smaller --batch-gpu or --batch, --grad-ckpt or --precision bf16", 1
             )
         _let_another_process_speak(first_waits=1)
         raise
+
+
+def interruption(error: BaseException | None) -> int | None:
+    """The exit status that is due if a Ctrl-C or SIGTERM was under way when ``error`` came up, else None."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | click.Abort):
+            return 130
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            return error.code
+        error = error.__context__
+    return None
 
 
 def _let_another_process_speak(first_waits: float) -> None:
