@@ -97,7 +97,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def is_of_a_run(card: dict[str, Any]) -> bool:
-    return isinstance(card.get("kimg"), int | float) and "failed" not in card
+    return isinstance(card.get("kimg"), int | float)
 
 
 def _table(cards: Sequence[dict[str, Any]]) -> str:
