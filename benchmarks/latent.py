@@ -12,12 +12,13 @@ import torch
 from benchmarks.measure import DEVICE, in_turns, peak_mib, reset_peak
 from diffit.configs.presets import imagenet256
 from diffit.configs.schema import Config, LatentModel
-from diffit.diffusion.adm import predictor
+from diffit.diffusion.adm import predictor, schedule_of
+from diffit.models.cost import estimate
 from diffit.models.latent import LatentDiffiT
-from diffit.sampling import autocast, guide, prepare, sample, schedule_of
-from diffit.training.distributed import Processes
-from diffit.training.estimate import estimate
+from diffit.sampling.model import guide, prepare, sample
 from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import Processes
+from diffit.utils.precision import autocast
 
 SKIP = 1e-2
 

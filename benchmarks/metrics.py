@@ -14,14 +14,14 @@ import torch
 from benchmarks.measure import DEVICE, in_turns
 from diffit.configs.presets import debug
 from diffit.data.archive import ImageArchive
-from diffit.generate import generate_to_disk
 from diffit.metrics.detectors import make_detector
 from diffit.metrics.evaluate import evaluate_images, evaluate_network
-from diffit.metrics.gather import Need, gather
+from diffit.metrics.features import Need, gather
 from diffit.metrics.images import ArchiveImages
 from diffit.metrics.suite import Suite
-from diffit.training.distributed import Processes
+from diffit.sampling.generate import generate_to_disk
 from diffit.training.step import build_network
+from diffit.utils.distributed import Processes
 
 IMAGES, BATCH, SAMPLES = (2048, 64, 2048) if DEVICE.type == "cuda" else (16, 8, 2048)
 ONE = Processes(0, 1, DEVICE)

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.measure import DEVICE, peak_mib, peak_of
 from diffit.configs.presets import debug
-from diffit.generate import generate_to_disk
-from diffit.training.distributed import Processes
+from diffit.sampling.generate import generate_to_disk
 from diffit.training.step import build_network
+from diffit.utils.distributed import Processes
 
 FEW, MANY = 64, 2048
 

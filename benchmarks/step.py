@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.measure import DEVICE, in_turns
 from diffit.configs.presets import cifar10
-from diffit.training.distributed import Processes
 from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import Processes
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward"}
 BATCH = 16

@@ -20,15 +20,14 @@ from diffit.cli import run
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.data.convert import convert
-from diffit.data.grid import save_grid
-from diffit.files import whole_file
-from diffit.generate import generate
 from diffit.metrics.frechet import frechet_distance, moments
-from diffit.outputs import to_pil
-from diffit.randomness import random_labels
-from diffit.training.distributed import processes
+from diffit.sampling.generate import generate
+from diffit.sampling.labels import random_labels
 from diffit.training.loop import train
-from diffit.weights import load_network
+from diffit.utils.distributed import processes
+from diffit.utils.files import whole_file
+from diffit.utils.images import save_grid, to_pil
+from diffit.weights.file import load_network
 
 SAMPLES = 1000
 FIRST_SEED = 1000  # the grids of the training run show seeds from 0 on

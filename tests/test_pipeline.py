@@ -14,15 +14,16 @@ from diffit import load_network, sample
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, Data
 from diffit.errors import UserError
-from diffit.generate import draw
 from diffit.models import build
-from diffit.randomness import PerSampleNoise
-from diffit.sampling import to_uint8, with_sampling
-from diffit.weights import save_network
+from diffit.sampling.generate import draw
+from diffit.sampling.model import with_sampling
+from diffit.utils.images import to_uint8
+from diffit.utils.randomness import PerSampleNoise
+from diffit.weights.file import save_network
 from helpers import write_vae
 
 diffusers = pytest.importorskip("diffusers")
-from diffit.autoencoder import load_autoencoder  # noqa: E402
+from diffit.models.autoencoder import load_autoencoder  # noqa: E402
 from diffit.pipeline import DiffiTModel, DiffiTPipeline  # noqa: E402
 
 NAMES = ("ant", "bee", "cat")
@@ -159,13 +160,12 @@ def test_a_folder_comes_back_whole_through_our_class_and_through_diffusers_own(p
 @pytest.mark.parametrize(
     "imports",
     [
-        "import diffit\nfrom diffusers import DiffusionPipeline",
-        "from diffusers import DiffusionPipeline\nimport diffit",
-        "import diffusers\nimport diffit\nDiffusionPipeline = diffusers.DiffusionPipeline",
+        "import diffit.pipeline\nfrom diffusers import DiffusionPipeline",
+        "from diffusers import DiffusionPipeline\nimport diffit.pipeline",
         "from diffit import DiffiTPipeline\nfrom diffusers import DiffusionPipeline",
     ],
 )
-def test_after_import_diffit_diffusers_loads_it_whichever_is_imported_first(pipe, tmp_path, imports):
+def test_after_import_diffit_pipeline_diffusers_loads_it_whichever_is_imported_first(pipe, tmp_path, imports):
     pipe.save_pretrained(tmp_path)
     check = f"pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r})\nassert type(pipe) is diffit.DiffiTPipeline"
     program = f"{imports}\nimport diffit\n{check}"

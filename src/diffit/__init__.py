@@ -1,51 +1,52 @@
 """DiffiT: diffusion vision transformers (arXiv 2312.02139).
 
 The public names are imported when they are first used, so that ``diffit --help`` need not wait for torch.
+``import diffit.pipeline`` makes ``DiffusionPipeline.from_pretrained`` of diffusers know our pipelines.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from diffit.registration import register
-
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
-    from diffit.autoencoder import load_autoencoder
-    from diffit.configs.presets import get_preset
-    from diffit.data.archive import ImageArchive
-    from diffit.data.latents import LatentArchive
+    from diffit.configs import Config, get_preset
+    from diffit.data import ImageArchive, LatentArchive
     from diffit.errors import UserError
-    from diffit.models.attention import TMSA
-    from diffit.models.image import ImageDiffiT
-    from diffit.models.latent import LatentDiffiT
+    from diffit.models import TMSA, ImageDiffiT, LatentDiffiT, load_autoencoder
     from diffit.pipeline import DiffiTPipeline
-    from diffit.sampling import sample
+    from diffit.sampling import Model, load, sample
     from diffit.weights import load_network, save_network
 
-_HOMES = {
-    "DiffiTPipeline": "diffit.pipeline",
-    "ImageArchive": "diffit.data.archive",
-    "ImageDiffiT": "diffit.models.image",
-    "LatentArchive": "diffit.data.latents",
-    "LatentDiffiT": "diffit.models.latent",
-    "TMSA": "diffit.models.attention",
-    "UserError": "diffit.errors",
-    "get_preset": "diffit.configs.presets",
-    "load_autoencoder": "diffit.autoencoder",
-    "load_network": "diffit.weights",
-    "sample": "diffit.sampling",
-    "save_network": "diffit.weights",
+_ROOMS = {
+    "Config": "configs",
+    "DiffiTPipeline": "pipeline",
+    "ImageArchive": "data",
+    "ImageDiffiT": "models",
+    "LatentArchive": "data",
+    "LatentDiffiT": "models",
+    "Model": "sampling",
+    "TMSA": "models",
+    "UserError": "errors",
+    "get_preset": "configs",
+    "load": "sampling",
+    "load_autoencoder": "models",
+    "load_network": "weights",
+    "sample": "sampling",
+    "save_network": "weights",
 }
 __all__ = [
     "TMSA",
+    "Config",
     "DiffiTPipeline",
     "ImageArchive",
     "ImageDiffiT",
     "LatentArchive",
     "LatentDiffiT",
+    "Model",
     "UserError",
     "get_preset",
+    "load",
     "load_autoencoder",
     "load_network",
     "sample",
@@ -54,9 +55,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"diffit.{_ROOMS[name]}"), name)
     raise AttributeError(f"module 'diffit' has no attribute {name!r}")
 
 
-register()
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

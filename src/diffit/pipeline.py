@@ -18,16 +18,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffit import hub
-from diffit.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
-from diffit.classes import find_class
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.flops import steps_of
 from diffit.models import DiffiT, build
-from diffit.outputs import to_pil
-from diffit.sampling import run_sampler, to_uint8, with_sampling
-from diffit.weights import load_network, public, with_vae
+from diffit.models.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
+from diffit.sampling.labels import find_class
+from diffit.sampling.model import run_sampler, steps_of, with_sampling
+from diffit.utils import hub
+from diffit.utils.files import whole_folder
+from diffit.utils.images import to_pil, to_uint8
+from diffit.weights.export import DTYPES as WEIGHT_DTYPES
+from diffit.weights.export import check_dest
+from diffit.weights.file import load_network, public, with_vae
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -263,6 +265,21 @@ class DiffiTPipeline(DiffusionPipeline):
             return [to_pil(image) for image in to_uint8(samples, config.sampling.rounding)]
         images = (samples / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_pipeline(
+    network: str | Path, dest: str | Path, *, dtype: str | None = None, vae: str | None = None, overwrite: bool = False
+) -> Path:
+    """A folder that :meth:`DiffiTPipeline.from_pretrained` reads, VAE included; returns ``dest``.
+
+    ``dtype`` is fp32, bf16 or fp16, None for that of the file; ``vae`` None is the file's own.
+    """
+    dest = check_dest(dest, overwrite)
+    net, _ = load_network(network, dtype=None if dtype is None else WEIGHT_DTYPES[dtype])
+    pipe = DiffiTPipeline.from_network(network, vae=vae, dtype=next(net.parameters()).dtype)
+    with whole_folder(dest) as part:
+        pipe.save_pretrained(part)
+    return dest
 
 
 def _listed(labels: int | str | Sequence[int | str] | Tensor | None) -> list[int | str] | None:

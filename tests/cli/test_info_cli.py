@@ -10,10 +10,10 @@ from diffit.cli import cli
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Data
 from diffit.errors import UserError
-from diffit.flops import count_evaluations, count_work
 from diffit.models import build
-from diffit.sampling import with_sampling
-from diffit.weights import save_network
+from diffit.models.cost import count_work
+from diffit.sampling.model import count_evaluations, with_sampling
+from diffit.weights.file import save_network
 
 
 def info(capsys, *arguments) -> str:

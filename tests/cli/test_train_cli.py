@@ -13,7 +13,7 @@ from PIL import Image
 from diffit.cli import cli, run
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.training.estimate import estimate
+from diffit.models.cost import estimate
 from helpers import command, write_archive
 
 DEBUG = ["--preset", "debug"]
@@ -258,7 +258,7 @@ def test_the_error_of_another_process_than_the_first_is_told_alone(tmp_path):
         "import click\n"
         "from diffit.cli import run\n"
         "from diffit.errors import UserError\n"
-        "from diffit.training.distributed import processes\n"
+        "from diffit.utils.distributed import processes\n"
         "@click.command()\n"
         "def main():\n"
         "    with processes() as procs:\n"

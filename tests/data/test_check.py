@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit.data import make_grid, save_grid
 from diffit.data.check import check
 from diffit.errors import UserError
+from diffit.utils.images import make_grid, save_grid
 
 
 @pytest.fixture

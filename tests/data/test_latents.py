@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffit.autoencoder import draw_latents, load_autoencoder
 from diffit.cli import cli
 from diffit.data.archive import ImageArchive
 from diffit.data.encode import encode_archive
 from diffit.data.latents import LatentArchive
 from diffit.errors import UserError
+from diffit.models.autoencoder import draw_latents, load_autoencoder
 from helpers import command, write_archive, write_vae
 
 diffusers = pytest.importorskip("diffusers")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from diffit.diffusion.edm import edm_sigmas
 from diffit.diffusion.samplers import euler, heun
-from diffit.randomness import PerSampleNoise
+from diffit.utils.randomness import PerSampleNoise
 
 MU, S = 0.3, 0.5
 samplers = pytest.mark.parametrize("sampler", [euler, heun])
@@ -188,7 +188,7 @@ def test_it_leaves_its_arguments_as_they_were(sampler):
 def test_after_step_sees_every_state_and_what_it_returns_goes_on(name):
     """A state that is held at a constant stays it, whatever the sampler; the last one seen is the result."""
     from diffit.configs.presets import get_preset
-    from diffit.sampling import run_sampler
+    from diffit.sampling.model import run_sampler
 
     config = get_preset("latent-debug")
     sampling = config.sampling.model_copy(update={"sampler": name, "steps": 5})

@@ -10,14 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from diffit.autoencoder import load_autoencoder
 from diffit.cli import cli
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.encode import encode_archive
 from diffit.errors import UserError
+from diffit.models.autoencoder import load_autoencoder
 from diffit.models.latent import LatentDiffiT
 from diffit.training.step import build_network
-from diffit.weights import load_network, save_network
+from diffit.weights.file import load_network, save_network
 from helpers import command, write_archive, write_vae
 
 pytest.importorskip("diffusers")

@@ -17,12 +17,13 @@ from diffit.cli import cli
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
-from diffit.metrics.card import draw_labels, read_cards
 from diffit.metrics.evaluate import evaluate_network
+from diffit.metrics.record import read_cards
 from diffit.metrics.suite import Suite
-from diffit.training.distributed import Processes
+from diffit.sampling.labels import draw_labels
 from diffit.training.loop import train
-from diffit.weights import load_network
+from diffit.utils.distributed import Processes
+from diffit.weights.file import load_network
 from helpers import command, run_processes, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -214,7 +215,7 @@ def test_exact_copies_are_found_where_the_training_images_have_duplicates(pets, 
 
 TOGETHER = """
 from diffit.errors import UserError
-from diffit.training.distributed import processes
+from diffit.utils.distributed import processes
 
 with processes() as procs:
     for error in (UserError("a bad image"), ValueError("a bug")):

@@ -15,7 +15,7 @@ from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.training.step import build_network
-from diffit.weights import save_network
+from diffit.weights.file import save_network
 from helpers import command, write_archive
 
 

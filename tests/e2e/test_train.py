@@ -17,9 +17,9 @@ from torch.testing import assert_close
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
-from diffit.training.distributed import Processes
 from diffit.training.loop import train
-from diffit.weights import load_network, save_network
+from diffit.utils.distributed import Processes
+from diffit.weights.file import load_network, save_network
 from helpers import command, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))

@@ -12,7 +12,7 @@ from diffit.errors import UserError
 from diffit.metrics import inception
 from diffit.metrics.classifier import train_classifier
 from diffit.metrics.detectors import make_detector
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
 from helpers import write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from diffit.metrics.frechet import Moments, finite_sample_bias, frechet_distance, moments
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
 from helpers import run_processes
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -106,9 +106,9 @@ def test_moments_are_numpys_in_any_batches_and_order():
 REDUCE = """
 import torch
 from diffit.metrics.frechet import Moments
-from diffit.metrics.gather import Rows
+from diffit.metrics.features import Rows
 from diffit.metrics.inception_score import ScoreSums
-from diffit.training.distributed import processes
+from diffit.utils.distributed import processes
 
 with processes() as procs:
     x = torch.randn(203, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 1

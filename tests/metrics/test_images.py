@@ -11,7 +11,7 @@ from PIL import Image
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics.images import ArchiveImages, NpzImages, choose, open_images, stream
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
 from helpers import write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))

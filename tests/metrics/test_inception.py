@@ -12,8 +12,8 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from diffit.metrics.detectors import make_detector
 from diffit.metrics.frechet import frechet_distance, moments
 from diffit.metrics.inception_score import ScoreSums
-from diffit.metrics.neighbours import precision_recall
-from diffit.training.distributed import Processes
+from diffit.metrics.precision_recall import precision_recall
+from diffit.utils.distributed import Processes
 
 ONE = Processes(0, 1, torch.device("cpu"))
 

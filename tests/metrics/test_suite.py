@@ -15,16 +15,16 @@ from torch.testing import assert_close
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics import reference as reference_module
-from diffit.metrics.card import summarise_repeats
 from diffit.metrics.detectors import Detector, make_detector
 from diffit.metrics.evaluate import evaluate_images
 from diffit.metrics.frechet import finite_sample_bias, frechet_distance, moments
 from diffit.metrics.images import choose, open_images
 from diffit.metrics.kid import kid
-from diffit.metrics.neighbours import precision_recall
+from diffit.metrics.precision_recall import precision_recall
+from diffit.metrics.record import summarise_repeats
 from diffit.metrics.reference import open_reference, read_arrays
 from diffit.metrics.suite import Suite, parse_metric
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
 from helpers import command, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, ImageModel, StageSpec, Training
 from diffit.diffusion import edm
+from diffit.models.cost import estimate
 from diffit.models.image import DiffiTResBlock, ImageDiffiT
-from diffit.training.estimate import estimate
 
 STAGES = (
     StageSpec(blocks=1, width=8, heads=2, window=2),

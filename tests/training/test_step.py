@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffit.autoencoder import load_autoencoder
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
-from diffit.training.distributed import Processes
-from diffit.training.feed import feed, microbatches
+from diffit.models.autoencoder import load_autoencoder
+from diffit.training.batches import feed, microbatches
 from diffit.training.step import Stepper, build_network, clean_samples, drop_labels
+from diffit.utils.distributed import Processes
 from helpers import write_archive, write_vae
 
 CPU = torch.device("cpu")

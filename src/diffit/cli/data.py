@@ -13,14 +13,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from diffit.autoencoder import SCALE
 from diffit.data.archive import describe_shape
 from diffit.data.check import CheckReport
 from diffit.data.check import check as check_archive
 from diffit.data.convert import TRANSFORMS
 from diffit.data.convert import convert as convert_source
-from diffit.data.grid import save_grid
 from diffit.data.latents import Header, LatentArchive, is_latents, scale_warning
+from diffit.models.autoencoder import SCALE
+from diffit.utils.images import save_grid
 
 LISTED_CLASSES = 20
 SECONDS_A_LINE = 30
@@ -137,9 +137,9 @@ def encode(
 
     The same command goes on where it was interrupted. Under torchrun it uses several GPUs.
     """
-    from diffit.autoencoder import load_autoencoder
     from diffit.data.encode import encode_archive
-    from diffit.training.distributed import processes
+    from diffit.models.autoencoder import load_autoencoder
+    from diffit.utils.distributed import processes
 
     with processes() as procs:
         autoencoder = load_autoencoder(vae, scale=scale, device=procs.device, tiling=tiling)

@@ -32,6 +32,12 @@ def export(network: str, to: str, dest: Path, dtype: str | None, vae: str | None
     official is one .safetensors file with the released names and index buffers. diffusers is a folder that
     DiffiTPipeline.from_pretrained reads. hub-folder is the network and a model card to complete and upload.
     """
-    from diffit.export import export as write
+    if to == "diffusers":
+        from diffit.pipeline import write_pipeline
 
-    click.echo(f"wrote {write(network, to, dest, dtype=dtype, vae=vae, overwrite=overwrite)}")
+        path = write_pipeline(network, dest, dtype=dtype, vae=vae, overwrite=overwrite)
+    else:
+        from diffit.weights.export import export as write
+
+        path = write(network, to, dest, dtype=dtype, vae=vae, overwrite=overwrite)
+    click.echo(f"wrote {path}")

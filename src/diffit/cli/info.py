@@ -14,6 +14,6 @@ def info(target: str, num_blocks: list[int] | None) -> None:
 
     Multiply-accumulates are counted on tensors without memory, so the largest model takes a second.
     """
-    from diffit.info import describe
+    from diffit.cli.describe import describe
 
     click.echo(describe(target, tuple(num_blocks) if num_blocks else None))

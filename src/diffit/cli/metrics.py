@@ -71,11 +71,11 @@ def calc(
     Prints a JSON record a metric, complete with all that the number depends on, and the number itself on stderr.
     Under torchrun the same command uses several GPUs. Nothing is written to disk but cached statistics of --ref.
     """
-    from diffit.metrics.card import summarise_repeats
     from diffit.metrics.evaluate import evaluate_images, evaluate_network
     from diffit.metrics.images import open_images
+    from diffit.metrics.record import summarise_repeats
     from diffit.metrics.suite import Suite
-    from diffit.training.distributed import processes
+    from diffit.utils.distributed import processes
 
     if (network is None) == (images is None):
         raise UserError("give either --network or --images: what is to be judged")
@@ -88,11 +88,11 @@ def calc(
             suite = Suite(asked, ref, pictures.shape, procs, detector=detector, batch=batch)
             cards = evaluate_images(suite, pictures, procs, batch=batch, progress=True)
         else:
-            from diffit.autoencoder import autoencoder_of
             from diffit.cli.sample import with_sampling
-            from diffit.sampling import prepare
-            from diffit.training.loop import check_precision
-            from diffit.weights import load_network, state_hash
+            from diffit.models.autoencoder import autoencoder_of
+            from diffit.sampling.model import prepare
+            from diffit.utils.precision import check_precision
+            from diffit.weights.file import load_network, state_hash
 
             assert network is not None
             precision = check_precision(precision, procs.device)
@@ -126,7 +126,7 @@ def labels_of(ref: Path | None, classes: int) -> Any:
 
 
 def report(cards: list[dict[str, Any]]) -> None:
-    from diffit.metrics.card import format_numbers
+    from diffit.metrics.record import format_numbers
 
     for card in cards:
         click.echo(json.dumps(card))
@@ -148,7 +148,7 @@ def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
     from diffit.metrics.detectors import make_detector
     from diffit.metrics.images import open_images
     from diffit.metrics.reference import FIELDS, Reference, write_reference
-    from diffit.training.distributed import processes
+    from diffit.utils.distributed import processes
 
     if dest.suffix != ".npz":
         raise UserError(f"--dest {dest}: statistics go into a file NAME.npz")
@@ -171,8 +171,8 @@ def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
 @click.argument("path", metavar="RUN|FILE", type=FILE)
 def show(path: Path) -> None:
     """Print the metrics of a run, or of a file of `calc` records, as a table; write a run's report.html anew."""
-    from diffit.metrics.card import format_numbers, read_cards
-    from diffit.report import write_report
+    from diffit.metrics.record import format_numbers, read_cards
+    from diffit.training.report import write_report
 
     files = sorted(path.glob("metric-*.jsonl")) if path.is_dir() else [path]
     if not path.exists():
@@ -197,7 +197,7 @@ def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
     """Train a small classifier, for images that Inception's features do not describe."""
     from diffit.data.archive import ImageArchive
     from diffit.metrics.classifier import train_classifier
-    from diffit.training.distributed import pick_device
+    from diffit.utils.distributed import pick_device
 
     if dest.suffix != ".safetensors":
         raise UserError(f"--dest {dest}: a detector is a file NAME.safetensors")
@@ -232,11 +232,10 @@ def copies(
 
     A near-copy is closer to a training image than 99 % of real images that were not trained on.
     """
-    from diffit.metrics.copies import find_copies, samples_from
+    from diffit.metrics.copies import find_copies, samples_from, write_copies
     from diffit.metrics.detectors import make_detector
     from diffit.metrics.images import open_images
-    from diffit.report import write_copies
-    from diffit.training.distributed import processes
+    from diffit.utils.distributed import processes
 
     if (network is None) == (images is None):
         raise UserError("give either --network or --images: what is to be looked at")

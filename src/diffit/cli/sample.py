@@ -79,13 +79,13 @@ def sample(
     The image of a seed is the same whatever the batch and the number of processes. Under torchrun the
     same command uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
-    from diffit.autoencoder import autoencoder_of
-    from diffit.classes import find_class
-    from diffit.generate import generate_class_grid, generate_to_disk, labels_of
-    from diffit.sampling import prepare
-    from diffit.training.distributed import processes
-    from diffit.training.loop import check_precision
-    from diffit.weights import load_network
+    from diffit.models.autoencoder import autoencoder_of
+    from diffit.sampling.generate import generate_class_grid, generate_to_disk
+    from diffit.sampling.labels import find_class, labels_of
+    from diffit.sampling.model import prepare
+    from diffit.utils.distributed import processes
+    from diffit.utils.precision import check_precision
+    from diffit.weights.file import load_network
 
     if seeds is not None and num_samples is not None:
         raise UserError("--seeds and --num-samples say the same thing: give one")
@@ -129,7 +129,7 @@ def sample(
 
 def with_sampling(config: Config, changes: dict[str, Any]) -> Config:
     """``config`` with the sampling settings that were given, checked against the model."""
-    from diffit import sampling
+    from diffit.sampling import model
 
     changes = {key: value for key, value in changes.items() if value is not None}
     for name in ("sigma_min", "sigma_max", "rho"):
@@ -142,12 +142,12 @@ def with_sampling(config: Config, changes: dict[str, Any]) -> Config:
         changes["cfg_power"] = None
     if "cfg_channels" in changes:
         changes["cfg_channels"] = None if changes["cfg_channels"] == "all" else int(changes["cfg_channels"])
-    return sampling.with_sampling(config, changes)
+    return model.with_sampling(config, changes)
 
 
 def describe(config: Config, count: int, label: int | None, precision: str) -> str:
     """What is about to be drawn, guidance included, in one line."""
-    from diffit.classes import names_of
+    from diffit.sampling.labels import names_of
 
     sampling = config.sampling
     channels, height, width = config.image_shape

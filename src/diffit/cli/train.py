@@ -79,10 +79,11 @@ def train(**options: Any) -> None:
     preset, epochs = options.pop("preset"), options.pop("epochs")
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
-    from diffit.autoencoder import autoencoder_of
+    from diffit.models.autoencoder import autoencoder_of
     from diffit.metrics.suite import parse_metrics
-    from diffit.training.distributed import processes
-    from diffit.training.dry_run import describe
+    from diffit.utils.distributed import processes
+    from diffit.cli.describe import describe_run
+    from diffit.data.open import facts_of, open_data, open_val
     from diffit.training.loop import train as run_training
 
     if not dry_run and (options["data"] is None or outdir is None):
@@ -102,7 +103,7 @@ def train(**options: Any) -> None:
         parse_metrics(config.training.metrics)
         if dry_run:
             if procs.is_first:
-                click.echo(describe(config, procs.count, archive))
+                click.echo(describe_run(config, procs.count, archive))
             return
         assert archive is not None
         if options["val"] is not None:
@@ -144,17 +145,6 @@ def normalise(options: dict[str, Any]) -> None:
         options["num_blocks"] = tuple(options["num_blocks"])
 
 
-def open_data(path: str, cond: bool | None, preset: str | None) -> Any:
-    """The archive of images or of latents at ``path``; with labels where ``cond``, or else the preset, says so."""
-    from diffit.configs.presets import get_preset
-    from diffit.data.archive import ImageArchive
-    from diffit.data.latents import LatentArchive, is_latents
-
-    if cond is None and preset is not None:
-        cond = get_preset(preset).data.cond
-    return (LatentArchive if is_latents(path) else ImageArchive)(path, cond=bool(cond))
-
-
 def kimg_of(epochs: float, kimg: float | None, archive: Any) -> float:
     if kimg is not None:
         raise UserError("--epochs says the same thing as --kimg and --duration: give one")
@@ -163,22 +153,3 @@ def kimg_of(epochs: float, kimg: float | None, archive: Any) -> float:
     return epochs * len(archive) / 1000
 
 
-def facts_of(archive: Any) -> DataFacts | None:
-    if archive is None:
-        return None
-    names = tuple(archive.class_names) if archive.class_names else None
-    if hasattr(archive, "header"):
-        scale, shape = archive.header.scale, archive.latent_shape
-        return DataFacts(3, archive.image_size, archive.num_classes, names, scale, shape)
-    channels, height, width = archive.image_shape
-    return DataFacts(channels, (height, width), archive.num_classes, names)
-
-
-def open_val(path: str, archive: Any, config: Config) -> Any:
-    val = open_data(path, config.data.cond, None)
-    shapes = [tuple(a[0].shape) for a in (val, archive)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"--val {path}: holds {shapes[0]}, the training data {shapes[1]}; convert both alike")
-    if config.data.cond and val.num_classes > config.model.num_classes:
-        raise UserError(f"--val {path}: {val.num_classes} classes, the training images have {archive.num_classes}")
-    return val

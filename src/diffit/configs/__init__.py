@@ -1,0 +1,17 @@
+"""Complete configurations: validated, frozen, and free of torch."""
+
+from diffit.configs.presets import PRESETS, get_preset
+from diffit.configs.resolve import resolve
+from diffit.configs.schema import Config, ImageModel, LatentModel, Sampling, StageSpec, Training
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "ImageModel",
+    "LatentModel",
+    "Sampling",
+    "StageSpec",
+    "Training",
+    "get_preset",
+    "resolve",
+]

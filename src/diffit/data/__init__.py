@@ -1,6 +1,8 @@
-"""Image archives. Making and checking them: :mod:`diffit.data.convert`, :mod:`diffit.data.check`."""
+"""Image archives and latent caches: making, checking and reading them."""
 
 from diffit.data.archive import ImageArchive
-from diffit.data.grid import make_grid, save_grid
+from diffit.data.check import check
+from diffit.data.convert import convert
+from diffit.data.latents import LatentArchive
 
-__all__ = ["ImageArchive", "make_grid", "save_grid"]
+__all__ = ["ImageArchive", "LatentArchive", "check", "convert"]

@@ -165,3 +165,9 @@ def filters(size: int) -> tuple[Tensor, Tensor]:
     up = doubling(4 * last + 1, pixels) @ F.one_hot(mirrored, size).double()
     down = doubling(2 * last + TAPS, torch.arange(size)).T
     return math.sqrt(2) * up, down / math.sqrt(2)
+
+
+def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored left to right with probability ½; ``(B, C, H, W)``."""
+    chosen = torch.rand(len(images), device=images.device, generator=generator) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)

@@ -16,7 +16,7 @@ from PIL import Image
 from diffit.data.archive import META, BrokenImageError, map_ordered, name_some, orientation, subset
 from diffit.data.sources import Source, open_source
 from diffit.errors import UserError
-from diffit.files import whole_file, whole_folder
+from diffit.utils.files import whole_file, whole_folder
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})

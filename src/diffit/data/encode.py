@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffit.autoencoder import Autoencoder
 from diffit.data.archive import META, ImageArchive, map_ordered
 from diffit.data.latents import (
     DTYPES,
@@ -25,9 +24,10 @@ from diffit.data.latents import (
     shard_path,
 )
 from diffit.errors import UserError
-from diffit.files import disk_errors, whole_file
-from diffit.training.distributed import Processes
-from diffit.weights import save_tensors
+from diffit.models.autoencoder import Autoencoder
+from diffit.utils.distributed import Processes
+from diffit.utils.files import disk_errors, whole_file
+from diffit.weights.file import save_tensors
 
 SHARD_SIZE = 1024  # images: 64 MB a shard in float32 at 256 pixels
 # Option -> the header's fields that must not change while a cache is made: the first is compared, the others shown.

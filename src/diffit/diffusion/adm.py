@@ -7,11 +7,12 @@ A network's output holds ε in its first C channels and, where it has 2C, the va
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from diffit.configs.schema import ADMDiffusion
 from diffit.diffusion.guidance import Denoiser
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
@@ -290,3 +291,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor
     upper, lower = cdf(scale * (centred + 1 / 255)), cdf(scale * (centred - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
+
+
+@lru_cache(maxsize=4)
+def schedule_of(diffusion: ADMDiffusion) -> Schedule:
+    return Schedule.named(diffusion.schedule, diffusion.timesteps)

@@ -6,7 +6,7 @@ On continuous noise levels ``heun``, ``euler`` and ``dpm_solver_pp`` are
 - ``noise`` is standard normal, ``(B, …)``; the state keeps its dtype and device (float64 costs nothing here);
 - ``sigmas`` falls, and ends in 0 for a clean image; it is read on the CPU;
 - ``noise_source(x)`` returns standard normal noise like ``x``: ``torch.randn_like``, or a
-  :class:`~diffit.randomness.PerSampleNoise` for samples that do not depend on the batch that they are drawn in;
+  :class:`~diffit.utils.randomness.PerSampleNoise` for samples that do not depend on the batch that they are drawn in;
 - ``callback(i, sigma, x, denoised)`` is called once a step, before the state is advanced;
 - ``after_step(i, sigma, x)`` is called once it is, and returns the state to go on with.
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffit.data.archive import ImageArchive
+from diffit.data.augment import flip_half
 from diffit.errors import UserError
-from diffit.files import whole_file
 from diffit.metrics.images import load_batch
-from diffit.randomness import ORDER, make_generator
-from diffit.sampling import to_float
-from diffit.training.step import flip_half
-from diffit.weights import load_into, save_tensors
+from diffit.utils.files import whole_file
+from diffit.utils.images import to_float
+from diffit.utils.randomness import ORDER, make_generator
+from diffit.weights.file import load_into, save_tensors
 
 HEADER = "diffit_detector"
 WIDTHS = (32, 64, 128)

@@ -1,5 +1,8 @@
 """Samples beside the training images nearest to them in feature space, and how near real images lie."""
 
+import html
+import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit.autoencoder import autoencoder_of
 from diffit.errors import UserError
-from diffit.generate import generate
-from diffit.metrics.card import draw_labels
 from diffit.metrics.detectors import Detector
-from diffit.metrics.gather import Need, Rows, gather
+from diffit.metrics.features import Need, Rows, gather
 from diffit.metrics.images import Batches, Images, by_size, choose, open_images, stream
-from diffit.metrics.neighbours import nearest
-from diffit.training.distributed import Processes
-from diffit.weights import load_network
+from diffit.metrics.precision_recall import nearest
+from diffit.models.autoencoder import autoencoder_of
+from diffit.sampling.generate import generate
+from diffit.sampling.labels import draw_labels
+from diffit.utils.distributed import Processes
+from diffit.utils.files import whole_file
+from diffit.utils.html import page, picture
+from diffit.utils.images import make_grid
+from diffit.weights.file import load_network
 
 QUANTILE = 0.01  # of real images lie as close to a training image as a near-copy does
 ROUNDING = 1e-5  # of the median distance: the same image in another batch is that far from itself
@@ -106,3 +112,19 @@ def features(batches: Batches, detector: Detector, procs: Processes) -> Tensor:
     rows = gather([need], batches, {detector.name: detector}, procs)[need]
     assert isinstance(rows, Rows)
     return rows.features
+
+
+def write_copies(dest: Path, copies: Copies) -> None:
+    """The samples closest to training images, each beside its nearest ones."""
+    rows = []
+    for images, distances in zip(copies.pictures, copies.distances.tolist(), strict=True):
+        cells = []
+        for image, text in zip(images, ["sample", *(f"training, {d:.4g} away" for d in distances)], strict=True):
+            data = io.BytesIO()
+            make_grid(image[None]).save(data, "PNG")
+            cells.append(f"<td>{picture(data.getvalue(), text)}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    facts = html.escape(json.dumps(copies.facts, indent=2))
+    body = [f"<pre>{facts}</pre>", "<h2>The samples nearest to training images</h2>", f"<table>{''.join(rows)}</table>"]
+    with whole_file(dest) as part:
+        part.write_text(page("Near-copies", body))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from diffit.errors import UserError
 from diffit.metrics.classifier import load_classifier
-from diffit.metrics.inception import SHA256, find_weights, load_inception, sha256_of
-from diffit.training.distributed import Processes
+from diffit.metrics.inception import SHA256, find_weights, load_inception
+from diffit.utils.distributed import Processes
+from diffit.utils.files import sha256_of
 
 OFFICIAL = "inception"
 PIXELS_LIMIT = 4096  # dimensions: 128 MiB of covariance, and its eigenvalues in a minute

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit.autoencoder import Autoencoder
 from diffit.configs.schema import Config, Sampling
 from diffit.errors import UserError
-from diffit.generate import generate
-from diffit.metrics.card import describe_network, draw_labels, make_card
 from diffit.metrics.images import Images, choose, stream
+from diffit.metrics.record import describe_network, make_card
 from diffit.metrics.suite import Suite
-from diffit.training.distributed import Processes
-from diffit.weights import state_hash
+from diffit.models.autoencoder import Autoencoder
+from diffit.sampling.generate import generate
+from diffit.sampling.labels import draw_labels
+from diffit.utils.distributed import Processes
+from diffit.weights.file import state_hash
 
 
 def evaluate_network(

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
 
 
 class Moments:

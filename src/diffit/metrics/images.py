@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diffit.data.archive import ImageArchive, map_ordered
 from diffit.errors import UserError
-from diffit.metrics.inception import sha256_of
-from diffit.randomness import SUBSET, make_generator
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
+from diffit.utils.files import sha256_of
+from diffit.utils.randomness import SUBSET, make_generator
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """``(positions (b,) int64, images (b, C, H, W) uint8)``: which of the images these are, and they themselves."""

@@ -1,6 +1,5 @@
 """The Inception network of 2015 on which FID is defined: torch-fidelity's port of the TensorFlow graph."""
 
-import hashlib
 import os
 import urllib.error
 import urllib.request
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffit.errors import UserError
-from diffit.files import whole_file
+from diffit.utils.files import sha256_of, whole_file
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"
@@ -21,11 +20,6 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 VARIABLE = "DIFFIT_INCEPTION"
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17×17: 2023 numbers for sFID
 TIMEOUT = 20  # seconds without a byte
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_weights() -> Path:

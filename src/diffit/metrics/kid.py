@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffit.randomness import SUBSET, make_generator
+from diffit.utils.randomness import SUBSET, make_generator
 
 BLOCK = 1000  # images of each kind a block, as in the paper
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from diffit import __version__
 from diffit.errors import UserError
-from diffit.files import whole_file
 from diffit.metrics.detectors import Detector
+from diffit.metrics.features import Need, Rows, gather
 from diffit.metrics.frechet import Moments
-from diffit.metrics.gather import Need, Rows, gather
 from diffit.metrics.images import ArchiveImages, Images, NpzImages, choose, open_images, stream
-from diffit.metrics.inception import sha256_of
 from diffit.metrics.inception_score import ScoreSums
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
+from diffit.utils.files import sha256_of, whole_file
 
 Gaussian = tuple[Tensor, Tensor]
 FIELDS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names; EDM has the first pair

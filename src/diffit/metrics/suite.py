@@ -11,14 +11,14 @@ from torch import Tensor
 
 from diffit.errors import UserError
 from diffit.metrics.detectors import OFFICIAL, Detector, make_detector
+from diffit.metrics.features import Need, Rows, Sums, gather
 from diffit.metrics.frechet import Moments, finite_sample_bias, frechet_distance
-from diffit.metrics.gather import Need, Rows, Sums, gather
 from diffit.metrics.images import Batches
 from diffit.metrics.inception_score import SPLITS, ScoreSums
 from diffit.metrics.kid import kid
-from diffit.metrics.neighbours import precision_recall
+from diffit.metrics.precision_recall import precision_recall
 from diffit.metrics.reference import Reference, open_reference
-from diffit.training.distributed import Processes
+from diffit.utils.distributed import Processes
 
 NAME = re.compile(r"(fid|fd|kid|kd|is|pr|adm)(\d+)(?:(k)(\d*)|_(\d+))?(_full)?(?::(.+))?")
 EXAMPLES = "fid50k_full, fid10k_full, fid50k, kid50k_full, is50k, pr50k3_full, pr1500_3_full, adm50k, fd10k_full:pixels"

@@ -3,7 +3,6 @@
 Tensors are full and named after parameters, so that any number of processes can take a state up.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,16 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffit.errors import UserError
-from diffit.files import whole_folder
-from diffit.weights import save_tensors
+from diffit.utils.files import sha256_of, whole_folder
+from diffit.weights.file import save_tensors
 
 PREFIX = "training-state-"
 FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
@@ -59,7 +53,7 @@ def save_state(
         for name, tensors in groups.items():
             save_tensors(tensors, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps(facts, indent=2))
-        sums = {item.name: _sha256(item) for item in sorted(part.iterdir())}
+        sums = {item.name: sha256_of(item) for item in sorted(part.iterdir())}
         (part / "manifest.json").write_text(json.dumps(sums, indent=2))
 
 
@@ -72,7 +66,7 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
     if not isinstance(sums, dict) or not sums.keys() >= FILES:
         raise UserError(f"{folder}: not a training state (its manifest.json is not one of ours); give another --resume")
     for name, expected in sums.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+        if not (folder / name).is_file() or sha256_of(folder / name) != expected:
             raise UserError(f"{folder}: {name} is missing or damaged; remove this state to resume from an earlier one")
     tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
     return tensors, json.loads((folder / "state.json").read_text())

@@ -14,25 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffit.autoencoder import Autoencoder
 from diffit.configs.schema import Config, Sampling, Training
-from diffit.data.grid import save_grid
 from diffit.errors import UserError
-from diffit.generate import draw
-from diffit.metrics.card import format_numbers
+from diffit.metrics.record import format_numbers
 from diffit.models import DiffiT
-from diffit.randomness import SUBSET, VALIDATION, make_generator
-from diffit.report import write_report
-from diffit.sampling import autocast, resolve_precision, to_uint8
+from diffit.models.autoencoder import Autoencoder
+from diffit.models.cost import estimate
+from diffit.sampling.generate import draw
+from diffit.training.batches import Archive, feed, fits, image_indices, microbatches
 from diffit.training.checkpoint import PREFIX, load_optimizer_tensors, load_state, save_state, states
-from diffit.training.display import Display, duration
-from diffit.training.distributed import Processes
-from diffit.training.estimate import estimate
-from diffit.training.evaluate import Evaluator
-from diffit.training.feed import Archive, feed, fits, image_indices, microbatches
+from diffit.training.console import Display, duration
+from diffit.training.evaluator import Evaluator
+from diffit.training.report import write_report
 from diffit.training.run_dir import Records, create_run, find_resumable, locate_state, read_options, write_options
 from diffit.training.step import Stepper, build_network
-from diffit.weights import load_into, read_network_file, save_network
+from diffit.utils.distributed import Processes
+from diffit.utils.images import save_grid, to_uint8
+from diffit.utils.precision import autocast, check_precision
+from diffit.utils.randomness import SUBSET, VALIDATION, make_generator
+from diffit.weights.file import load_into, read_network_file, save_network
 
 GRID = (8, 8)
 KEEP_STATES = 2
@@ -91,12 +91,6 @@ def train(
         run_dir = procs.broadcast(run_dir)
         run = Run(stepper, archive, run_dir, total, grid, val, evaluator)
         return run.go(resident, loading, resumed=state is not None)
-
-
-def check_precision(precision: str, device: torch.device) -> str:
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a CUDA device; take bf16 or fp32 here")
-    return resolve_precision(precision, device)
 
 
 def find_state(config: Config, outdir: Path, resume: str) -> Path | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.files import disk_errors, whole_file
 from diffit.training.checkpoint import states
+from diffit.utils.files import disk_errors, whole_file
 
 OPTIONS = "training_options.json"
 

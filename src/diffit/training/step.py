@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffit.autoencoder import Autoencoder, draw_latents
 from diffit.configs.resolve import accumulation
 from diffit.configs.schema import ADMDiffusion, Config
-from diffit.data.augment import Augment
-from diffit.diffusion.adm import ADMLoss
+from diffit.data.augment import Augment, flip_half
+from diffit.diffusion.adm import ADMLoss, schedule_of
 from diffit.diffusion.edm import EDMLoss
 from diffit.models import DiffiT, build
+from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
-from diffit.randomness import DROPOUT, INIT, STEP, derive_seed
-from diffit.sampling import autocast, channels_last, schedule_of, to_float
-from diffit.training.distributed import Processes
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.meter import Meter
+from diffit.utils.distributed import Processes
+from diffit.utils.images import to_float
+from diffit.utils.precision import autocast, channels_last
+from diffit.utils.randomness import DROPOUT, INIT, STEP, derive_seed
 
 
 def build_network(config: Config) -> DiffiT:
@@ -43,12 +44,6 @@ def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.
     """Replace each label by the null class with that probability."""
     dropped = torch.rand(labels.shape, device=labels.device, generator=generator) < probability
     return torch.where(dropped, null, labels)
-
-
-def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability ½; ``(B, C, H, W)``."""
-    chosen = torch.rand(len(images), device=images.device, generator=generator) < 0.5
-    return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
 def clean_samples(

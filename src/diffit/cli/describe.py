@@ -1,0 +1,142 @@
+"""What a preset or a network file is, as text for a person."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from diffit.configs.presets import PRESETS
+from diffit.configs.resolve import accumulation, resolve
+from diffit.configs.schema import ADMDiffusion, Config
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.models.cost import Work, count_work, estimate
+from diffit.sampling.model import count_evaluations, steps_of
+from diffit.weights.file import locate, read_header
+
+# DiffiT Table 9: the figures that its authors give.
+PAPER = {"imagenet256": "the paper says 561 M parameters and 114 G multiply-accumulates, which are the linear layers'"}
+
+
+def describe_preset(name: str, num_blocks: tuple[int, ...] | None = None) -> str:
+    """A preset, with another number of blocks where ``num_blocks`` says so."""
+    return "\n".join(_lines(resolve(name, {"num_blocks": num_blocks})))
+
+
+def describe_file(path: str | Path) -> str:
+    """A network file or Hub id; its tensors are not read, but for the checksum."""
+    file = locate(path)
+    config, kimg = read_header(file)
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    training, data = config.training, config.data
+    if kimg is None:
+        origin = "not said, as in all files of the released layout; recipe and sampling are the preset's"
+    else:
+        origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
+    lines = [
+        f"file        {file} ({file.stat().st_size / 2**20:,.1f} MiB)",
+        f"sha256      {digest}",
+        f"training    {origin}",
+    ]
+    if data.class_names:
+        lines.append(f"classes     {', '.join(data.class_names[:20])}{', …' if len(data.class_names) > 20 else ''}")
+    return "\n".join(lines + _lines(config))
+
+
+def describe(target: str, num_blocks: tuple[int, ...] | None = None) -> str:
+    """``target`` is the name of a preset, a file or a Hub id. Raises :class:`UserError`."""
+    if target in PRESETS:
+        return describe_preset(target, num_blocks)
+    if num_blocks:
+        raise UserError(
+            f"--num-blocks {','.join(map(str, num_blocks))}: {target} is no preset; a file has its own blocks"
+        )
+    if not Path(target).exists() and "/" not in target and "." not in target:
+        raise UserError(f"{target}: neither a preset ({', '.join(PRESETS)}) nor a file here")
+    return describe_file(target)
+
+
+def _lines(config: Config) -> list[str]:
+    model, work = config.model, count_work(config)
+    channels, height, width = config.image_shape
+    lines = [
+        f"preset      {config.preset}: {width}×{height}×{channels}, {model.num_classes or 'no'} classes",
+        f"family      {model.family}: {_shape_of(config)}",
+        f"diffusion   {_diffusion_of(config)}",
+        f"parameters  {work.parameters:,} trainable",
+        f"forward     {_amount(work.macs)} an image: {work.linear / 1e9:,.4g} G linear, "
+        f"{work.attention / 1e9:,.4g} G attention, {work.time / 1e9:,.4g} G time token",
+    ]
+    if config.preset in PAPER:
+        lines.append(f"paper       {PAPER[config.preset]}")
+    return lines + _sampling_of(config, work)
+
+
+def _shape_of(config: Config) -> str:
+    model = config.model
+    if model.family == "latent":
+        return (
+            f"latents of {model.input_size[1]}×{model.input_size[0]}×{model.in_channels}, "
+            f"patches of {model.patch_size}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads"
+        )
+    stages = ", ".join(f"{s.blocks}×{s.width} ({s.heads} heads, window {s.window or 'global'})" for s in model.stages)
+    return f"stages of blocks×width: {stages}"
+
+
+def _diffusion_of(config: Config) -> str:
+    diffusion = config.diffusion
+    if isinstance(diffusion, ADMDiffusion):
+        return f"{diffusion.schedule} schedule, {diffusion.timesteps} timesteps"
+    return f"EDM, sigma_data {diffusion.sigma_data:g}, P_mean {diffusion.P_mean:g}, P_std {diffusion.P_std:g}"
+
+
+def _sampling_of(config: Config, work: Work) -> list[str]:
+    """Step and whole run, with the file's guidance where it has one, and without."""
+    sampling = config.sampling
+    cond, uncond = count_evaluations(config)
+    per_step = -(-cond // steps_of(config))  # Heun's last step has one evaluation, the others two
+    lines = [f"sampling    {sampling.sampler}, {sampling.steps} steps, guidance {sampling.cfg_scale:g}"]
+    if uncond:
+        skipped = f" ({cond - uncond} unconditional ones skipped)" if cond > uncond else ""
+        lines.append(f"  guided    {_amount(2 * per_step * work.macs)} a step of both halves")
+        lines.append(f"            {_amount((cond + uncond) * work.macs)} the run of {cond + uncond} passes{skipped}")
+    lines.append(f"  unguided  {_amount(per_step * work.macs)} a step")
+    lines.append(f"            {_amount(cond * work.macs)} the run of {cond} passes")
+    return lines
+
+
+def _amount(macs: int) -> str:
+    unit, name = (1e12, "T") if macs >= 1e13 else (1e9, "G")
+    return f"{macs / unit:,.4g} {name} multiply-accumulates ({2 * macs / unit:,.4g} {name}FLOP)"
+
+
+def describe_run(config: Config, processes: int, archive: ImageArchive | None) -> str:
+    """Several lines of text for a person; the configuration in them is the JSON of ``training_options.json``."""
+    training = config.training
+    batch_gpu, rounds = accumulation(training.batch, training.batch_gpu, processes)
+    cost = estimate(config, batch_gpu, training.precision)
+    channels, height, width = config.image_shape
+    if archive is not None:
+        data = f"{len(archive)} images: {archive.path}"
+        epochs = f", {training.steps * training.batch / len(archive):.3g} epochs"
+    else:
+        data = (
+            f"{config.data.path} is not there: size and channels are the preset's" if config.data.path else "not given"
+        )
+        epochs = ""
+    # Only the data knows how many classes --cond will have.
+    classes = config.model.num_classes or ("no" if not config.data.cond else "the data's")
+    lines = [
+        json.dumps(config.model_dump(mode="json"), indent=2),
+        f"preset      {config.preset}, {width}×{height}×{channels}, {classes} classes",
+        f"data        {data}",
+        f"parameters  {cost.parameters:,}",
+        f"compute     {cost.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",
+        f"batch       {training.batch} = {batch_gpu} per GPU × {processes} processes × {rounds} accumulated",
+        f"duration    {training.kimg:,g} kimg, {training.steps:,} steps{epochs}",
+        f"memory      about {cost.training_bytes / 2**30:.2f} GiB a process: {cost.state_bytes / 2**30:.2f} for "
+        f"weights, gradients, moments and average, {cost.activation_bytes / 2**30:.2f} for activations",
+        f"sampling    {config.sampling.sampler}, {config.sampling.steps} steps",
+        "dry run: nothing was written",
+    ]
+    return "\n".join(lines)

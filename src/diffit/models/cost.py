@@ -1,0 +1,98 @@
+"""How much arithmetic a network and a sampling run are, counted on tensors without memory: on any machine, at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffit.configs.schema import Config, ImageModel
+from diffit.models import build
+from diffit.utils.precision import autocast
+
+TIME = ("t_embedder", "augment_embedder", "qkv_temb")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network's size, and the multiply-accumulates of one forward pass of one image; twice as many are FLOPs."""
+
+    parameters: int
+    """Trainable ones."""
+    linear: int
+    """Of linear layers and convolutions over tokens or pixels."""
+    attention: int
+    """Of Q·Kᵀ and of weights times V."""
+    time: int
+    """Of the time token and its projections in every block, which do not grow with the image."""
+
+    @property
+    def macs(self) -> int:
+        return self.linear + self.attention + self.time
+
+
+def count_work(config: Config) -> Work:
+    """What the network of ``config`` is; norms, activations and sums are left out, as is the custom."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = build(config.model)
+        net(*example_inputs(config, 1))
+    counts = counter.get_flop_counts()
+    attention = sum(flops for op, flops in counts["Global"].items() if "bmm" in str(op) or "attention" in str(op))
+    time = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith(TIME))  # by path of the module
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    linear = counter.get_total_flops() - attention - time
+    return Work(parameters, linear // 2, attention // 2, time // 2)
+
+
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    parameters: int
+    macs: int
+    """Multiply-accumulates of one forward pass of one image."""
+    state_bytes: int
+    """Weights, gradients, two moments and the moving average, float32."""
+    activation_bytes: int
+    """What autograd keeps for one microbatch."""
+
+    @property
+    def training_bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes
+
+
+def example_inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...]:
+    model = config.model
+    labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
+    inputs = (torch.zeros(batch, *model.sample_shape), torch.zeros(batch), labels)
+    if isinstance(model, ImageModel) and model.augment_dim:
+        return *inputs, torch.zeros(batch, model.augment_dim)
+    return inputs
+
+
+def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
+    """Parameters and multiply-accumulates are exact; memory leaves out workspaces and the allocator's waste."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = build(config.model)
+        net(*example_inputs(config, 1))
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+
+    # Fake tensors pretend to be on the CPU, so that autocast has its effect on what is kept.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu").set_grad_ckpt(config.training.grad_ckpt)
+        kept: dict[int, int] = {}  # storage -> bytes: a tensor and its views are kept once
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
+            output = net(*example_inputs(config, batch_gpu))  # held until the sum is made: storages must not be reused
+        for parameter in net.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        activations = sum(kept.values())
+        del output
+    return Cost(parameters, counter.get_total_flops() // 2, 5 * FLOAT * parameters, activations)

@@ -1,0 +1,122 @@
+"""The order of the images, and the microbatches of each process, as functions of (seed, images seen)."""
+
+import signal
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffit.data.archive import ImageArchive
+from diffit.data.latents import LatentArchive
+from diffit.errors import UserError
+from diffit.utils.randomness import ORDER, derive_seed
+
+Archive = ImageArchive | LatentArchive
+RESIDENT_SHARE = 0.25  # of the free memory may go to keeping the decoded images
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(derive_seed(seed, ORDER, epoch)).permutation(count)
+
+
+def image_indices(count: int, seed: int, start: int, length: int) -> Tensor:
+    """Indices of the ``start``-th to ``start + length − 1``-th image of an endless shuffled pass, int64.
+
+    Every epoch is a permutation of its own, so that each image is seen once an epoch whatever the batch.
+    """
+    position = np.arange(start, start + length)
+    epochs, offsets = np.divmod(position, count)
+    parts = [epoch_order(count, seed, int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def microbatches(
+    count: int, seed: int, images_seen: int, batch: int, batch_gpu: int, rank: int, processes: int
+) -> Iterator[Tensor]:
+    """Endless index tensors of one process: microbatch m of a step goes to process m mod ``processes``."""
+    while True:
+        indices = image_indices(count, seed, images_seen, batch)
+        for m in range(rank, batch // batch_gpu, processes):
+            yield indices[m * batch_gpu : (m + 1) * batch_gpu]
+        images_seen += batch
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches the workers too, but the run still needs their images to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def fits(need: int, free: int, sharers: int = 1) -> bool:
+    return need * sharers <= free * RESIDENT_SHARE
+
+
+class _Fetch(torch.utils.data.Dataset):
+    """Loads a whole microbatch in one call, so that a worker sends one tensor.
+
+    A :class:`UserError` is sent too: raised in a worker it would come out with that worker's traceback for a message.
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+
+    def __getitem__(self, indices: Tensor) -> Tensor | UserError:
+        try:
+            return torch.stack([self.archive[i] for i in indices.tolist()])
+        except UserError as error:
+            return UserError(str(error))
+
+
+def feed(
+    archive: Archive,
+    order: Iterator[Tensor],
+    device: torch.device,
+    *,
+    resident: Tensor | None,
+    workers: int,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """``(data, labels (b,) int64 or None)`` on ``device``, for every index tensor of ``order``.
+
+    ``data`` is uint8 images (b, C, H, W) or cached moments (b, 4, C, h, w). ``resident`` holds all of it, on any
+    device; without it worker processes read ahead.
+    """
+    if resident is not None:
+        for indices in order:
+            images = resident[indices.to(resident.device, non_blocking=True)]
+            labels = None if archive.labels is None else archive.labels[indices]
+            yield _to(images, device), None if labels is None else _to(labels, device)
+        return
+
+    # The loader runs ahead of the step, so the indices are remembered until their images come back, in order.
+    sent: list[Tensor] = []
+
+    def remember() -> Iterator[Tensor]:
+        for indices in order:
+            sent.append(indices)
+            yield indices
+
+    loader = DataLoader(
+        _Fetch(archive),
+        batch_size=None,
+        sampler=remember(),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="spawn" if workers and device.type == "cuda" else None,
+        worker_init_fn=_leave_signals_to_the_run,
+    )
+    for images in loader:
+        if isinstance(images, UserError):
+            raise images
+        indices = sent.pop(0)
+        labels = None if archive.labels is None else archive.labels[indices]
+        yield _to(images, device), None if labels is None else _to(labels, device)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

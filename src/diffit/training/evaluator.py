@@ -1,0 +1,80 @@
+"""Metrics of a run: when they are due, where they go, and the best weights by each."""
+
+from pathlib import Path
+from typing import Any
+
+from diffit.configs.schema import Config
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.metrics.evaluate import evaluate_network
+from diffit.metrics.record import card_file, read_cards
+from diffit.metrics.suite import Suite, better, headline
+from diffit.models.autoencoder import Autoencoder
+from diffit.training.batches import Archive
+from diffit.training.run_dir import Records
+from diffit.utils.distributed import Processes
+from diffit.weights.file import save_network
+
+
+class Evaluator:
+    """The metrics that a configuration asks for. Made before training starts, so that what is missing is said then."""
+
+    def __init__(
+        self,
+        config: Config,
+        archive: Archive,
+        procs: Processes,
+        autoencoder: Autoencoder | None = None,
+        *,
+        batch: int,
+        precision: str,
+    ) -> None:
+        self.config, self.archive, self.procs, self.autoencoder = config, archive, procs, autoencoder
+        self.batch, self.precision = batch, precision
+        names = config.training.metrics
+        reference = config.training.metrics_ref
+        if reference is None and isinstance(archive, ImageArchive):
+            reference = str(archive.path)
+        if names and reference is None:
+            raise UserError(
+                f"--metrics {','.join(names)}: compare with images, and {archive.path} holds latents; "
+                "give the images that they were made of: --metrics-ref ARCHIVE"
+            )
+        self.suite = (
+            Suite(names, Path(reference), config.image_shape, procs, batch=batch) if names and reference else None
+        )
+
+    def pending(self, run_dir: Path, images_seen: int) -> bool:
+        """Whether a metric has no record of this moment yet. The first process looks, for all."""
+        if self.suite is None:
+            return False
+        names = [metric.name(self.suite.detectors[metric.spec]) for metric in self.suite.metrics]
+        missing = self.procs.is_first and any(
+            all(card.get("images") != images_seen for card in read_cards(run_dir / card_file(name))) for name in names
+        )
+        return bool(self.procs.broadcast(missing))
+
+    def __call__(self, net: Any, images_seen: int, records: Records | None) -> list[dict[str, Any]]:
+        """Cards of the averaged weights ``net``, which go into the ``records`` of the first process.
+
+        All processes call this together. Where a value is the best so far, the weights are kept as
+        ``network-best-<metric>.safetensors``.
+        """
+        assert self.suite is not None
+        kimg = images_seen / 1000
+        cards = evaluate_network(
+            self.suite, net, self.config, self.procs, real_labels=self.archive.labels, batch=self.batch,
+            autoencoder=self.autoencoder, precision=self.precision, images=images_seen, kimg=kimg,
+        )  # fmt: skip
+        for card in cards if records is not None else ():
+            assert records is not None
+            path = records.run_dir / card_file(card["metric"])
+            name, value = headline(card["results"])
+            known = [old for old in read_cards(path) if isinstance(old.get("images"), int)]  # of this run
+            earlier = [headline(old["results"])[1] for old in known if old["images"] < images_seen]
+            if all(better(name, value, old) for old in earlier):
+                best = path.name.replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
+                save_network(records.run_dir / best, net.state_dict(), self.config, kimg=kimg)
+            if all(old["images"] != images_seen for old in known):
+                records.metric(path, card)
+        return cards

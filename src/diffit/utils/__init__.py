@@ -1,0 +1,1 @@
+"""What knows nothing of diffusion: files, randomness, processes, precision, pictures, the Hub."""

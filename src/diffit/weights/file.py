@@ -1,0 +1,169 @@
+"""Network files: safetensors with the complete configuration in the header. Nothing is ever unpickled."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffit import __version__
+from diffit.configs.schema import Config
+from diffit.errors import UserError
+from diffit.models import DiffiT, build
+from diffit.utils import hub
+from diffit.utils.files import whole_file
+from diffit.weights.official import INDEX, check_index, recognise, stranger
+
+CONFIG_KEY = "diffit_config"
+
+
+def public(config: Config) -> Config:
+    """``config`` without the paths of the machine that it was trained on."""
+    data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
+    metrics = tuple(re.sub(r"[^:]*/", "", name) for name in config.training.metrics)  # a detector may be a file
+    training = config.training.model_copy(update={"init_from": None, "metrics": metrics, "metrics_ref": None})
+    return config.model_copy(update={"data": data, "training": training})
+
+
+def with_vae(config: Config, vae: str) -> Config:
+    """``config`` of a latent model with another name of its VAE."""
+    assert config.autoencoder is not None
+    return config.model_copy(update={"autoencoder": config.autoencoder.model_copy(update={"vae": vae})})
+
+
+def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float | None = 0.0) -> None:
+    """Write ``state`` with the :func:`public` form of ``config``; ``kimg`` None is a training not known."""
+    metadata = {"format": "pt", CONFIG_KEY: public(config).model_dump_json(), "diffit_version": __version__}
+    if kimg is not None:
+        metadata["diffit_kimg"] = f"{kimg:g}"
+    with whole_file(path) as part:
+        save_tensors(state, part, metadata)
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' ``save_file``, whose complaint about a full disk is an ``OSError`` as everybody else's."""
+    try:
+        save_file({key: tensor.detach().contiguous() for key, tensor in state.items()}, path, metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values: the same for weights in memory and in any file that holds them."""
+    total = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def locate(path: str | Path) -> Path:
+    """A file for a path, or for a Hub id."""
+    if not Path(path).exists() and hub.looks_like_id(str(path)):
+        return hub.fetch(str(path))
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not there"
+        raise UserError(f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors, or a Hub id")
+    return path
+
+
+def read_header(path: str | Path) -> tuple[Config, float | None]:
+    """Configuration and length of the training in kimg, None where the file does not say it; no tensor is read."""
+    path = locate(path)
+    with _opened(path) as file:
+        kimg = (file.metadata() or {}).get("diffit_kimg")
+        return _config_of(file, path), None if kimg is None else float(kimg)
+
+
+def read_network_file(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], Config]:
+    """Tensors and configuration of a file that :func:`save_network` wrote, or of NVIDIA's released weights.
+
+    Floating-point tensors are converted to ``dtype``; None keeps the file's. On the CPU what is not converted stays
+    mapped from the file, and what is converted is unmapped one by one, so that loading takes no more memory than the
+    weights. The index that the released layout repeats in every layer is checked and left out.
+    """
+    path = locate(path)
+    with _opened(path, str(device)) as file:
+        config = _config_of(file, path)
+        keys = list(file.keys())
+        state = {key: _as(file.get_tensor(key), dtype, path, key) for key in keys if not key.endswith(INDEX)}
+    for key in keys:
+        if key.endswith(INDEX):
+            check_index(_read_alone(path, key), config, f"{path}: {key}")
+    return state, config
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file, or cut short ({error}); fetch or save it again") from None
+
+
+def _config_of(file: Any, path: Path) -> Config:
+    metadata = file.metadata() or {}
+    if CONFIG_KEY in metadata:
+        return Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
+    keys = list(file.keys())
+    config = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
+    if config is None:
+        raise UserError(
+            f"{path}: not a DiffiT network: no diffit configuration in its header, and by its keys it is "
+            f"{stranger(keys)}"
+        )
+    return config
+
+
+def _as(tensor: Tensor, dtype: torch.dtype | None, path: Path, key: str) -> Tensor:
+    if dtype in (None, tensor.dtype) or not tensor.is_floating_point():
+        return tensor
+    return (tensor if tensor.is_cuda else _read_alone(path, key)).to(dtype)
+
+
+def _read_alone(path: Path, key: str) -> Tensor:
+    """A tensor in a mapping of its own: the pages that reading it brings to memory go when it goes."""
+    with _opened(path) as file:
+        return file.get_tensor(key)
+
+
+def load_network(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> tuple[DiffiT, Config]:
+    """The network of a file or Hub id, in evaluation mode, and its configuration. Every key and shape is checked.
+
+    Files of ours carry their configuration; NVIDIA's released files are known by their keys and shapes.
+    """
+    state, config = read_network_file(path, device, dtype)
+    with torch.device("meta"):
+        net = build(config.model)
+    load_into(net, state, path, assign=True)
+    return net.eval().requires_grad_(False), config
+
+
+def load_into(net: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path, *, assign: bool = False) -> None:
+    """Strict ``load_state_dict`` whose complaint is one line that names the first key that differs."""
+    own = net.state_dict()
+    for key in [*own, *(key for key in state if not key.endswith(INDEX))]:
+        if key not in state or key not in own or own[key].shape != state[key].shape:
+            ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, state))
+            raise UserError(f"{source}: weights of another model: {key} is {theirs}, this model needs {ours}")
+    try:
+        net.load_state_dict(dict(state), assign=assign)
+    except RuntimeError as error:  # keys and shapes fit, so a stored index does not
+        raise UserError(f"{source}: {str(error).splitlines()[-1].strip()}") from None

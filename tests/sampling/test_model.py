@@ -1,0 +1,156 @@
+"""From network and seeds to images: a sample depends on its seed and nothing else."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from diffit.configs.presets import get_preset
+from diffit.configs.schema import Config, Sampling
+from diffit.diffusion.edm import denoiser, edm_sigmas
+from diffit.diffusion.samplers import euler, heun
+from diffit.models.image import ImageDiffiT
+from diffit.sampling.labels import random_labels
+from diffit.sampling.model import sample
+from diffit.utils.images import to_float, to_uint8
+from diffit.utils.precision import resolve_precision
+from diffit.utils.randomness import PerSampleNoise
+
+CLASSES = 5
+
+
+def tiny(num_classes: int = 0, **sampling) -> tuple[ImageDiffiT, Config]:
+    """The debug preset with a head that is not zero."""
+    config = get_preset("debug")
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"num_classes": num_classes, "image_size": (8, 12)}),
+            "sampling": Sampling(**{"steps": 2} | sampling),
+        }
+    )
+    torch.manual_seed(0)
+    net = ImageDiffiT.from_config(config.model).eval()
+    torch.nn.init.normal_(net.head.weight, std=0.1)
+    return net, config
+
+
+def labels_seen(net: ImageDiffiT) -> list[Tensor]:
+    seen: list[Tensor] = []
+    net.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2]))
+    return seen
+
+
+@pytest.mark.parametrize("how", [{}, {"S_churn": 2.0}, {"sampler": "euler"}, {"cfg_scale": 2.0}], ids=str)
+def test_a_sample_is_the_same_in_any_company_and_order(how):
+    net, config = tiny(CLASSES, **how)
+    together = sample(net, config, range(7))
+    assert together.shape == (7, 3, 8, 12)
+    assert together.dtype == torch.float32
+    for seeds in ([3], [6, 0, 2]):
+        assert_close(sample(net, config, seeds), together[seeds], rtol=1e-4, atol=1e-4)
+    assert (together[1:] - together[:-1]).flatten(1).norm(dim=1).min() > 0.1
+
+
+def test_no_seeds_are_no_images():
+    for classes in (0, CLASSES):
+        net, config = tiny(classes)
+        assert sample(net, config, []).shape == (0, 3, 8, 12)
+
+
+def test_ambient_randomness_is_neither_read_nor_moved():
+    net, config = tiny(CLASSES, S_churn=2.0)
+    torch.manual_seed(0)
+    first = sample(net, config, [1, 2])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert_close(sample(net, config, [1, 2]), first, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_labels_each_seed_draws_a_class_and_never_the_null_class():
+    net, config = tiny(CLASSES, steps=1)
+    seen = labels_seen(net)
+    sample(net, config, range(200))
+    assert len(seen) == 1
+    assert set(seen[0].tolist()) == set(range(CLASSES))
+    assert seen[0].tolist() == random_labels(range(200), CLASSES).tolist()
+
+
+def test_a_class_changes_the_image_but_not_its_noise():
+    net, config = tiny(CLASSES)
+    starts = []
+    images = [
+        sample(net, config, [4], torch.tensor([label]), callback=lambda i, sigma, x, _: i or starts.append(x))
+        for label in (0, 1)
+    ]
+    assert_close(starts[0], starts[1], rtol=0, atol=0)
+    assert (images[0] != images[1]).any()
+
+
+def test_guidance_evaluates_the_null_class_and_a_scale_of_one_does_not():
+    net, config = tiny(CLASSES)
+    seen = labels_seen(net)
+    plain = sample(net, config, [0, 1], torch.tensor([3, 4]))
+    assert {tuple(labels.tolist()) for labels in seen} == {(3, 4)}
+    seen.clear()
+    guided = sample(net, config, [0, 1], torch.tensor([3, 4]), sampling=Sampling(steps=2, cfg_scale=1.5))
+    assert [tuple(labels.tolist()) for labels in seen] == [(3, 4), (CLASSES, CLASSES)] * 3
+    assert (plain != guided).any()
+
+
+def test_an_unconditional_network_is_called_without_labels():
+    net, config = tiny(cfg_scale=3.0)
+    seen = labels_seen(net)
+    sample(net, config, [0])
+    assert seen == [None] * 3
+
+
+@pytest.mark.parametrize(("name", "solver"), [("heun", heun), ("euler", euler)])
+def test_it_is_the_solver_on_the_schedule_of_the_configuration(name, solver):
+    net, config = tiny(sampler=name, steps=4, sigma_min=0.01, sigma_max=20.0, rho=5.0)
+    with torch.no_grad():
+        noise = PerSampleNoise([8, 9])(torch.empty(2, 3, 8, 12, dtype=torch.float64))
+        expected = solver(denoiser(net), noise, edm_sigmas(4, sigma_min=0.01, sigma_max=20.0, rho=5.0))
+    assert_close(sample(net, config, [8, 9]), expected.float())
+
+
+def test_the_state_is_float64_and_the_network_sees_float32():
+    net, config = tiny()
+    states, inputs = set(), set()
+    net.register_forward_pre_hook(lambda _, arguments: inputs.add(arguments[0].dtype))
+    sample(net, config, [0], callback=lambda i, sigma, x, denoised: states.update([x.dtype, denoised.dtype]))
+    assert states == {torch.float64}
+    assert inputs == {torch.float32}
+
+
+def test_half_precision_is_near_full_precision():
+    net, config = tiny(sigma_max=1.0)
+    full, half = (sample(net, config, range(3), precision=precision) for precision in ("fp32", "bf16"))
+    assert (full != half).any()
+    assert_close(half, full, rtol=0, atol=0.05)
+
+
+def test_no_gradients_are_kept():
+    net, config = tiny()
+    assert not sample(net, config, [0]).requires_grad
+
+
+def test_auto_precision_is_full_on_a_cpu():
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_all_256_levels_survive_the_way_to_floats_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(levels)
+    assert floats.dtype == torch.float32
+    assert (floats.min(), floats.max()) == (-1, 1)
+    assert torch.equal(to_uint8(floats), levels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floats_go_to_the_nearest_level(dtype):
+    levels = torch.arange(256)
+    shifts = torch.tensor([-0.49, 0.49], dtype=dtype)[:, None]
+    assert torch.equal(to_uint8((levels + shifts) / 127.5 - 1), levels.to(torch.uint8).expand(2, -1))
+    assert to_uint8(torch.tensor([-7.0, 7.0, -1.01, 1.01], dtype=dtype)).tolist() == [0, 255, 0, 255]

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffit.data.archive import ImageArchive
+from diffit.errors import UserError
+from diffit.training.batches import feed, fits, image_indices, microbatches
+from helpers import write_archive
+
+
+@given(count=st.integers(1, 40), epochs=st.integers(1, 4), seed=st.integers(0, 5))
+def test_every_epoch_shows_each_image_once(count, epochs, seed):
+    indices = image_indices(count, seed, 0, count * epochs).reshape(epochs, count)
+    for epoch in indices:
+        assert sorted(epoch.tolist()) == list(range(count))
+
+
+@given(count=st.integers(1, 40), start=st.integers(0, 100), first=st.integers(1, 30), second=st.integers(1, 30))
+def test_order_is_a_function_of_the_images_seen(count, start, first, second):
+    whole = image_indices(count, 0, start, first + second)
+    parts = [image_indices(count, 0, start, first), image_indices(count, 0, start + first, second)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_epochs_and_seeds_differ():
+    a, b = image_indices(50, 0, 0, 100).split(50)
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, image_indices(50, 1, 0, 50))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_microbatches_of_one_process(processes):
+    steps = 3
+    single = microbatches(30, 7, 16, 16, 2, 0, 1)
+    expected = [[next(single) for _ in range(8)] for _ in range(steps)]
+    dealt = [microbatches(30, 7, 16, 16, 2, rank, processes) for rank in range(processes)]
+    for step in range(steps):
+        for m in range(8):
+            assert torch.equal(next(dealt[m % processes]), expected[step][m])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_images_are_those_in_memory(tmp_path, workers):
+    archive = ImageArchive(write_archive(tmp_path / "a.zip"), cond=True)
+    cpu = torch.device("cpu")
+    resident = feed(archive, microbatches(24, 0, 0, 8, 4, 0, 1), cpu, resident=archive.load_all(), workers=0)
+    streamed = feed(archive, microbatches(24, 0, 0, 8, 4, 0, 1), cpu, resident=None, workers=workers)
+    for _ in range(8):
+        (images, labels), (other_images, other_labels) = next(resident), next(streamed)
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_faulty_streamed_image_is_named_in_one_line(tmp_path, workers):
+    for name, side in (("a", 16), ("b", 8)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    images = feed(
+        ImageArchive(tmp_path), microbatches(2, 0, 0, 2, 2, 0, 1), torch.device("cpu"), resident=None, workers=workers
+    )
+    with pytest.raises(UserError, match=r"b\.png' is 8x8") as caught:
+        next(images)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_fit_while_all_processes_of_the_machine_together_take_a_quarter():
+    assert fits(100, 400)
+    assert not fits(101, 400)
+    assert not fits(100, 400, sharers=2)
+
+
+def test_order_does_not_touch_ambient_randomness():
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    image_indices(10, 0, 0, 10)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (before_numpy == np.random.get_state()[1]).all()  # noqa: NPY002
