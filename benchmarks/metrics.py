@@ -19,7 +19,7 @@ from diffit.metrics.evaluate import evaluate_images, evaluate_network
 from diffit.metrics.features import Need, gather
 from diffit.metrics.images import ArchiveImages
 from diffit.metrics.suite import Suite
-from diffit.sampling.generate import generate_to_disk
+from diffit.sampling import Model, PngFolder
 from diffit.training.step import build_network
 from diffit.utils.distributed import Processes
 
@@ -69,16 +69,17 @@ def samples(folder: Path) -> None:
     config = debug()
     net = build_network(config).to(DEVICE).eval()
     real = folder / "real"
-    generate_to_disk(net, config, range(10**6, 10**6 + SAMPLES), real, ONE, batch=BATCH)
+    model = Model(net, config)
+    model.save(PngFolder(real), range(10**6, 10**6 + SAMPLES), batch=BATCH)
     suite = Suite([f"fd{SAMPLES}_full:pixels"], real, (3, 16, 16), ONE, batch=BATCH)
     found: dict[str, float] = {}
 
     def direct() -> None:
-        found["direct"] = evaluate_network(suite, net, config, ONE, batch=BATCH)[0]["results"]["fd"]
+        found["direct"] = evaluate_network(suite, model, ONE, batch=BATCH)[0]["results"]["fd"]
 
     def by_files() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            generate_to_disk(net, config, range(SAMPLES), Path(name), ONE, batch=BATCH)
+            model.save(PngFolder(name), range(SAMPLES), batch=BATCH)
             images = ArchiveImages(ImageArchive(name))
             found["files"] = evaluate_images(suite, images, ONE, batch=BATCH)[0]["results"]["fd"]
 

@@ -20,7 +20,7 @@ from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.record import read_cards
 from diffit.metrics.suite import Suite
-from diffit.sampling.labels import draw_labels
+from diffit.sampling.labels import training_labels
 from diffit.training.loop import train
 from diffit.utils.distributed import Processes
 from diffit.weights.file import load_network
@@ -36,8 +36,10 @@ def pets(tmp_path_factory):
 
 def run(pets, outdir, **options):
     archive = ImageArchive(pets, cond=True)
-    config = resolve("debug", {"data": str(pets), "cond": True, "batch_gpu": 4, **options}, DataFacts(3, (16, 16), 3))
-    return train(config, archive, outdir, ONE, grid=(2, 2))
+    config = resolve(
+        "debug", {"data": str(pets), "cond": True, "batch_gpu": 4, "grid": (2, 2), **options}, DataFacts(3, (16, 16), 3)
+    )
+    return train(config, archive, outdir, ONE)
 
 
 def curve(run_dir, name="metric-fd80_full-pixels.jsonl"):
@@ -106,11 +108,11 @@ def test_what_a_metric_lacks_is_said_before_the_run_begins(pets, tmp_path, monke
 def test_labels_are_as_frequent_as_in_the_training_set_and_a_function_of_the_seed(pets):
     config = resolve("debug", {"cond": True}, DataFacts(3, (16, 16), 3))
     real = torch.tensor([0] * 10 + [1] * 30 + [2] * 60)
-    labels, policy = draw_labels(config, real, range(3000))
+    labels, policy = training_labels(config, real, range(3000))
     assert np.abs(np.bincount(labels) / 3000 - [0.1, 0.3, 0.6]).max() < 0.03
     assert policy == "drawn from the labels of the training set"
-    assert (draw_labels(config, real, range(100, 200))[0] == labels[100:200]).all()
-    assert np.bincount(draw_labels(config, None, range(3000))[0]).min() > 900
+    assert (training_labels(config, real, range(100, 200))[0] == labels[100:200]).all()
+    assert np.bincount(training_labels(config, None, range(3000))[0]).min() > 900
 
 
 @pytest.fixture(scope="module")

@@ -88,25 +88,18 @@ def calc(
             suite = Suite(asked, ref, pictures.shape, procs, detector=detector, batch=batch)
             cards = evaluate_images(suite, pictures, procs, batch=batch, progress=True)
         else:
-            from diffit.cli.sample import with_sampling
-            from diffit.models.autoencoder import autoencoder_of
-            from diffit.sampling.model import prepare
-            from diffit.utils.precision import check_precision
-            from diffit.weights.file import load_network, state_hash
+            from diffit.sampling.model import load
+            from diffit.weights import load_network, state_hash
 
             assert network is not None
-            precision = check_precision(precision, procs.device)
-            net, config = load_network(network, procs.device)
-            config = with_sampling(config, changes)
-            autoencoder = autoencoder_of(config, vae, device=procs.device)
-            suite = Suite(asked, ref, config.image_shape, procs, detector=detector, batch=batch)
-            digest = state_hash(net.state_dict())  # of the file, whatever precision they are used in
-            net = prepare(net, precision)
+            model = load(network, device=procs.device, precision=precision, vae=vae).with_sampling(**changes)
+            suite = Suite(asked, ref, model.config.image_shape, procs, detector=detector, batch=batch)
+            digest = state_hash(load_network(network)[0].state_dict())  # of the file, not of what precision makes of it
             runs = [
                 evaluate_network(
-                    suite, net, config, procs, first_seed=seed + i * suite.samples,
-                    real_labels=labels_of(ref, config.model.num_classes), autoencoder=autoencoder, batch=batch,
-                    precision=precision, progress=True, network=Path(network).name, weights_sha256=digest,
+                    suite, model, procs, first_seed=seed + i * suite.samples,
+                    real_labels=labels_of(ref, model.config.model.num_classes), batch=batch, progress=True,
+                    network=Path(network).name, weights_sha256=digest,
                 )
                 for i in range(repeats)
             ]  # fmt: skip

@@ -9,6 +9,8 @@ from diffit.data.archive import ImageArchive
 from diffit.data.latents import LatentArchive, is_latents
 from diffit.errors import UserError
 
+Archive = ImageArchive | LatentArchive
+
 
 def open_data(path: str, cond: bool | None, preset: str | None) -> Any:
     """The archive of images or of latents at ``path``; with labels where ``cond``, or else the preset, says so."""

@@ -32,26 +32,24 @@ def cosine_betas(steps: int = 1000) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-def space_timesteps(total: int, respacing: str | int) -> Tensor:
-    """The timesteps of a shorter walk, ascending int64.
+def space_timesteps(total: int, count: int, spacing: str = "linspace") -> Tensor:
+    """The ``count`` timesteps of a shorter trajectory, ascending int64.
 
-    ``25`` or ``"25"``: 25 timesteps with stride (total − 1)/24, the positions rounded, both ends included.
-    ``"ddim25"``: every k-th timestep from 0 on, for the whole k that gives 25. Raises ValueError where that cannot be.
+    ``linspace``: with stride (total − 1)/(count − 1), the positions rounded, both ends included. ``leading``: every
+    k-th timestep from 0 on, for the whole k that gives ``count``. Raises ValueError where that cannot be.
     """
-    text = str(respacing)
-    count = int(text.removeprefix("ddim")) if text.removeprefix("ddim").isdecimal() else 0
     if not 1 <= count <= total:
-        raise ValueError(f"respacing {respacing!r}: give a number of steps from 1 to {total}, or ddim50 and the like")
-    if text.startswith("ddim"):
+        raise ValueError(f"{count} timesteps of {total}: give a number of steps from 1 to {total}")
+    if spacing == "leading":
         for stride in range(1, total + 1):
             if len(range(0, total, stride)) == count:
                 return torch.arange(0, total, stride)
-        raise ValueError(f"respacing {respacing!r}: no whole stride takes {count} of {total} timesteps; take {count}")
-    spacing = (total - 1) / (count - 1) if count > 1 else 1.0
+        raise ValueError(f"no whole stride takes {count} of {total} timesteps; use linspace")
+    step = (total - 1) / (count - 1) if count > 1 else 1.0
     places, position = list[int](), 0.0
-    for _ in range(count):  # added up one by one, as the released program does: a product may round the other way
+    for _ in range(count):  # added up one by one, as the official implementation does: a product may round otherwise
         places.append(round(position))
-        position += spacing
+        position += step
     return torch.tensor(places)
 
 
@@ -72,9 +70,9 @@ class Schedule:
         """The same with its tables on ``device``, for steps that are drawn there: a look-up then waits for nothing."""
         return Schedule(self.betas.to(device), self.timesteps.to(device))
 
-    def respace(self, respacing: str | int) -> "Schedule":
-        """The walk over fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`."""
-        kept = space_timesteps(len(self.betas), respacing)
+    def respace(self, steps: int, spacing: str = "linspace") -> "Schedule":
+        """The schedule of fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`."""
+        kept = space_timesteps(len(self.betas), steps, spacing)
         alpha_bar = self.alpha_bar[kept]
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         return Schedule(1 - alpha_bar / before, self.timesteps[kept])
@@ -112,15 +110,15 @@ class Schedule:
         """What continuous-time samplers walk: falling noise levels, then 0, float64 ``(S + 1,)`` on the CPU."""
         return torch.cat([self.sigma.flip(0), self.sigma.new_zeros(1)])
 
-    def multistep_sigmas(self, respacing: str | int) -> Tensor:
+    def multistep_sigmas(self, steps: int, spacing: str = "linspace") -> Tensor:
         """The like for a multistep solver: the levels of one timestep more, without timestep 0, then 0.
 
         The way to timestep 0 is several times as long in ln σ as the steps before it; a solver that extrapolates from
         those over it is worse off than one of first order, and the level of 0.01 that it ends in gains nothing.
         """
-        if isinstance(respacing, str) or respacing >= len(self):
-            return self.respace(respacing).sigmas()
-        return torch.cat([self.respace(respacing + 1).sigmas()[:-2], self.sigma.new_zeros(1)])
+        if spacing != "linspace" or steps >= len(self):
+            return self.respace(steps, spacing).sigmas()
+        return torch.cat([self.respace(steps + 1).sigmas()[:-2], self.sigma.new_zeros(1)])
 
     def timestep_of(self, sigma: Tensor) -> Tensor:
         """The fractional original timestep of a noise level, by linear interpolation in ln σ; like ``sigma``."""

@@ -15,14 +15,11 @@ from diffit.metrics.detectors import Detector
 from diffit.metrics.features import Need, Rows, gather
 from diffit.metrics.images import Batches, Images, by_size, choose, open_images, stream
 from diffit.metrics.precision_recall import nearest
-from diffit.models.autoencoder import autoencoder_of
-from diffit.sampling.generate import generate
-from diffit.sampling.labels import draw_labels
+from diffit.sampling.model import load
 from diffit.utils.distributed import Processes
 from diffit.utils.files import whole_file
 from diffit.utils.html import page, picture
 from diffit.utils.images import make_grid
-from diffit.weights.file import load_network
 
 QUANTILE = 0.01  # of real images lie as close to a training image as a near-copy does
 ROUNDING = 1e-5  # of the median distance: the same image in another batch is that far from itself
@@ -48,12 +45,8 @@ def samples_from(
         assert images is not None
         source = open_images(images)
         return list(source.rows(sorted(choose(len(source), count).tolist())))
-    net, config = load_network(network, procs.device)
-    autoencoder = autoencoder_of(config, vae, device=procs.device)
-    labels, _ = draw_labels(config, None, range(count))
-    drawn = generate(
-        net, config, range(count), labels, procs=procs, autoencoder=autoencoder, batch=batch, progress=True
-    )
+    model = load(network, device=procs.device, precision="fp32", vae=vae)
+    drawn = model.generate(range(count), procs=procs, batch=batch, progress=True)
     return [image for _, part in drawn for image in part]
 
 

@@ -22,14 +22,13 @@ PACKAGES = ("torch", "numpy", "pillow", "torch-fidelity")
 
 
 def describe_network(config: Config, seeds: Sequence[int], labels: str, **facts: Any) -> dict[str, Any]:
-    """The part of a card that says how the samples were drawn. ``facts`` may hold the ``sampling`` that was used."""
-    sampling = facts.pop("sampling", None) or config.sampling
+    """The part of a card that says how the samples were drawn."""
     return {
         "preset": config.preset,
         **facts,
         "seeds": f"{seeds[0]}-{seeds[-1]}",
         "labels": labels,
-        "sampling": sampling.model_dump(mode="json"),
+        "sampling": config.sampling.model_dump(mode="json"),
     }
 
 
