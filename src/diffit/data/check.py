@@ -9,19 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffit.data.archive import (
-    META,
-    BrokenImageError,
-    FileTree,
-    describe_shape,
-    map_ordered,
-    name_some,
-    open_image,
-    orientation,
-    read_labels,
-    require_images,
-    subset,
-)
+from diffit.data.archive import META, describe_shape, open_image, orientation, read_labels, require_images
+from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, subset
 from diffit.errors import UserError
 
 

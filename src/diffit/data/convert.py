@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffit.data.archive import META, BrokenImageError, map_ordered, name_some, orientation, subset
+from diffit.data.archive import META, orientation
+from diffit.data.files import BrokenImageError, map_ordered, name_some, subset
 from diffit.data.sources import Source, open_source
 from diffit.errors import UserError
 from diffit.utils.files import whole_file, whole_folder

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffit.data.archive import META, ImageArchive, map_ordered
+from diffit.data.archive import META, ImageArchive
+from diffit.data.files import map_ordered
 from diffit.data.latents import (
     DTYPES,
     HEADER,

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffit.configs.schema import Count, Frozen, Positive, explain
-from diffit.data.archive import META, FileTree, read_labels
+from diffit.data.archive import META, read_labels
+from diffit.data.files import FileTree
 from diffit.errors import UserError
 
 HEADER = "header.json"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffit.data.archive import META, BrokenImageError, FileTree, natural_key, open_image, read_labels, require_images
+from diffit.data.archive import META, open_image, read_labels, require_images
+from diffit.data.files import BrokenImageError, FileTree, natural_key
 from diffit.errors import UserError
 
 IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
