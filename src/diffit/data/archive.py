@@ -6,19 +6,33 @@
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from diffit.data.files import IMAGE_SUFFIXES, BrokenImageError, FileTree, map_ordered, name_some, safe_name, subset
+from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, safe_name, subset
+from diffit.data.formats import FORMATS, IMAGE_SUFFIXES, unread
 from diffit.errors import UserError
 
-# A named list keeps out decoders that start other programs or are seldom looked at (EPS, WMF, ...).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 META = "dataset.json"
+MAX_CLASSES = 1_000_000
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Whatever is raised over an image that cannot be used, as a BrokenImageError that names ``name``."""
+    try:
+        yield
+    except BrokenImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(f"'{name}' is not an image of a known format") from error
+    except Exception as error:  # Pillow's decoders raise a dozen different kinds
+        raise BrokenImageError(f"'{name}' cannot be used ({str(error) or type(error).__name__})") from error
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
@@ -26,7 +40,7 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
 
     Raises BrokenImageError, naming ``name``, for anything undecodable and for images above Pillow's bomb limit.
     """
-    try:
+    with decoding(name):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         # Pillow only warns up to twice its limit; a warning filter would not be safe in threads.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -34,10 +48,6 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
         if not header_only:
             image.load()
         return image
-    except UnidentifiedImageError as error:
-        raise BrokenImageError(f"'{name}' is not an image of a known format") from error
-    except Exception as error:  # on damaged bytes Pillow's decoders raise a dozen different kinds
-        raise BrokenImageError(f"'{name}' cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def orientation(image: Image.Image) -> int:
@@ -75,7 +85,7 @@ def read_labels(files: FileTree) -> tuple[dict[str, int] | None, list[str] | Non
         if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)):
             raise UserError(f"{where}: {entry!r} is not a [file name, class number] pair")
         name, label = entry
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
+        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
             raise UserError(f"{where}: the label of '{name}' is {label!r}; labels are class numbers 0, 1, 2, ...")
         table[safe_name(name, where)] = label
     return table, class_names
@@ -106,11 +116,13 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         names = require_images(self._files)
         table, self.class_names = read_labels(self._files)
         self.has_labels = table is not None and all(name in table for name in names)
-        self.num_classes = 0
-        if table is not None and self.has_labels:
-            self.num_classes = max(max(table[name] for name in names) + 1, len(self.class_names or ()))
         if cond:
             require_labels(self.path, names, table)
+        self.num_classes = 0
+        if table is not None and self.has_labels:
+            self.num_classes = count_classes([table[name] for name in names], self.class_names)
+        if cond:
+            require_classes(self.path, self.num_classes, len(names), self.class_names)
         self.file_names = [names[i] for i in subset(len(names), max_images, seed)]
         self.labels: torch.Tensor | None = None
         if cond and table is not None:
@@ -179,13 +191,12 @@ def describe_shape(shape: tuple[int, ...]) -> str:
 
 def require_images(files: FileTree) -> list[str]:
     """The image names; UserError when there are none."""
-    if not files.images:
-        others = f"; found {name_some(files.names)}" if files.names else ", it is empty"
-        raise UserError(
-            f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}){others}: "
-            "check the path, or use `diffit data convert` on raw formats"
-        )
-    return files.images
+    if files.images:
+        return files.images
+    if known := unread(files.names):
+        raise UserError(f"{files.path} holds no image that is read: {'; '.join(known)}")
+    found = f"found {name_some(files.names)}" if files.names else "it is empty"
+    raise UserError(f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}): {found}; check the path")
 
 
 def require_labels(path: Path, names: Sequence[str], labels: dict[str, int] | None) -> None:
@@ -193,10 +204,25 @@ def require_labels(path: Path, names: Sequence[str], labels: dict[str, int] | No
     if labels is None:
         raise UserError(
             f"{path} has no labels: drop --cond, "
-            f"or make them from class folders with `diffit data convert --source {path} --dest NEW.zip`"
+            f"or make them from class folders with `diffit data convert --source {path} --dest NEW.zip --cond`"
         )
     if missing := [name for name in names if name not in labels]:
         raise UserError(
             f"{path}: {len(missing)} of {len(names)} images have no label ({name_some(missing)}): "
             f"add them to {META} or remove the files, or drop --cond"
+        )
+
+
+def count_classes(labels: Collection[int], class_names: Sequence[str] | None) -> int:
+    """The largest label + 1, or the number of names where that is larger."""
+    return max(max(labels) + 1, len(class_names or ()))
+
+
+def require_classes(path: Path, num_classes: int, num_images: int, class_names: Sequence[str] | None) -> None:
+    """UserError for labels such as 2,000,000,000: a model has a row of weights for every class below the largest."""
+    most = max(1000, 100 * num_images, len(class_names or ()))
+    if num_classes > min(most, MAX_CLASSES):
+        raise UserError(
+            f"{path}: its labels go up to {num_classes - 1}, too far for {num_images} images: "
+            f"`diffit data convert --source {path} --dest NEW.zip --cond` numbers the classes 0, 1, 2, ..."
         )

@@ -2,37 +2,28 @@
 
 import os
 import re
+import time
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from diffit.data.formats import IMAGE_SUFFIXES
 from diffit.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pnm",
-    ".jp2",
-)
 MAX_FILE_BYTES = 1 << 30  # one member of a zip; a small zip can claim to unfold to terabytes
+ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of any other may be in any encoding
+# Kana, kanji and what goes with them, none of them next to a Latin letter.
+_JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
 _READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
@@ -60,14 +51,14 @@ def name_some(names: Sequence[str], limit: int = 3) -> str:
 def subset(count: int, max_images: int | None, seed: int) -> list[int]:
     """Indices of a seeded random choice of ``max_images`` out of ``count``, ascending; all of them when None."""
     if max_images is not None and max_images < 1:
-        raise UserError(f"max_images is {max_images}: give 1 or more, or leave it out to take all {count} images")
+        raise UserError(f"max_images is {max_images}: use 1 or more, or leave it out for all {count} images")
     if max_images is None or max_images >= count:
         return list(range(count))
     return sorted(np.random.default_rng(seed).permutation(count)[:max_images].tolist())
 
 
-def map_ordered(function: Callable[[T], R], items: Sequence[T], workers: int = 0, chunk: int = 16) -> Iterator[R]:
-    """``map`` on threads (0: one a CPU core, 16 at most), in order, a few chunks in flight so that memory stays flat.
+def map_ordered(function: Callable[[T], R], items: Sequence[T], workers: int = 0) -> Iterator[R]:
+    """``map`` on threads (0: one a CPU core, 16 at most), in order, a little ahead, so that memory stays flat.
 
     Threads are enough because Pillow and zlib release the GIL; below 64 x 64 pixels they cost more than they gain.
     """
@@ -75,16 +66,23 @@ def map_ordered(function: Callable[[T], R], items: Sequence[T], workers: int = 0
     if workers == 1:
         yield from map(function, items)
         return
-    pending: deque[Future[list[R]]] = deque()
+
+    def work(part: Sequence[T]) -> tuple[list[R], float]:
+        began = time.perf_counter()
+        return [function(item) for item in part], (time.perf_counter() - began) / len(part)
+
+    pending: deque[Future[tuple[list[R], float]]] = deque()
+    start, chunk = 0, 1
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for start in range(0, len(items), chunk):
-                part = items[start : start + chunk]
-                pending.append(pool.submit(lambda part: [function(item) for item in part], part))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
+            while start < len(items) or pending:
+                while start < len(items) and len(pending) <= 2 * workers:
+                    pending.append(pool.submit(work, items[start : start + chunk]))
+                    start += chunk
+                results, seconds = pending.popleft().result()
+                # Several quick items at a time save hand-overs; large images go singly, since results wait in memory.
+                chunk = min(max(int(0.01 / max(seconds, 1e-6)), 1), 64)
+                yield from results
         finally:
             for future in pending:
                 future.cancel()
@@ -99,6 +97,19 @@ def safe_name(raw: str, where: str) -> str:
     return "/".join(parts)
 
 
+def readable(raw: Sequence[bytes], fallback: str) -> list[str]:
+    """Names whose encoding no one noted down, as text: UTF-8, Japanese Windows, or else ``fallback``."""
+    for encoding in ("utf-8", "cp932"):
+        try:
+            texts = [name.decode(encoding) for name in raw]
+        except UnicodeDecodeError:
+            continue
+        # Western names can pass for Japanese, but then their letters stand next to kanji.
+        if encoding == "utf-8" or all(_JAPANESE.fullmatch(text) for text in texts):
+            return texts
+    return [name.decode(fallback, "backslashreplace") for name in raw]
+
+
 class FileTree:
     """The files of a folder or zip by relative name with forward slashes; hidden files are left out.
 
@@ -109,9 +120,9 @@ class FileTree:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._handle: tuple[int, zipfile.ZipFile] | None = None
-        self._raw: dict[str, str] = {}  # the few zip members whose stored name is not the normalised one
+        self._stored: dict[str, str] = {}  # the few files whose name on disk or in the zip is another
         if self.path.is_dir():
-            self.is_zip, names = False, list(self._walk(self.path, ""))
+            self.is_zip, names = False, self._folder_names()
         elif self.path.is_file():
             self.is_zip, names = True, self._zip_names()
         else:
@@ -122,6 +133,22 @@ class FileTree:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}
+
+    def _folder_names(self) -> list[str]:
+        names = list(self._walk(self.path, ""))
+        # Python keeps bytes that are not UTF-8 as lone surrogates, which no file and no terminal takes.
+        foreign = [name for name in names if not name.isascii() and not _is_text(name)]
+        return self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252"))
+
+    def _rename(self, names: list[str], old: list[str], new: list[str]) -> list[str]:
+        taken = set(names)
+        for stored, name in zip(old, new, strict=True):
+            if name not in taken and name not in self._stored:
+                self._stored[name] = stored
+            else:  # two names that read alike
+                self._stored[ascii(stored)[1:-1]] = stored
+        shown = {stored: name for name, stored in self._stored.items()}
+        return [shown.get(name, name) for name in names]
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
         for entry in os.scandir(folder):
@@ -146,13 +173,17 @@ class FileTree:
                 f"{self.path} is not a folder or zip of images: "
                 f"`diffit data convert --source {self.path} --dest NEW.zip` makes one from the formats that it knows"
             )
-        names = []
-        for info in self._zip().infolist():
-            if not info.is_dir():
-                names.append(safe_name(info.filename, str(self.path)))
-                if names[-1] != info.filename:
-                    self._raw[names[-1]] = info.filename
-        return names
+        infos = [info for info in self._zip().infolist() if not info.is_dir()]
+        raw = {}
+        for info in infos:
+            if not info.flag_bits & ZIP_UTF8 and not info.filename.isascii():
+                with suppress(UnicodeEncodeError):  # a name that zipfile found noted down elsewhere
+                    raw[info.filename] = info.filename.encode("cp437")
+        texts = dict(zip(raw, readable(list(raw.values()), "cp437"), strict=True))
+        stored = [info.filename for info in infos]
+        safe = {name: safe_name(texts.get(name, name), str(self.path)) for name in stored}
+        changed = [name for name in stored if safe[name] != name]
+        return self._rename(stored, changed, [safe[name] for name in changed])
 
     def _zip(self) -> zipfile.ZipFile:
         # After a fork the children share the parent's file offset, so a handle belongs to the process that made it.
@@ -169,13 +200,13 @@ class FileTree:
         """The bytes of one file. Raises BrokenImageError for a damaged or oversized one."""
         try:
             if self.is_zip:
-                info = self._zip().getinfo(self._raw.get(name, name))
+                info = self._zip().getinfo(self._stored.get(name, name))
                 size = info.file_size
             else:
-                size = os.stat(self.path / name).st_size
+                size = os.stat(self._on_disk(name)).st_size
             if size > MAX_FILE_BYTES:
                 raise OSError(f"{size} bytes unpacked, more than the limit of {MAX_FILE_BYTES}")
-            return self._zip().read(info) if self.is_zip else (self.path / name).read_bytes()
+            return self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
         except _READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
@@ -183,11 +214,18 @@ class FileTree:
     def checksum(self, name: str) -> tuple[int, int]:
         """(size, CRC-32) of one file: a zip's directory has them, a folder's file is read."""
         if self.is_zip:
-            info = self._zip().getinfo(self._raw.get(name, name))
+            info = self._zip().getinfo(self._stored.get(name, name))
             return info.file_size, info.CRC
         data = self.read(name)
         return len(data), zlib.crc32(data)
 
     def num_bytes(self) -> int:
         """Size on disk."""
-        return sum(os.stat(f).st_size for f in ([self.path] if self.is_zip else (self.path / n for n in self.names)))
+        return sum(os.stat(f).st_size for f in ([self.path] if self.is_zip else map(self._on_disk, self.names)))
+
+    def _on_disk(self, name: str) -> Path:
+        return self.path / self._stored.get(name, name)
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in name)
