@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from diffit.data.archive import ImageArchive, map_ordered
+from diffit.data.archive import ImageArchive
+from diffit.data.files import map_ordered
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
