@@ -10,6 +10,7 @@ from diffit.configs.presets import PRESETS, cifar10, debug, get_preset
 from diffit.configs.schema import Config, EDMDiffusion, ImageModel, Sampling, StageSpec, Training
 from diffit.diffusion.adm import Schedule
 from diffit.errors import UserError
+from diffit.sampling.model import spacing_of
 
 STAGE = {"blocks": 1, "width": 8, "heads": 2, "window": 4}
 MODEL = {"image_size": (8, 8), "stages": (STAGE,)}
@@ -153,9 +154,8 @@ def test_sampling_that_does_not_suit_the_diffusion_is_refused(preset, changes, s
 def test_possible_walks_are_accepted(steps):
     values = get_preset("imagenet256").model_dump()
     values["sampling"]["steps"] = steps
-    assert len(Schedule.named("linear").respace(Config.model_validate(values).sampling.steps)) == int(
-        str(steps).removeprefix("ddim")
-    )
+    walk = Schedule.named("linear").respace(*spacing_of(Config.model_validate(values).sampling))
+    assert len(walk) == int(str(steps).removeprefix("ddim"))
 
 
 def test_a_missing_key_is_named():

@@ -99,20 +99,19 @@ def run_sampler(
     after_step: AfterStep = keep,
 ) -> Tensor:
     """``sampling.sampler`` from ``noise`` to clean samples."""
-    diffusion = config.diffusion
+    diffusion, (steps, spacing) = config.diffusion, spacing_of(sampling)
     hooks = {"noise_source": noise_source, "callback": callback, "after_step": after_step}
     if isinstance(diffusion, ADMDiffusion):
         schedule = schedule_of(diffusion)
         if sampling.sampler in DISCRETE:
-            walk = schedule.respace(sampling.steps)
             predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
             sampler: Callable[..., Tensor] = ddpm if sampling.sampler == "ddpm" else partial(ddim, eta=sampling.eta)
-            return sampler(predict, noise, walk, clip=diffusion.clip, **hooks)
+            return sampler(predict, noise, schedule.respace(steps, spacing), clip=diffusion.clip, **hooks)
         multistep = sampling.sampler == "dpm++"
-        sigmas = schedule.multistep_sigmas(sampling.steps) if multistep else schedule.respace(sampling.steps).sigmas()
+        sigmas = schedule.multistep_sigmas(steps, spacing) if multistep else schedule.respace(steps, spacing).sigmas()
     else:
         bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
-        sigmas = edm.edm_sigmas(int(sampling.steps), **bounds)
+        sigmas = edm.edm_sigmas(steps, **bounds)
     churn = {name: getattr(sampling, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
     solvers: dict[str, Callable[..., Tensor]]
     solvers = {"euler": euler, "dpm++": dpm_solver_pp, "heun": partial(heun, **churn)}
@@ -171,4 +170,10 @@ def count_evaluations(config: Config) -> tuple[int, int]:
 
 def steps_of(config: Config) -> int:
     """Steps of the default sampling."""
-    return int(str(config.sampling.steps).removeprefix("ddim"))
+    return spacing_of(config.sampling)[0]
+
+
+def spacing_of(sampling: Sampling) -> tuple[int, adm.Spacing]:
+    """Steps, and how they are spaced: ``ddim50`` is 50 by a whole stride."""
+    text = str(sampling.steps)
+    return int(text.removeprefix("ddim")), "leading" if text.startswith("ddim") else "linspace"
