@@ -147,7 +147,8 @@ class DiffiTPipeline(DiffusionPipeline):
     ) -> Self:
         """The pipeline of one of our .safetensors files or of NVIDIA's released weights, by path or Hub id.
 
-        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of all weights, None the file's.
+        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of
+        all weights, None the file's.
         """
         net, config = load_network(path_or_id, dtype=dtype)
         if config.autoencoder is not None and not isinstance(vae, AutoencoderKL):

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
 from diffit.configs.schema import ADMDiffusion, Config, steps_text
-from diffit.data.archive import ImageArchive
+from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.cost import Work, count_work, estimate
 from diffit.sampling.model import Model
@@ -127,7 +127,7 @@ def _amount(macs: int) -> str:
     return f"{macs / unit:,.4g} {name} multiply-accumulates ({2 * macs / unit:,.4g} {name}FLOP)"
 
 
-def describe_run(config: Config, processes: int, archive: ImageArchive | None) -> str:
+def describe_run(config: Config, processes: int, archive: Archive | None) -> str:
     """Several lines of text for a person; the configuration in them is the JSON of ``training_options.json``."""
     training = config.training
     batch_gpu, rounds = accumulation(training.batch, training.batch_gpu, processes)

@@ -37,17 +37,17 @@ SETTINGS: list[Callable[..., Any]] = [
     click.option("--sigma-min", type=float, help="Lowest noise level (EDM).  [default: the file's, 0.002]"),
     click.option("--sigma-max", type=float, help="Highest noise level (EDM).  [default: the file's, 80]"),
     click.option("--rho", type=float, help="Exponent of the spacing of noise levels (EDM).  [default: the file's, 7]"),
-    click.option("--S-churn", "S_churn", type=float, help="Noise added over the whole trajectory (heun).  [default: 0]"),
+    click.option("--S-churn", "S_churn", type=float, help="Noise added over the trajectory (heun).  [default: 0]"),
     click.option("--S-min", "S_min", type=float, help="Lowest noise level at which heun adds noise.  [default: 0]"),
     click.option("--S-max", "S_max", type=float, help="Highest noise level at which heun adds noise.  [default: inf]"),
     click.option("--S-noise", "S_noise", type=float, help="Standard deviation of heun's added noise.  [default: 1]"),
     click.option("--rounding", type=click.Choice(["round", "truncate"]),
-                 help="To the nearest of 255 levels, or down as the official implementation does.  [default: the file's]"),
+                 help="To the nearest level, or down as the official implementation does.  [default: the file's]"),
 ]  # fmt: skip
 
 OPTIONS: list[Callable[..., Any]] = [
     click.option("--network", "--ckpt", "--net", required=True, metavar="FILE|RUN|ID",
-                 help="File that training wrote, a run folder (its newest snapshot), NVIDIA's official weights, or a Hub id."),
+                 help="Snapshot, run folder (its newest snapshot), NVIDIA's official weights, or a Hub id."),
     click.option("--outdir", type=click.Path(path_type=Path), required=True,
                  help="Folder for the images; one that holds samples of other settings is refused."),
     click.option("--seeds", type=Numbers(), metavar="LIST", help="One image per seed: 0-63 or 3,7,9.  [default: 0-63]"),
@@ -56,7 +56,7 @@ OPTIONS: list[Callable[..., Any]] = [
                  help="Class of the images; several take turns.  [default: as --labels says]"),
     click.option("--labels", "policy", type=click.Choice(["random", "balanced"]), default="random", show_default=True,
                  help="Classes chosen at random by each seed, or in turn."),
-    switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per class (--class names some), a column per seed."),
+    switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per (--class or) class, a column per seed."),
     click.option("--grid", type=Size(), metavar="WxH", help="Also write OUTDIR-grid.png with the first images."),
     *SETTINGS,
     # Machine and output

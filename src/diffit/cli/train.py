@@ -84,6 +84,7 @@ def train(**options: Any) -> None:
     from diffit.metrics.suite import parse_metrics
     from diffit.utils.distributed import processes
     from diffit.cli.describe import describe_run
+    from diffit.data.latents import LatentArchive
     from diffit.data.open import facts_of, open_data, open_val
     from diffit.training.loop import train as run_training
 
@@ -94,7 +95,7 @@ def train(**options: Any) -> None:
         if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
             archive = open_data(options["data"], options["cond"], preset)
             options["data"] = str(archive.path.resolve())
-            if options["vae"] is None and hasattr(archive, "header"):
+            if options["vae"] is None and isinstance(archive, LatentArchive):
                 options["vae"] = archive.header.vae
         if options["vae"] is not None and Path(options["vae"]).is_dir():
             options["vae"] = str(Path(options["vae"]).resolve())  # the file will be sampled from elsewhere
@@ -114,8 +115,9 @@ def train(**options: Any) -> None:
         except UserError as error:
             raise UserError(f"the model's autoencoder: {error} (--vae PATH|ID names another)") from None
         if autoencoder is not None:
-            for latents in filter(lambda data: hasattr(data, "header"), (archive, val)):
-                latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
+            for latents in (archive, val):
+                if isinstance(latents, LatentArchive):
+                    latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
         outcome = run_training(
             config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder
         )
