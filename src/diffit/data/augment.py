@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffit.configs.presets import AUGMENT_LABELS
+from diffit.configs.schema import AUGMENT_LABELS
 
 SYM6 = torch.tensor([
     0.0154041093270274, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
