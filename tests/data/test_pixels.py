@@ -243,9 +243,8 @@ def test_profiles_that_are_damaged_or_of_another_kind_of_pixel_are_left_alone():
 
 
 def test_lab_images_become_rgb():
-    lab = Image.merge(
-        "LAB", [Image.new("L", (2, 2), value) for value in (138, 209, 198)]
-    )  # sRGB red: L* 54.3, 80.8, 69.9
+    red = 54.3 * 2.55, 80.8 + 128, 69.9 + 128  # L*, a*, b* of sRGB's red relative to D50
+    lab = Image.merge("LAB", [Image.new("L", (2, 2), round(value)) for value in red])
     np.testing.assert_allclose(np.asarray(eight_bit(lab, "RGB")[0])[0, 0], [255, 0, 0], atol=6)
 
 
