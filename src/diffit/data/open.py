@@ -41,9 +41,9 @@ def open_val(path: str | Path, archive: Archive, config: Config) -> Archive:
     if shapes[0] != shapes[1]:
         raise UserError(f"--val {path}: holds {shapes[0]}, the training data {shapes[1]}; convert both alike")
     if config.data.cond:
-        _number_alike(path, val, archive)
         if val.num_classes > config.model.num_classes:
             raise UserError(f"--val {path}: {val.num_classes} classes, the training images have {archive.num_classes}")
+        _number_alike(path, val, archive)
     return val
 
 
