@@ -1,122 +1,135 @@
 """``diffit metrics``."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from diffit.cli.options import Steps
+from diffit.cli.options import Steps, with_options
 from diffit.errors import UserError
 
-DETECTOR_HELP = "inception, pixels, or a file: TorchScript, or of `train-detector`.  [default: inception]"
 FILE = click.Path(path_type=Path)
+BATCH = click.option(
+    "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images that are processed at a time."
+)
+VAE = click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]")
+
+
+def detector_option(default: str | None) -> Callable[..., Any]:
+    text = "Features to compare: inception, pixels, or a file (TorchScript, or of `train-detector`)."
+    return click.option(
+        "--detector", metavar="NAME|FILE", default=default,
+        help=text if default else f"{text} A name after a colon in --metrics wins.  [default: inception]",
+        show_default=default is not None,
+    )  # fmt: skip
 
 
 @click.group()
 def metrics() -> None:
-    """Judge samples: FID, sFID, Inception score, precision, recall, KID, near-copies."""
+    """Evaluate samples: FID, sFID, Inception score, precision, recall, KID, near-copies."""
+
+
+CALC: list[Callable[..., Any]] = [
+    click.option("--network", metavar="FILE|ID", help="Evaluate the samples of this network file, or …"),
+    click.option("--images", type=FILE, help="… these images: folder, zip, or npz with arr_0."),
+    click.option("--ref", type=FILE,
+                 help="Real images (archive), or an npz of statistics: EDM's, ADM's, or of `ref`."),
+    click.option("--metrics", "names", required=True, multiple=True, metavar="NAMES",
+                 help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k (adm50k_fp64: exact distances); any number "
+                 "for 50k (pr1500_3_full); joined by commas."),
+    detector_option(None),
+    click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Evaluate so many times, with new samples: the best, and minimum, mean and spread."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                 help="First seed of the samples, one for each; with --images, of the choice among them."),
+    click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
+                 help="Sampler of the network.  [default: the file's]"),
+    click.option("--steps", type=Steps(), metavar="N|ddimN", help="Sampling steps.  [default: the file's]"),
+    VAE,
+    click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none.  [default: the file's]"),
+    BATCH,
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+                 help="Precision of the network; detectors are fp32.  [default: fp32]"),
+]  # fmt: skip
+OF_NETWORKS = ("sampler", "steps", "vae", "cfg_scale", "precision")
 
 
 @metrics.command()
-@click.option("--network", metavar="FILE|ID", help="Judge the samples of this network file, or …")
-@click.option("--images", type=FILE, help="… these images: folder, zip, or npz with arr_0.")
-@click.option("--ref", type=FILE, help="Real images (archive), or an npz of statistics: EDM's, ADM's, or of `ref`.")
-@click.option(
-    "--metrics",
-    "names",
-    required=True,
-    multiple=True,
-    metavar="NAMES",
-    help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k; any number for 50k (pr1500_3_full); joined by commas.",
-)
-@click.option("--detector", metavar="NAME|FILE", help=DETECTOR_HELP)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Draw new samples so many times: the best, and minimum, mean and spread.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="First seed; one a sample.")
-@click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]), help="Default: the file's.")
-@click.option("--steps", type=Steps(), metavar="N|ddimN", help="Steps of the solver. Default: the file's.")
-@click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the file's.")
-@click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none. Default: the file's.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="Of the sampled network; detectors are fp32.",
-)
-def calc(
-    network: str | None,
-    images: Path | None,
-    ref: Path | None,
-    names: tuple[str, ...],
-    detector: str | None,
-    repeats: int,
-    seed: int,
-    batch: int,
-    precision: str,
-    vae: str | None,
-    **changes: Any,
-) -> None:
+@with_options(CALC)
+def calc(**options: Any) -> None:
     """Compute metrics of a network or of images.
 
-    Prints a JSON record a metric, complete with all that the number depends on, and the number itself on stderr.
+    Prints one JSON record for each metric, with all that the number depends on, and the number itself on stderr.
     Under torchrun the same command uses several GPUs. Nothing is written to disk but cached statistics of --ref.
     """
-    from diffit.metrics.evaluate import evaluate_images, evaluate_network
-    from diffit.metrics.images import open_images
-    from diffit.metrics.record import summarise_repeats
-    from diffit.metrics.suite import Suite
     from diffit.utils.distributed import processes
 
-    if (network is None) == (images is None):
-        raise UserError("give either --network or --images: what is to be judged")
-    asked = [name for text in names for name in text.split(",") if name]
+    require_one(options)
+    options["names"] = [name for text in options["names"] for name in text.split(",") if name]
+    if options["images"] is not None and options["repeats"] > 1:
+        raise UserError("--repeats generates new samples: it needs --network")
     with processes() as procs:
-        if images is not None:
-            if repeats > 1:
-                raise UserError("--repeats draws new samples: it needs --network")
-            pictures = open_images(images)
-            suite = Suite(asked, ref, pictures.shape, procs, detector=detector, batch=batch)
-            cards = evaluate_images(suite, pictures, procs, batch=batch, progress=True)
-        else:
-            from diffit.cli.sample import with_sampling
-            from diffit.models.autoencoder import autoencoder_of
-            from diffit.sampling.model import prepare
-            from diffit.utils.precision import check_precision
-            from diffit.weights.file import load_network, state_hash
-
-            assert network is not None
-            precision = check_precision(precision, procs.device)
-            net, config = load_network(network, procs.device)
-            config = with_sampling(config, changes)
-            autoencoder = autoencoder_of(config, vae, device=procs.device)
-            suite = Suite(asked, ref, config.image_shape, procs, detector=detector, batch=batch)
-            digest = state_hash(net.state_dict())  # of the file, whatever precision they are used in
-            net = prepare(net, precision)
-            runs = [
-                evaluate_network(
-                    suite, net, config, procs, first_seed=seed + i * suite.samples,
-                    real_labels=labels_of(ref, config.model.num_classes), autoencoder=autoencoder, batch=batch,
-                    precision=precision, progress=True, network=Path(network).name, weights_sha256=digest,
-                )
-                for i in range(repeats)
-            ]  # fmt: skip
-            cards = runs[0] if repeats == 1 else [summarise_repeats(cards) for cards in zip(*runs, strict=True)]
+        evaluate = evaluate_folder if options["network"] is None else evaluate_file
+        records = evaluate(options, procs)
         if procs.is_first:
-            report(cards)
+            report(records)
+
+
+def require_one(options: dict[str, Any]) -> None:
+    """Either a network or images, and with images no option of how samples are generated."""
+    if (options["network"] is None) == (options["images"] is None):
+        raise UserError("pass either --network or --images: what is to be evaluated")
+    given = [f"--{name.replace('_', '-')}" for name in OF_NETWORKS if options.get(name) is not None]
+    if options["images"] is not None and given:
+        raise UserError(f"{', '.join(given)} with --images: they exist already; leave it out, or use --network")
+
+
+def evaluate_folder(options: dict[str, Any], procs: Any) -> list[dict[str, Any]]:
+    from diffit.metrics.evaluate import evaluate_images
+    from diffit.metrics.images import open_images
+    from diffit.metrics.suite import Suite
+
+    batch, images = options["batch"], open_images(options["images"])
+    suite = Suite(options["names"], options["ref"], images.shape, procs, detector=options["detector"], batch=batch)
+    return evaluate_images(suite, images, seed=options["seed"], batch=batch, progress=True)
+
+
+def evaluate_file(options: dict[str, Any], procs: Any) -> list[dict[str, Any]]:
+    from diffit.cli.sample import with_sampling
+    from diffit.metrics.evaluate import evaluate_network
+    from diffit.metrics.record import summarise_repeats
+    from diffit.metrics.suite import Suite
+    from diffit.models.autoencoder import autoencoder_of
+    from diffit.sampling.model import prepare
+    from diffit.utils.precision import check_precision
+    from diffit.weights.file import load_network, state_hash
+
+    precision, batch, repeats = options["precision"] or "fp32", options["batch"], options["repeats"]
+    precision = check_precision(precision, procs.device)
+    net, config = load_network(options["network"], procs.device)
+    config = with_sampling(config, {name: options[name] for name in ("sampler", "steps", "cfg_scale")})
+    autoencoder = autoencoder_of(config, options["vae"], device=procs.device)
+    suite = Suite(
+        options["names"], options["ref"], config.image_shape, procs, detector=options["detector"], batch=batch
+    )
+    digest = state_hash(net.state_dict())  # of the file, whatever precision they are used in
+    net = prepare(net, precision)
+    runs = [
+        evaluate_network(
+            suite, net, config, procs, first_seed=options["seed"] + i * suite.samples,
+            real_labels=labels_of(options["ref"], config.model.num_classes), autoencoder=autoencoder, batch=batch,
+            precision=precision, progress=True, network=Path(options["network"]).name, weights_sha256=digest,
+        )
+        for i in range(repeats)
+    ]  # fmt: skip
+    return runs[0] if repeats == 1 else [summarise_repeats(records) for records in zip(*runs, strict=True)]
 
 
 def labels_of(ref: Path | None, classes: int) -> Any:
-    """The labels of a reference that has the model's classes; None where classes are drawn evenly."""
+    """The labels of a reference that has the model's classes; None where classes are chosen evenly."""
     from diffit.data.archive import ImageArchive
 
     if not classes or ref is None or ref.suffix == ".npz":
@@ -125,67 +138,64 @@ def labels_of(ref: Path | None, classes: int) -> Any:
     return ImageArchive(ref, cond=True).labels if archive.has_labels and archive.num_classes == classes else None
 
 
-def report(cards: list[dict[str, Any]]) -> None:
+def report(records: list[dict[str, Any]]) -> None:
     from diffit.metrics.record import format_numbers
 
-    for card in cards:
-        click.echo(json.dumps(card))
-        click.echo(f"{card['metric']}: {format_numbers(card['results'])}", err=True)
-        for name, r in card.get("repeats", {}).get("numbers", {}).items():
+    for record in records:
+        click.echo(json.dumps(record))
+        click.echo(f"{record['metric']}: {format_numbers(record['results'])}", err=True)
+        for name, r in record.get("repeats", {}).get("numbers", {}).items():
             over = f"min {r['minimum']:.5g}, mean {r['mean']:.5g} ± {r['spread']:.2g}"
             click.echo(f"  {name} over {len(r['values'])} repeats: {over}", err=True)
-        for note in card["notes"]:
+        for note in record["notes"]:
             click.echo(f"  note: {note}", err=True)
 
 
 @metrics.command()
 @click.option("--data", type=FILE, required=True, help="Image archive.")
 @click.option("--dest", type=FILE, required=True, help="NAME.npz to write.")
-@click.option("--detector", metavar="NAME|FILE", default="inception", help=DETECTOR_HELP)
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@detector_option("inception")
+@BATCH
 def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
     """Write the statistics of an archive: mu, sigma, and for Inception mu_s, sigma_s."""
-    from diffit.metrics.detectors import make_detector
-    from diffit.metrics.images import open_images
-    from diffit.metrics.reference import FIELDS, Reference, write_reference
+    from diffit.metrics.reference import write_statistics
     from diffit.utils.distributed import processes
 
     if dest.suffix != ".npz":
         raise UserError(f"--dest {dest}: statistics go into a file NAME.npz")
     with processes() as procs:
-        images = open_images(data)
-        if len(images) < 2:
-            raise UserError(f"{data}: {len(images)} image has no covariance; take two or more")
-        found = make_detector(detector, procs)
-        reference = Reference(images.name, found, images)
-        outputs = FIELDS if found.official else ["pool"]
-        needs = {output: reference.need("moments", output, None) for output in outputs}
-        reference.prepare(needs.values(), procs, batch=batch, progress=True)
+        text = write_statistics(data, dest, detector, procs, batch=batch, progress=True)
         if procs.is_first:
-            moments = {output: reference.moments(need) for output, need in needs.items()}
-            write_reference(dest, reference, moments, len(images))
-            click.echo(f"{dest}: statistics of {len(images)} images, detector {found.name}")
+            click.echo(text)
 
 
 @metrics.command()
-@click.argument("path", metavar="RUN|FILE", type=FILE)
-def show(path: Path) -> None:
-    """Print the metrics of a run, or of a file of `calc` records, as a table; write a run's report.html anew."""
-    from diffit.metrics.record import format_numbers, read_cards
+@click.argument("paths", metavar="RUN|FILE...", type=FILE, nargs=-1, required=True)
+@click.option("--format", "format_", type=click.Choice(["table", "md", "csv", "latex"]), default="table",
+              show_default=True, help="How the table is written; csv has all digits.")  # fmt: skip
+def show(paths: tuple[Path, ...], format_: str) -> None:
+    """Print the metrics of runs, or of files of `calc` records, as one table with the settings that differ.
+
+    Also writes the report.html of each run again.
+    """
+    from diffit.metrics.record import read_records
+    from diffit.metrics.table import FORMATS, compare
     from diffit.training.report import write_report
 
-    files = sorted(path.glob("metric-*.jsonl")) if path.is_dir() else [path]
-    if not path.exists():
-        raise UserError(f"{path}: no such run or file; check the spelling")
-    cards = [card for file in files for card in read_cards(file)]
-    if not cards:
-        raise UserError(f"{path}: no metrics in it; `diffit metrics calc --network …` makes some")
-    width = max(len(card["metric"]) for card in cards)
-    for card in cards:
-        kimg = f"{card['kimg']:10.2f}" if "kimg" in card else f"{'':10}"
-        click.echo(f"{card['metric']:<{width}}  {kimg}  {format_numbers(card['results'])}")
-    if path.is_dir():
-        click.echo(f"report      {write_report(path)}")
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such run or file; check the spelling")
+        files = sorted(path.glob("metric-*.jsonl")) if path.is_dir() else [path]
+        records = [record for file in files for record in read_records(file)]
+        if not records:
+            raise UserError(f"{path}: no metrics in it; `diffit metrics calc --network …` makes some")
+        name = path.resolve().name
+        sources[str(path) if name in sources else name] = records
+    click.echo(FORMATS[format_](*compare(sources, exact=format_ == "csv")))
+    for path in paths:
+        if path.is_dir():
+            click.echo(f"report      {write_report(path)}", err=True)
 
 
 @metrics.command("train-detector")
@@ -207,27 +217,23 @@ def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
     click.echo(f"{dest}: {accuracy:.1%} right on held-out images; next: --detector {dest}")
 
 
+COPIES: list[Callable[..., Any]] = [
+    click.option("--network", metavar="FILE|ID", help="Look at samples of this network file, or …"),
+    click.option("--images", type=FILE, help="… at these images."),
+    click.option("--data", type=FILE, required=True, help="The images that the network was trained on."),
+    click.option("--heldout", type=FILE,
+                 help="Real images that it was not trained on.  [default: each of --data against the others]"),
+    click.option("--dest", type=FILE, required=True, help="NAME.html to write."),
+    click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, help="Samples to look at."),
+    VAE,
+    detector_option("inception"),
+    BATCH,
+]  # fmt: skip
+
+
 @metrics.command()
-@click.option("--network", metavar="FILE|ID", help="Look at samples of this network file, or …")
-@click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the file's.")
-@click.option("--images", type=FILE, help="… at these images.")
-@click.option("--data", type=FILE, required=True, help="The images that it was trained on.")
-@click.option("--heldout", type=FILE, help="Real images that it was not. Default: each of --data against the others.")
-@click.option("--dest", type=FILE, required=True, help="NAME.html to write.")
-@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, help="Samples to look at.")
-@click.option("--detector", metavar="NAME|FILE", default="inception", help=DETECTOR_HELP)
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-def copies(
-    network: str | None,
-    vae: str | None,
-    images: Path | None,
-    data: Path,
-    heldout: Path | None,
-    dest: Path,
-    count: int,
-    detector: str,
-    batch: int,
-) -> None:
+@with_options(COPIES)
+def copies(**options: Any) -> None:
     """Find the training images nearest to samples: a report with pictures, and the share of near-copies.
 
     A near-copy is closer to a training image than 99 % of real images that were not trained on.
@@ -237,16 +243,15 @@ def copies(
     from diffit.metrics.images import open_images
     from diffit.utils.distributed import processes
 
-    if (network is None) == (images is None):
-        raise UserError("give either --network or --images: what is to be looked at")
+    require_one(options)
+    dest, batch, heldout = options["dest"], options["batch"], options["heldout"]
     with processes() as procs:
         if procs.count > 1:
             raise UserError("copies runs in one process; start it without torchrun")
-        found = make_detector(detector, procs)
-        samples = samples_from(network, images, count, batch, procs, vae)
-        result = find_copies(
-            samples, open_images(data), found, procs, heldout=open_images(heldout) if heldout else None, batch=batch
-        )
+        detector = make_detector(options["detector"], procs)
+        samples = samples_from(options["network"], options["images"], options["count"], batch, procs, options["vae"])
+        unseen = None if heldout is None else open_images(heldout)
+        result = find_copies(samples, open_images(options["data"]), detector, procs, heldout=unseen, batch=batch)
         write_copies(dest, result)
         click.echo(json.dumps(result.facts))
         share, usual = result.facts["near_copies"], result.facts["near_copies_among_real"]

@@ -1,4 +1,4 @@
-"""Samples beside the training images nearest to them in feature space, and how near real images lie."""
+"""Samples next to the training images nearest to them in feature space, and how near real images lie."""
 
 import html
 import io
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffit.errors import UserError
 from diffit.metrics.detectors import Detector
-from diffit.metrics.features import Need, Rows, gather
+from diffit.metrics.features import gather, pooled
 from diffit.metrics.images import Batches, Images, by_size, choose, open_images, stream
 from diffit.metrics.precision_recall import nearest
 from diffit.models.autoencoder import autoencoder_of
@@ -75,7 +75,7 @@ def find_copies(
     real = features(stream(training, torch.arange(len(training)), batch, procs, progress=True), detector, procs)
     parts = torch.arange(len(samples)).split(batch)
     batches = (group for i in parts for group in by_size(i, [samples[j] for j in i.tolist()]))
-    drawn = features(batches, detector, procs)
+    generated = features(batches, detector, procs)
     if heldout is None:
         if len(real) < 2:
             raise UserError(f"{training.name}: one image; without --heldout at least two are needed")
@@ -85,7 +85,7 @@ def find_copies(
         chosen = choose(len(heldout), min(REAL, len(heldout)))
         unseen = features(stream(heldout, chosen, batch, procs), detector, procs)
         yardstick = nearest(unseen, real, device=procs.device)[0][:, 0]
-    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)), device=procs.device)
+    distances, indices = nearest(generated, real, min(NEIGHBOURS, len(real)), device=procs.device)
     # Duplicates among the real images have distance 0 but for rounding, and so have exact copies.
     threshold = yardstick.quantile(QUANTILE).clamp(min=ROUNDING * float(yardstick.median()))
     order = distances[:, 0].argsort()[:SHOWN]
@@ -108,23 +108,26 @@ def find_copies(
 
 def features(batches: Batches, detector: Detector, procs: Processes) -> Tensor:
     """(N, d) of all images of a stream, in the order of their positions."""
-    need = Need(detector.name, "rows", "pool", 2**62)
-    rows = gather([need], batches, {detector.name: detector}, procs)[need]
-    assert isinstance(rows, Rows)
-    return rows.features
+    need = pooled(None)
+    found: Tensor = gather({detector: [need]}, batches, procs)[detector][need]
+    return found
 
 
 def write_copies(dest: Path, copies: Copies) -> None:
-    """The samples closest to training images, each beside its nearest ones."""
-    rows = []
+    """The samples closest to training images, each next to its nearest ones."""
+    table = []
     for images, distances in zip(copies.pictures, copies.distances.tolist(), strict=True):
         cells = []
         for image, text in zip(images, ["sample", *(f"training, {d:.4g} away" for d in distances)], strict=True):
             data = io.BytesIO()
             make_grid(image[None]).save(data, "PNG")
             cells.append(f"<td>{picture(data.getvalue(), text)}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+        table.append(f"<tr>{''.join(cells)}</tr>")
     facts = html.escape(json.dumps(copies.facts, indent=2))
-    body = [f"<pre>{facts}</pre>", "<h2>The samples nearest to training images</h2>", f"<table>{''.join(rows)}</table>"]
+    body = [
+        f"<pre>{facts}</pre>",
+        "<h2>The samples nearest to training images</h2>",
+        f"<table>{''.join(table)}</table>",
+    ]
     with whole_file(dest) as part:
         part.write_text(page("Near-copies", body))

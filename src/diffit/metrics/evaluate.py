@@ -1,4 +1,4 @@
-"""From a network or a folder of images to cards: samples go straight from the sampler to the detectors."""
+"""From a network or a folder of images to records: samples go straight from the sampler to the detectors."""
 
 import time
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffit.configs.schema import Config, Sampling
 from diffit.errors import UserError
 from diffit.metrics.images import Images, choose, stream
-from diffit.metrics.record import describe_network, make_card
+from diffit.metrics.record import describe_network, make_record
 from diffit.metrics.suite import Suite
 from diffit.models.autoencoder import Autoencoder
 from diffit.sampling.generate import generate
@@ -34,9 +34,9 @@ def evaluate_network(
     progress: bool = False,
     **facts: Any,
 ) -> list[dict[str, Any]]:
-    """Cards of as many samples as the metrics of the ``suite`` ask for, of the seeds from ``first_seed`` on.
+    """Records of as many samples as the metrics of the ``suite`` ask for, of the seeds from ``first_seed`` on.
 
-    ``real_labels`` are the classes of the training images; ``facts`` go into the cards. All processes call this
+    ``real_labels`` are the classes of the training images; ``facts`` go into the records. All processes call this
     together and return the same.
     """
     began = time.monotonic()
@@ -54,37 +54,36 @@ def evaluate_network(
     if autoencoder is not None:
         facts["vae_sha256"] = autoencoder.sha256
     source = [describe_network(config, seeds[: metric.samples], policy, **facts) for metric in suite.metrics]
-    return _cards(suite, numbers, source, procs, began)
+    return _records(suite, numbers, source, began)
 
 
 def evaluate_images(
-    suite: Suite, images: Images, procs: Processes, *, batch: int = 64, progress: bool = False
+    suite: Suite, images: Images, *, seed: int = 0, batch: int = 64, progress: bool = False
 ) -> list[dict[str, Any]]:
-    """The same for images that are there already. UserError if they are fewer than a metric's number says."""
+    """The same for images that exist already; where a metric's number is smaller, for a random choice by the ``seed``.
+
+    UserError if they are fewer than the number says.
+    """
     began = time.monotonic()
-    for metric in suite.metrics:
+    for name, metric in zip(suite.names, suite.metrics, strict=True):
         if metric.samples > len(images):
             raise UserError(
-                f"{metric.name(suite.detectors[metric.spec])} is of {metric.samples} images, {images.name} holds "
-                f"{len(images)}: the number in a metric's name is the number used; ask for {len(images)} or fewer"
+                f"{name} is of {metric.samples} images, {images.name} holds {len(images)}: the number in a metric's "
+                f"name is the number used; ask for {len(images)} or fewer"
             )
-    chosen = choose(len(images), *(metric.samples for metric in suite.metrics))
-    numbers = suite(stream(images, chosen, batch, procs, progress=progress), progress=progress)
-    fingerprint = images.fingerprint() if procs.is_first else ""
-    source: dict[str, Any] = {"images": {"name": images.name, "sha256": fingerprint, "of": len(images)}}
-    return _cards(suite, numbers, [source] * len(numbers), procs, began)
+    chosen = choose(len(images), suite.samples, seed=seed)
+    numbers = suite(stream(images, chosen, batch, suite.procs, progress=progress), progress=progress)
+    fingerprint = images.fingerprint() if suite.procs.is_first else ""
+    source = {"images": {"name": images.name, "sha256": fingerprint, "of": len(images), "seed": seed}}
+    return _records(suite, numbers, [source] * len(numbers), began)
 
 
-def _cards(
-    suite: Suite,
-    numbers: list[dict[str, float]],
-    sources: Sequence[dict[str, Any]],
-    procs: Processes,
-    began: float,
+def _records(
+    suite: Suite, numbers: list[dict[str, float]], sources: Sequence[dict[str, Any]], began: float
 ) -> list[dict[str, Any]]:
-    cards: list[dict[str, Any]] = []
-    if procs.is_first:
-        seconds = time.monotonic() - began
-        for metric, values, source in zip(suite.metrics, numbers, sources, strict=True):
-            cards.append(make_card(suite, metric, values, source, procs, seconds))
-    return procs.broadcast(cards)
+    seconds = time.monotonic() - began
+    records: list[dict[str, Any]] = []
+    for metric, values, source in zip(suite.metrics, numbers, sources, strict=True) if suite.procs.is_first else ():
+        records.append(make_record(suite, metric, values, source, seconds))
+    everywhere: list[dict[str, Any]] = suite.procs.broadcast(records)
+    return everywhere

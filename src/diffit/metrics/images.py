@@ -118,16 +118,16 @@ def load_batch(archive: ImageArchive, indices: Tensor) -> Tensor:
     return torch.stack([archive[i] for i in indices.tolist()])
 
 
-def choose(total: int, *counts: int) -> Tensor:
-    """Indices of the most of ``counts`` of ``total`` images, or of all. Its first n are a random choice of n for every
-    count n: archives are sorted by class, and what depends on order, as the splits of the Inception score do, must not
-    depend on what else is asked.
+def choose(total: int, count: int, seed: int = 0) -> Tensor:
+    """Indices of ``count`` of ``total`` images at random, or of all where they are fewer. The first n are those that
+    n alone would give: archives are sorted by class, and what depends on order, as the splits of the Inception score
+    do, must not depend on what else is asked.
     """
-    return torch.randperm(total, generator=make_generator(0, SUBSET))[: max(counts)]
+    return torch.randperm(total, generator=make_generator(seed, SUBSET))[:count]
 
 
 def by_size(positions: Tensor, images: Sequence[Tensor]) -> Batches:
-    """Images (C, H, W) as one batch for every size among them."""
+    """Images (C, H, W) as one batch for each size among them."""
     sizes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         sizes.setdefault(tuple(image.shape), []).append(i)
@@ -138,7 +138,7 @@ def by_size(positions: Tensor, images: Sequence[Tensor]) -> Batches:
 def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, progress: bool = False) -> Batches:
     """The ``chosen`` images, read in the order of the file; batch j by process j mod their number.
 
-    Position p is the p-th of the ``chosen``. Images of several sizes come in a batch a size.
+    Position p is the p-th of the ``chosen``. Images of several sizes come in one batch for each size.
     """
     order = chosen.argsort()
     mine = list(order.split(batch))[procs.rank :: procs.count]

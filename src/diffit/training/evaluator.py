@@ -7,7 +7,7 @@ from diffit.configs.schema import Config
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
-from diffit.metrics.record import card_file, read_cards
+from diffit.metrics.record import read_records, record_file
 from diffit.metrics.suite import Suite, better, headline
 from diffit.models.autoencoder import Autoencoder
 from diffit.training.batches import Archive
@@ -48,33 +48,33 @@ class Evaluator:
         """Whether a metric has no record of this moment yet. The first process looks, for all."""
         if self.suite is None:
             return False
-        names = [metric.name(self.suite.detectors[metric.spec]) for metric in self.suite.metrics]
         missing = self.procs.is_first and any(
-            all(card.get("images") != images_seen for card in read_cards(run_dir / card_file(name))) for name in names
+            all(record.get("images") != images_seen for record in read_records(run_dir / record_file(name)))
+            for name in self.suite.names
         )
         return bool(self.procs.broadcast(missing))
 
-    def __call__(self, net: Any, images_seen: int, records: Records | None) -> list[dict[str, Any]]:
-        """Cards of the averaged weights ``net``, which go into the ``records`` of the first process.
+    def __call__(self, net: Any, images_seen: int, logs: Records | None) -> list[dict[str, Any]]:
+        """Records of the averaged weights ``net``, which go into the ``logs`` of the first process.
 
         All processes call this together. Where a value is the best so far, the weights are kept as
         ``network-best-<metric>.safetensors``.
         """
         assert self.suite is not None
         kimg = images_seen / 1000
-        cards = evaluate_network(
+        records = evaluate_network(
             self.suite, net, self.config, self.procs, real_labels=self.archive.labels, batch=self.batch,
             autoencoder=self.autoencoder, precision=self.precision, images=images_seen, kimg=kimg,
         )  # fmt: skip
-        for card in cards if records is not None else ():
-            assert records is not None
-            path = records.run_dir / card_file(card["metric"])
-            name, value = headline(card["results"])
-            known = [old for old in read_cards(path) if isinstance(old.get("images"), int)]  # of this run
+        for record in records if logs is not None else ():
+            assert logs is not None
+            path = logs.run_dir / record_file(record["metric"])
+            name, value = headline(record["results"])
+            known = [old for old in read_records(path) if isinstance(old.get("images"), int)]  # of this run
             earlier = [headline(old["results"])[1] for old in known if old["images"] < images_seen]
             if all(better(name, value, old) for old in earlier):
                 best = path.name.replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
-                save_network(records.run_dir / best, net.state_dict(), self.config, kimg=kimg)
+                save_network(logs.run_dir / best, net.state_dict(), self.config, kimg=kimg)
             if all(old["images"] != images_seen for old in known):
-                records.metric(path, card)
-        return cards
+                logs.metric(path, record)
+        return records
