@@ -8,9 +8,8 @@ import torch
 
 from benchmarks.measure import DEVICE, peak_mib, peak_of
 from diffit.configs.presets import debug
-from diffit.sampling.generate import generate_to_disk
+from diffit.sampling import Model, NpzFile, PngFolder
 from diffit.training.step import build_network
-from diffit.utils.distributed import Processes
 
 FEW, MANY = 64, 2048
 
@@ -19,8 +18,7 @@ def sample(count: int, format_: str) -> None:
     config = debug()
     net = build_network(config).to(DEVICE).eval()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        one = Processes(0, 1, DEVICE)
-        generate_to_disk(net, config, range(count), Path(folder), one, batch=FEW, npz=format_ == "npz")
+        Model(net, config).save((NpzFile if format_ == "npz" else PngFolder)(Path(folder)), range(count), batch=FEW)
 
 
 def main() -> None:

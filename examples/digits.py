@@ -21,13 +21,12 @@ from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.data.convert import convert
 from diffit.metrics.frechet import frechet_distance, moments
-from diffit.sampling.generate import generate
+from diffit.sampling import load
 from diffit.sampling.labels import random_labels
 from diffit.training.loop import train
 from diffit.utils.distributed import processes
 from diffit.utils.files import whole_file
 from diffit.utils.images import save_grid, to_pil
-from diffit.weights.file import load_network
 
 SAMPLES = 1000
 FIRST_SEED = 1000  # the grids of the training run show seeds from 0 on
@@ -52,10 +51,9 @@ def write_archives(folder: Path) -> tuple[Path, Path]:
 
 def draw(network: Path) -> tuple[Tensor, Tensor]:
     """Samples uint8 (N, 1, 8, 8) and their classes (N,), drawn at random by the seeds."""
-    net, config = load_network(network)
-    seeds = range(FIRST_SEED, FIRST_SEED + SAMPLES)
-    labels = random_labels(seeds, config.model.num_classes)
-    return torch.cat([images for _, images in generate(net, config, seeds, labels, batch=250, progress=True)]), labels
+    model, seeds = load(network), range(FIRST_SEED, FIRST_SEED + SAMPLES)
+    labels = random_labels(seeds, model.config.model.num_classes)
+    return torch.cat([images for _, images in model.generate(seeds, labels, batch=250, progress=True)]), labels
 
 
 def judge(samples: Tensor, classes: Tensor, real: ImageArchive, heldout: ImageArchive) -> dict[str, float]:
@@ -89,10 +87,10 @@ def main(outdir: Path, kimg: float | None) -> None:
     real, heldout = (ImageArchive(path, cond=True) for path in (train_zip, heldout_zip))
     channels, height, width = real.image_shape
     facts = DataFacts(channels, (height, width), real.num_classes, tuple(real.class_names or ()))
-    options = {"data": str(train_zip.resolve()), "cond": True, "kimg": kimg}
+    options = {"data": str(train_zip.resolve()), "cond": True, "kimg": kimg, "grid": (10, 8)}
     config = resolve("digits", options, facts)
     with processes() as procs:
-        outcome = train(config, real, outdir, procs, grid=(10, 8))
+        outcome = train(config, real, outdir, procs)
     if outcome.interrupted:
         raise SystemExit(130)
     network = outcome.snapshot or max(outcome.run_dir.glob("network-snapshot-*.safetensors"))

@@ -15,8 +15,7 @@ from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, Data
 from diffit.errors import UserError
 from diffit.models import build
-from diffit.sampling.generate import draw
-from diffit.sampling.model import with_sampling
+from diffit.sampling import Model, with_sampling
 from diffit.utils.images import to_uint8
 from diffit.utils.randomness import PerSampleNoise
 from diffit.weights.file import save_network
@@ -38,7 +37,9 @@ def config_of(preset: str, **sampling) -> Config:
             "data": Data(path="/home/alice/pets.zip", cond=True, class_names=NAMES),
         }
     )
-    return with_sampling(config, {"cfg_scale": 1.5, "cfg_power": 2.0, **sampling} if preset != "debug" else sampling)
+    return with_sampling(
+        config, **({"cfg_scale": 1.5, "cfg_power": 2.0, **sampling} if preset != "debug" else sampling)
+    )
 
 
 def write_network(path: Path, config: Config) -> Path:
@@ -96,7 +97,7 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.mark.parametrize("changes", [{}, {"sampler": "dpm++", "steps": 6, "cfg_scale": 3.0}, {"steps": "ddim5"}])
 def test_latents_are_those_of_sample_on_the_same_noise(pipe, latent, changes):
     net, config = load_network(latent)
-    config = with_sampling(config, changes)
+    config = with_sampling(config, **changes)
     expected = sample(net, config, SEEDS, torch.tensor([2, 0, 1]))
     by_number = pipe(torch.tensor([2, 0, 1]), latents=noise_of(config), output_type="latent").images
     assert changes or torch.equal(by_number, expected)
@@ -109,9 +110,7 @@ def test_latents_are_those_of_sample_on_the_same_noise(pipe, latent, changes):
 
 def test_images_are_those_of_diffit_sample(pipe, latent, vae):
     net, config = load_network(latent)
-    expected = to_uint8(
-        draw(net, config, SEEDS, torch.tensor([0, 1, 2]), autoencoder=load_autoencoder(vae)), config.sampling.rounding
-    )
+    expected = to_uint8(Model(net, config, load_autoencoder(vae)).sample(SEEDS, NAMES), config.sampling.rounding)
     images = pipe(NAMES, latents=noise_of(config)).images
     assert [picture.size for picture in images] == [(32, 32)] * 3
     pixels = torch.from_numpy(np.stack([np.array(picture) for picture in images])).permute(0, 3, 1, 2)

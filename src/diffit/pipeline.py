@@ -5,11 +5,12 @@ and guidance are those of ``diffit sample``.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import diffusers
+import numpy as np
 import torch
 
 # ModelMixin is also looked up among this module's names when diffusers loads our parts.
@@ -22,8 +23,8 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
-from diffit.sampling.labels import find_class
-from diffit.sampling.model import run_sampler, steps_of, with_sampling
+from diffit.sampling.labels import Labels, find_class
+from diffit.sampling.model import Model
 from diffit.utils import hub
 from diffit.utils.files import whole_folder
 from diffit.utils.images import to_pil, to_uint8
@@ -38,11 +39,14 @@ FILES = ["model_index.json", "*/config.json", "*/*.safetensors", "*/*.safetensor
 
 
 class DiffiTModel(ModelMixin, ConfigMixin):
-    """A network of either family with its complete configuration, for diffusers to save, load and move.
+    """A network of either family with its complete configuration, for diffusers to save, load, move and compile.
 
     ``diffit`` is a :class:`~diffit.configs.schema.Config` as plain JSON types. ``(x, level, *labels)`` are the
     network's own arguments; x is brought to the dtype of the weights.
     """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ["DiffiTBlock", "DiffiTResBlock"]  # noqa: RUF012 (diffusers' own form)
 
     @register_to_config
     def __init__(self, diffit: dict[str, Any]) -> None:
@@ -72,6 +76,13 @@ class DiffiTModel(ModelMixin, ConfigMixin):
                 kind = problem.removesuffix("_keys")
                 raise UserError(f"{path}: weights do not fit config.json ({kind}: {sorted(found[problem])[0]})")
         return (model, found) if info else model
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
+        """Recompute each block in the backward pass; ours takes no function of its own."""
+        self.net.set_grad_ckpt(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.net.set_grad_ckpt(False)
 
     def forward(self, x: Tensor, level: Tensor, *labels: Tensor | None) -> Tensor:
         return self.net(x.to(self.dtype), level, *labels)
@@ -132,16 +143,17 @@ class DiffiTPipeline(DiffusionPipeline):
         cls,
         path_or_id: str | Path,
         vae: str | Path | AutoencoderKL | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
     ) -> Self:
         """The pipeline of one of our .safetensors files or of NVIDIA's released weights, by path or Hub id.
 
-        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of all weights.
+        ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of
+        all weights, None the file's.
         """
         net, config = load_network(path_or_id, dtype=dtype)
         if config.autoencoder is not None and not isinstance(vae, AutoencoderKL):
             spec = config.autoencoder
-            loaded = load_autoencoder(vae or spec.vae, scale=spec.scale, dtype=dtype)
+            loaded = load_autoencoder(vae or spec.vae, scale=spec.scale, dtype=dtype or next(net.parameters()).dtype)
             # A name instead of this machine's path, in both of a saved pipeline's configurations.
             loaded.vae.register_to_config(_name_or_path=loaded.id)
             vae, config = loaded.vae, with_vae(config, loaded.id)
@@ -152,27 +164,29 @@ class DiffiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        class_labels: Labels = None,
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        num_images_per_prompt: int = 1,
         num_inference_steps: int | str | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
-        generator: Generators = None,
+        generator: Generators | int = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """One image a class label.
+        """``num_images_per_prompt`` images per class label.
 
         Args:
-            class_labels: numbers or names. None draws ``batch_size`` classes, and is what an unconditional model takes.
+            class_labels: numbers or names. None chooses ``batch_size`` classes at random, and is what an unconditional
+                model takes.
             num_inference_steps: steps of the sampler, or ``"ddim50"`` and the like; by default the network's.
             guidance_scale: 1 for none; by default the network's, as are its schedule and channels.
             sampler: heun, euler, dpm++, ddpm or ddim; by default the network's.
-            generator: one, or one an image; of the noise at the start and in every step. None is torch's own.
+            generator: one, one per image, or a seed; of the noise at the start and in every step. None is torch's own.
             latents: standard normal noise (B, C, h, w) to start from.
             output_type: pil; np (B, H, W, C) or pt (B, C, H, W) in [0, 1]; latent: what the sampler ends in.
             callback_on_step_end: called with (pipeline, step, level, {"latents": float32 state after the step}), where
@@ -181,69 +195,74 @@ class DiffiTPipeline(DiffusionPipeline):
 
         Returns an ``ImagePipelineOutput``, or a tuple of the images without ``return_dict``. Raises UserError.
         """
-        config = self._configured(sampler=sampler, steps=num_inference_steps, cfg_scale=guidance_scale)
+        changes = {"sampler": sampler, "steps": num_inference_steps, "guidance": guidance_scale}
+        model = Model(self.transformer, self.transformer.settings).with_sampling(**changes)
         classes = _listed(class_labels)
-        count = len(classes) if classes is not None else batch_size if latents is None else len(latents)
-        self._check(config, count, generator, output_type, callback_on_step_end_tensor_inputs)
-        labels = self._labels(config, classes, count, generator)
-        noise = self._noise(config, count, generator, latents)
+        if classes is not None and batch_size not in (None, len(classes)):
+            raise UserError(f"batch_size {batch_size} and {len(classes)} class_labels: give one of them")
+        given = (
+            len(latents) // num_images_per_prompt if latents is not None else 1 if batch_size is None else batch_size
+        )
+        count = (given if classes is None else len(classes)) * num_images_per_prompt
+        if not isinstance(generator, Sequence | torch.Generator | None):
+            generator = torch.Generator().manual_seed(int(generator))
+        self._check(count, generator, output_type, callback_on_step_end_tensor_inputs)
+        if classes is not None:
+            found = [find_class(label, model.config) for label in classes]
+            classes = [label for label in found for _ in range(num_images_per_prompt)]
+        labels = self._labels(classes, count, generator)
+        noise = self._noise(count, generator, latents)
 
         def noise_source(like: Tensor) -> Tensor:
             return self._normal(like.shape, generator).to(like.dtype)
 
-        with self.progress_bar(total=steps_of(config)) as bar:
+        with self.progress_bar(total=model.config.sampling.steps) as bar:
 
             def after_step(step: int, level: Tensor, x: Tensor) -> Tensor:
                 bar.update()
                 if callback_on_step_end is None:
                     return x
-                given = {"latents": x.float()}
-                wanted = {name: given[name] for name in callback_on_step_end_tensor_inputs}
-                changed = (callback_on_step_end(self, step, level, wanted) or {}).get("latents", given["latents"])
+                state = x.float()
+                wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, state)
+                changed = (callback_on_step_end(self, step, level, wanted) or {}).get("latents", state)
+                if changed.shape != x.shape:
+                    raise UserError(f"callback_on_step_end: latents of {tuple(changed.shape)}, not {tuple(x.shape)}")
                 return x if torch.equal(changed, x.float()) else changed.to(x)  # x itself has more digits
 
-            device_labels = labels if labels is None else labels.to(noise.device)
-            samples = run_sampler(
-                self.transformer, config, device_labels, noise, config.sampling, noise_source, after_step=after_step
-            )
-        images = self._finish(samples.float(), config, output_type)
+            samples = model.sample(range(count), labels, noise=noise, noise_source=noise_source, after_step=after_step)
+        images = self._finish(samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _configured(self, **changes: Any) -> Config:
-        return with_sampling(self.transformer.settings, {k: v for k, v in changes.items() if v is not None})
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            raise UserError("this pipeline has no scheduler: choose with sampler=… and num_inference_steps=…")
+        super().__setattr__(name, value)
 
-    def _check(
-        self, config: Config, count: int, generator: Generators, output_type: str, inputs: Sequence[str]
-    ) -> None:
+    def _check(self, count: int, generator: Generators, output_type: str, inputs: Sequence[str]) -> None:
         """UserError for arguments that cannot be, before any work starts."""
         if count < 1:
             raise UserError("no images are asked for: give class_labels, or a batch_size from 1 on")
         if isinstance(generator, Sequence) and len(generator) != count:
-            raise UserError(f"{len(generator)} generators for {count} images: give one, or one an image")
+            raise UserError(f"{len(generator)} generators for {count} images: give one, or one per image")
         if output_type not in OUTPUTS:
-            raise UserError(f"output_type {output_type!r}: take one of {', '.join(OUTPUTS)}")
-        if config.autoencoder is not None and self.vae is None and output_type != "latent":
-            raise UserError(f"output_type {output_type!r} needs a VAE: load the pipeline with vae=…, or take 'latent'")
+            raise UserError(f"output_type {output_type!r}: use one of {', '.join(OUTPUTS)}")
+        if self.transformer.settings.autoencoder is not None and self.vae is None and output_type != "latent":
+            raise UserError(f"output_type {output_type!r} needs a VAE: load the pipeline with vae=…, or use 'latent'")
         if unknown := set(inputs) - set(self._callback_tensor_inputs):
-            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} is not to be had, 'latents' is")
+            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} is not available, 'latents' is")
 
-    def _labels(
-        self, config: Config, given: list[int | str] | None, count: int, generator: Generators
-    ) -> Tensor | None:
-        """Classes (B,) int64, as given or drawn; None for an unconditional model."""
-        if given is not None:
-            return torch.tensor([find_class(label, config) for label in given])
-        classes = config.model.num_classes
-        if not classes:
-            return None
+    def _labels(self, given: list[int | str] | None, count: int, generator: Generators) -> Labels:
+        """Classes as given, or chosen at random by the generators; None for an unconditional model."""
+        classes = self.transformer.settings.model.num_classes
+        if given is not None or not classes:
+            return given
         sources = generator if isinstance(generator, Sequence) else [generator] * count
-        drawn = [torch.randint(classes, (), generator=g, device=g.device if g else None) for g in sources]
-        return torch.tensor([int(label) for label in drawn])
+        return [int(torch.randint(classes, (), generator=g, device=g.device if g else None)) for g in sources]
 
-    def _noise(self, config: Config, count: int, generator: Generators, latents: Tensor | None) -> Tensor:
+    def _noise(self, count: int, generator: Generators, latents: Tensor | None) -> Tensor:
         """The state to start from: float64 (B, C, h, w), as :func:`diffit.sample` has it."""
-        shape = (count, *config.model.sample_shape)
+        shape = (count, *self.transformer.settings.model.sample_shape)
         if latents is None:
             latents = self._normal(shape, generator)
         elif latents.shape != shape:
@@ -254,8 +273,9 @@ class DiffiTPipeline(DiffusionPipeline):
         source = list(generator) if isinstance(generator, Sequence) else generator
         return randn_tensor(tuple(shape), generator=source, device=self._execution_device, dtype=torch.float32)
 
-    def _finish(self, samples: Tensor, config: Config, output_type: str) -> Any:
+    def _finish(self, samples: Tensor, output_type: str) -> Any:
         """Samples (B, C, h, w) as what the caller asked for."""
+        config = self.transformer.settings
         if output_type == "latent":
             return samples
         if config.autoencoder is not None:
@@ -275,17 +295,19 @@ def write_pipeline(
     ``dtype`` is fp32, bf16 or fp16, None for that of the file; ``vae`` None is the file's own.
     """
     dest = check_dest(dest, overwrite)
-    net, _ = load_network(network, dtype=None if dtype is None else WEIGHT_DTYPES[dtype])
-    pipe = DiffiTPipeline.from_network(network, vae=vae, dtype=next(net.parameters()).dtype)
+    pipe = DiffiTPipeline.from_network(network, vae=vae, dtype=None if dtype is None else WEIGHT_DTYPES[dtype])
     with whole_folder(dest) as part:
         pipe.save_pretrained(part)
     return dest
 
 
-def _listed(labels: int | str | Sequence[int | str] | Tensor | None) -> list[int | str] | None:
-    if labels is None or isinstance(labels, int | str):
+def _listed(labels: Labels) -> list[int | str] | None:
+    """One label, or a list, array or tensor of any shape, as a list."""
+    if labels is None or isinstance(labels, str):
         return None if labels is None else [labels]
-    return labels.reshape(-1).tolist() if isinstance(labels, Tensor) else list(labels)
+    if isinstance(labels, Tensor | np.ndarray):
+        return labels.reshape(-1).tolist()
+    return list(labels) if isinstance(labels, Iterable) else [int(labels)]
 
 
 # Where DiffusionPipeline.from_pretrained looks for the class that model_index.json names.

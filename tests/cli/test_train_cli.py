@@ -231,7 +231,7 @@ def test_a_failed_system_call_is_one_line(tmp_path, monkeypatch, capsys):
     def forbidden(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("diffit.data.archive.os.scandir", forbidden)  # to the superuser nothing is unreadable
+    monkeypatch.setattr("diffit.data.files.os.scandir", forbidden)  # to the superuser nothing is unreadable
     with pytest.raises(SystemExit) as exit_:
         run(cli, ["train", *DEBUG, "--data", str(tmp_path), "--outdir", str(tmp_path / "runs")])
     assert exit_.value.code == 1

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffit.data import ImageArchive
-from diffit.data.archive import map_ordered, natural_key, safe_name
+from diffit.data.files import map_ordered, natural_key, safe_name
 from diffit.errors import UserError
 
 
@@ -245,7 +245,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
 
 def test_a_zip_member_that_unfolds_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip", {"a.png": b"\0" * 1_000_000}, zipfile.ZIP_DEFLATED)
-    monkeypatch.setattr("diffit.data.archive.MAX_FILE_BYTES", 999_999)
+    monkeypatch.setattr("diffit.data.files.MAX_FILE_BYTES", 999_999)
     with pytest.raises(UserError, match=r"a.png.*more than the limit"):
         ImageArchive(path)
 

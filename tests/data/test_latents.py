@@ -57,35 +57,41 @@ def live(folder, source, mirrored):
     return reference.encode(torch.from_numpy(flipped / np.float32(127.5) - 1).float()).latent_dist
 
 
+def moments(archive: LatentArchive, mirrored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, std) of every image, or of its mirror image."""
+    stored = torch.stack([archive[i] for i in range(len(archive))])
+    which = torch.from_numpy(mirrored).view(-1, 1, 1, 1)
+    return torch.where(which, stored[:, 2], stored[:, 0]), torch.where(which, stored[:, 3], stored[:, 1])
+
+
 def test_cached_moments_are_those_of_the_images_and_of_their_mirror_images(cache, folder, source):
     archive = LatentArchive(cache)
     mirrored = np.arange(COUNT) % 2 == 0
     expected = live(folder, source, mirrored)
-    mean, std = archive.moments(torch.arange(COUNT), torch.from_numpy(mirrored))
+    mean, std = moments(archive, mirrored)
     assert mean.dtype == std.dtype == torch.float32
     torch.testing.assert_close(mean, expected.mean)
     torch.testing.assert_close(std, expected.std)
     assert not torch.allclose(mean, live(folder, source, ~mirrored).mean)
 
 
-def test_indices_may_come_in_any_order_and_repeat(cache):
+def test_images_may_be_read_in_any_order_and_again(cache):
     archive = LatentArchive(cache)
-    everything, _ = archive.moments(torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool))
-    indices = torch.tensor([10, 0, 7, 7, 3])
-    some, _ = archive.moments(indices, torch.zeros(5, dtype=torch.bool))
-    assert torch.equal(some, everything[indices])
-    assert archive.moments(indices[:0], indices[:0].bool())[0].shape == (0, 4, 4, 4)
+    everything = archive.load_all()
+    assert everything.shape == (COUNT, 4, 4, 4, 4)
+    for index in (10, 0, 7, 7, 3):
+        assert torch.equal(archive[index], everything[index])
     for index in (-1, COUNT):
         with pytest.raises(IndexError):
-            archive.moments(torch.tensor([index]), torch.tensor([False]))
+            archive[index]
 
 
 def test_draws_from_the_cache_are_those_of_the_live_vae_on_the_same_noise(cache, folder, source):
     mirrored = np.zeros(COUNT, bool)
     expected = live(folder, source, mirrored).sample(torch.Generator().manual_seed(1)) * 0.18215
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    moments = LatentArchive(cache).moments(torch.arange(COUNT), torch.from_numpy(mirrored))
-    torch.testing.assert_close(draw_latents(*moments, noise, 0.18215), expected)
+    cached = moments(LatentArchive(cache), mirrored)
+    torch.testing.assert_close(draw_latents(*cached, noise, 0.18215), expected)
 
 
 def test_labels_and_facts_are_those_of_the_images(cache, source, vae):
@@ -103,7 +109,7 @@ def test_labels_and_facts_are_those_of_the_images(cache, source, vae):
 
 def test_statistics_are_those_of_many_draws(cache):
     archive = LatentArchive(cache)
-    both = [archive.moments(torch.arange(COUNT), torch.full((COUNT,), flag)) for flag in (False, True)]
+    both = [moments(archive, np.full(COUNT, flag)) for flag in (False, True)]
     mean, std = (torch.cat(parts) for parts in zip(*both, strict=True))
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([draw_latents(mean, std, torch.randn(mean.shape, generator=generator), 1) for _ in range(500)])
@@ -116,16 +122,14 @@ def test_statistics_are_those_of_many_draws(cache):
 
 def test_a_pickled_archive_reads_the_same(cache):
     archive = LatentArchive(cache)
-    which = torch.tensor([5]), torch.tensor([True])
-    assert torch.equal(archive.moments(*which)[0], pickle.loads(pickle.dumps(archive)).moments(*which)[0])
+    assert torch.equal(archive[5], pickle.loads(pickle.dumps(archive))[5])
 
 
 def test_half_precision_is_half_the_size_and_close(cache, source, vae, tmp_path):
     encode_archive(source, tmp_path / "half", vae, shard_size=SHARD, dtype="float16")
-    which = torch.arange(COUNT), torch.arange(COUNT) % 2 == 0
-    torch.testing.assert_close(
-        LatentArchive(tmp_path / "half").moments(*which), LatentArchive(cache).moments(*which), rtol=2e-3, atol=1e-3
-    )
+    half, whole = LatentArchive(tmp_path / "half").load_all(), LatentArchive(cache).load_all()
+    assert (half.dtype, whole.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(half.float(), whole, rtol=2e-3, atol=1e-3)
     assert load_file(tmp_path / "half" / "shard-00000.safetensors")["std"].dtype == torch.float16
 
 
@@ -142,7 +146,7 @@ def test_gray_images_without_labels_have_latents_too(folder, vae, tmp_path):
     assert (latents.has_labels, latents.num_classes, latents.latent_shape) == (False, 0, (4, 2, 2))
     rgb = ImageArchive(unlabelled).load_all().repeat(1, 3, 1, 1)
     expected, _ = vae.encode(rgb)
-    torch.testing.assert_close(latents.moments(torch.arange(3), torch.zeros(3, dtype=torch.bool))[0], expected)
+    torch.testing.assert_close(latents.load_all()[:, 0], expected)
     with pytest.raises(UserError, match="has no labels: drop --cond"):
         LatentArchive(tmp_path / "out", cond=True)
 
@@ -189,7 +193,7 @@ def test_a_shard_that_was_cut_short_is_named_and_made_again(cache, source, vae, 
     archive = LatentArchive(tmp_path / "l")
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"shard-00001.safetensors: .*`diffit data encode"):
-        archive.moments(torch.tensor([5]), torch.tensor([False]))
+        archive[5]
     with pytest.raises(UserError, match="incomplete, 1 of 3 shards"):
         LatentArchive(tmp_path / "l")
     encode_archive(source, tmp_path / "l", Failing(vae, 4), batch=3, shard_size=SHARD)
@@ -215,7 +219,7 @@ def test_settings_that_differ_from_those_of_the_folder_are_named(cache, source, 
         ({"vae": load_autoencoder(folder, tiling=True)}, "made with --tiling False, not True"),
         ({"dtype": "float16"}, "made with --dtype float32, not float16"),
         ({"shard_size": 5}, "made with --shard-size 4, not 5"),
-        ({"source": other_source}, "made with --source pets.zip .*, not more.zip .*: give that again"),
+        ({"source": other_source}, "made with --source pets.zip .*, not more.zip .*: use that again"),
     ]:
         arguments = {"source": source, "dest": cache, "vae": vae, "shard_size": SHARD} | change
         with pytest.raises(UserError, match=message):
@@ -246,14 +250,13 @@ def test_nothing_is_written_where_something_else_is_or_the_images_do_not_fit(sou
     assert not (tmp_path / "new").exists()
 
 
-def test_a_scale_that_does_not_fit_is_reported_with_the_one_that_does(source, folder, vae, tmp_path):
-    lines: list[str] = []
-    header = encode_archive(source, tmp_path / "a", vae, warn=lines.append)
-    (line,) = lines
+def test_a_scale_that_does_not_fit_is_reported_with_the_one_that_does(source, folder, vae, tmp_path, caplog):
+    header = encode_archive(source, tmp_path / "a", vae)
+    (line,) = caplog.messages
     assert "with scale 0.18215, far from 1; --scale " in line
     good = load_autoencoder(folder, scale=float(line.rpartition("--scale ")[2].split()[0]))
-    better = encode_archive(source, tmp_path / "b", good, warn=lines.append)
-    assert len(lines) == 1
+    better = encode_archive(source, tmp_path / "b", good)
+    assert len(caplog.messages) == 1
     torch.testing.assert_close(
         torch.tensor(better.latent_std) / torch.tensor(header.latent_std), torch.full((4,), good.scale / 0.18215)
     )
@@ -289,7 +292,7 @@ def test_the_command_encodes_and_check_prints_what_is_there(source, folder, cach
     arguments = encode_command(source, tmp_path / "l", folder, "--batch", 3)
     cli([str(a) for a in arguments], standalone_mode=False)
     printed = capsys.readouterr()
-    assert "encoding 11 of 11 images" in printed.err
+    assert "encoding: 11 of 11" in printed.err
     assert f"next       diffit data check {tmp_path / 'l'}" in printed.out
     assert contents(tmp_path / "l") == contents(cache)
     cli(["data", "check", str(tmp_path / "l"), "--cond"], standalone_mode=False)

@@ -58,7 +58,7 @@ def test_class_folders_become_labels_in_natural_order(tmp_path):
     ],
 )
 def test_which_folders_are_classes(names, cond, labels, classes):
-    assert labels_from_folders(names, cond) == (labels, classes)
+    assert labels_from_folders(names, cond)[:2] == (labels, classes)
 
 
 def test_a_zip_reads_like_the_folder_and_other_files_are_reported(tmp_path):
@@ -238,7 +238,7 @@ def test_lmdb_values_are_images_in_natural_order_of_their_keys(tmp_path):
 def test_lmdb_without_the_package_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "data.mdb").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(UserError, match=r"pip install 'diffit\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install lmdb"):
         open_source(tmp_path)
 
 

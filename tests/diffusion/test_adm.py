@@ -59,7 +59,7 @@ def cosine_by_hand(steps: int = 1000) -> list[float]:
 
 
 def respaced_by_hand(betas: list[float], kept: list[int]) -> Tables:
-    """Betas of a walk over ``kept`` whose ᾱ are those of the whole: β = 1 − ᾱ[kept]/ᾱ[the kept before]."""
+    """Betas of the timesteps ``kept`` whose ᾱ are those of the whole: β = 1 − ᾱ[kept]/ᾱ[the kept before]."""
     whole, before, new = Tables(betas), 1.0, []
     for i in kept:
         new.append(1 - whole.alpha_bar[i] / before)
@@ -107,7 +107,7 @@ def test_250_steps_have_stride_999_over_249_rounded_one_by_one():
     for _ in range(250):
         kept.append(round(position))
         position += 999 / 249
-    found = space_timesteps(1000, "250")
+    found = space_timesteps(1000, 250)
     assert found.tolist() == kept
     assert (found[0], found[-1], len(set(kept))) == (0, 999, 250)
     assert set((found[1:] - found[:-1]).tolist()) == {4, 5}
@@ -125,53 +125,72 @@ def test_positions_are_added_up_before_they_are_rounded():
 
 
 @pytest.mark.parametrize(
-    ("respacing", "kept"),
+    ("count", "spacing", "kept"),
     [
-        (1, [0]),
-        (2, [0, 999]),
-        ("5", [0, 250, 500, 749, 999]),
-        ("25", [round(i * 999 / 24) for i in range(25)]),
-        (1000, list(range(1000))),
-        ("ddim50", list(range(0, 1000, 20))),
-        ("ddim1", [0]),
-        ("ddim1000", list(range(1000))),
-        ("ddim25", list(range(0, 1000, 40))),
+        (1, "linspace", [0]),
+        (2, "linspace", [0, 999]),
+        (5, "linspace", [0, 250, 500, 749, 999]),
+        (25, "linspace", [round(i * 999 / 24) for i in range(25)]),
+        (1000, "linspace", list(range(1000))),
+        (50, "leading", list(range(0, 1000, 20))),
+        (1, "leading", [0]),
+        (1000, "leading", list(range(1000))),
+        (25, "leading", list(range(0, 1000, 40))),
+        (334, "leading", list(range(0, 1000, 3))),
     ],
 )
-def test_respacings(respacing, kept):
-    assert space_timesteps(1000, respacing).tolist() == kept
+def test_spacings(count, spacing, kept):
+    assert space_timesteps(1000, count, spacing).tolist() == kept
+    assert LINEAR.respace(count, spacing).timesteps.tolist() == kept
 
 
-@pytest.mark.parametrize("respacing", [0, -3, 1001, "0", "ddim0", "ddim300", "ddim", "fast", "2.5", "", "ddimddim5"])
-def test_impossible_respacings_are_refused_with_what_is_possible(respacing):
-    with pytest.raises(ValueError, match=r"give a number of steps from 1 to 1000|no whole stride takes 300 of 1000"):
-        LINEAR.respace(respacing)
+def test_leading_has_the_smallest_whole_stride_that_leaves_as_many():
+    for total in (1, 7, 60):
+        possible = {}
+        for stride in range(total, 0, -1):
+            possible[len(range(0, total, stride))] = list(range(0, total, stride))
+        for count in range(1, total + 1):
+            if count in possible:
+                assert space_timesteps(total, count, "leading").tolist() == possible[count]
+            else:
+                with pytest.raises(ValueError, match=f"no whole stride leaves {count} of {total} timesteps; use"):
+                    space_timesteps(total, count, "leading")
 
 
-@pytest.mark.parametrize("respacing", ["250", "25", "ddim50"])
-def test_a_shorter_walk_has_betas_of_its_own_and_the_same_alpha_bar(respacing):
-    walk = LINEAR.respace(respacing)
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+@pytest.mark.parametrize("count", [0, -3, 1001])
+def test_impossible_numbers_of_steps_are_refused_with_the_possible(count, spacing):
+    with pytest.raises(ValueError, match=f"steps {count}: the schedule has 1000 timesteps; use 1 to 1000"):
+        LINEAR.respace(count, spacing)
+
+
+shorter = pytest.mark.parametrize(("steps", "spacing"), [(250, "linspace"), (25, "linspace"), (50, "leading")])
+
+
+@shorter
+def test_a_respaced_schedule_has_betas_of_its_own_and_the_same_alpha_bar(steps, spacing):
+    walk = LINEAR.respace(steps, spacing)
     tables = respaced_by_hand(linear_by_hand(), walk.timesteps.tolist())
     assert_close(walk.betas.tolist(), tables.beta, rtol=1e-10, atol=0)
     assert_close(walk.alpha_bar, LINEAR.alpha_bar[walk.timesteps], rtol=1e-10, atol=0)
     assert_close(walk.posterior_log_variance.tolist(), tables.log_variance, rtol=1e-9, atol=0)
 
 
-def test_a_walk_can_be_shortened_again():
-    twice = LINEAR.respace("ddim500").respace("ddim50")
+def test_a_respaced_schedule_can_be_respaced_again():
+    twice = LINEAR.respace(500, "leading").respace(50, "leading")
     assert twice.timesteps.tolist() == list(range(0, 1000, 20))
-    assert_close(twice.betas, LINEAR.respace("ddim50").betas, rtol=1e-10, atol=0)
+    assert_close(twice.betas, LINEAR.respace(50, "leading").betas, rtol=1e-10, atol=0)
 
 
-def test_a_walk_of_one_step_is_possible():
+def test_a_single_step_is_possible():
     x = ddpm(network, randn(2, 1, 2, 2), LINEAR.respace(1), noise_source=torch.zeros_like)
     assert x.isfinite().all()
 
 
 @named
-@pytest.mark.parametrize("respacing", [1000, "250", 7])
-def test_noise_levels_and_timesteps_are_each_others_inverse(schedule, respacing):
-    walk = schedule.respace(respacing)
+@pytest.mark.parametrize("steps", [1000, 250, 7])
+def test_noise_levels_and_timesteps_are_each_others_inverse(schedule, steps):
+    walk = schedule.respace(steps)
     t = torch.linspace(0, 999, 700, dtype=torch.float64)
     assert_close(walk.timestep_of(walk.sigma_of(t)), t, rtol=1e-9, atol=1e-9)
     assert_close(walk.timestep_of(walk.sigma), walk.timesteps.double(), rtol=0, atol=1e-9)
@@ -255,10 +274,10 @@ def ddpm_by_hand(tables: Tables, timesteps: list[int], x: Tensor, noises: list[T
     return x
 
 
-@pytest.mark.parametrize("respacing", ["250", "25", "ddim50"])
+@shorter
 @pytest.mark.parametrize("learned", [True, False])
-def test_ddpm_with_given_noise_is_algorithm_2(respacing, learned):
-    walk = LINEAR.respace(respacing)
+def test_ddpm_with_given_noise_is_algorithm_2(steps, spacing, learned):
+    walk = LINEAR.respace(steps, spacing)
     noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, len(walk))]
     start, given, seen = randn(2, 3, 2, 2), iter(noises), []
 
@@ -278,7 +297,7 @@ def test_ddpm_with_given_noise_is_algorithm_2(respacing, learned):
 @named
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_is_equation_12(schedule, eta):
-    walk = schedule.respace("25")
+    walk = schedule.respace(25)
     noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, 25)]
     a = [1.0, *Tables(walk.betas.tolist()).alpha_bar]
     x = start = randn(2, 3, 2, 2)
@@ -326,9 +345,9 @@ def test_the_callback_sees_each_timestep_before_the_step_is_taken(sampler):
 
 
 @named
-@pytest.mark.parametrize("respacing", ["50", "ddim50", 7])
-def test_euler_on_the_noise_levels_is_ddim(schedule, respacing):
-    walk = schedule.respace(respacing)
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "linspace"), (50, "leading"), (7, "linspace")])
+def test_euler_on_the_noise_levels_is_ddim(schedule, steps, spacing):
+    walk = schedule.respace(steps, spacing)
     noise = randn(2, 3, 2, 2)
     # x = √ᾱ·(x₀ + σε) there, x₀ + σε here; both begin with the same network input, euler with noise·σ.
     start = noise * walk.sigmas()[0] * walk.alpha_bar[-1].sqrt()
@@ -336,14 +355,14 @@ def test_euler_on_the_noise_levels_is_ddim(schedule, respacing):
     assert_close(euler(denoiser(network, schedule), noise, walk.sigmas()), expected, rtol=1e-7, atol=1e-7)
 
 
-def test_the_denoiser_sees_the_whole_schedule_whatever_the_walk():
+def test_the_denoiser_sees_the_whole_schedule_whatever_the_trajectory():
     seen = []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         seen.append(t.item())
         return network(x, t)
 
-    walk = LINEAR.respace("25")
+    walk = LINEAR.respace(25)
     heun(denoiser(predict, LINEAR), randn(1, 1, 2, 2), walk.sigmas())
     assert_close(sorted({round(t, 6) for t in seen}), walk.timesteps.double().tolist(), rtol=0, atol=1e-6)
 
@@ -423,13 +442,13 @@ def test_few_steps_of_dpm_solver_are_much_better_than_as_many_of_ddim(steps):
     assert errors[0] < 0.85 * errors[1]
 
 
-def test_a_multistep_walk_has_one_timestep_more_and_leaves_out_the_last():
+def test_a_multistep_trajectory_has_one_timestep_more_and_leaves_out_the_last():
     kept = [round(i * 999 / 12) for i in range(12, 0, -1)]
     sigmas = LINEAR.multistep_sigmas(12)
     assert_close(sigmas[:-1], LINEAR.sigma[kept], rtol=1e-9, atol=0)
     assert sigmas[-1] == 0
-    for whole in ("ddim50", 1000):
-        assert_close(LINEAR.multistep_sigmas(whole), LINEAR.respace(whole).sigmas(), rtol=0, atol=0)
+    for whole in ((50, "leading"), (1000, "linspace")):
+        assert_close(LINEAR.multistep_sigmas(*whole), LINEAR.respace(*whole).sigmas(), rtol=0, atol=0)
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
@@ -455,7 +474,7 @@ def test_dpm_solver_is_that_of_diffusers():
 
 
 def test_ddpm_is_that_of_diffusers_over_all_steps():
-    """Its tables are float32. Only an unrespaced walk compares: its shorter walks take timesteps of other spacings.
+    """Its tables are float32. Only the whole schedule compares: its respaced ones have timesteps of other spacings.
 
     Fixed variance, since its ``learned_range`` splits the variance off only where the sample has 3 channels and the
     output 6; a latent's 4 and 8 make it take the variance for noise.
@@ -496,7 +515,7 @@ def test_ddpm_with_learned_range_is_a_step_of_diffusers_at_three_channels():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_is_that_of_diffusers_where_the_stride_is_whole(eta):
-    """With "leading" spacing and no offset, which is ``ddim50``.
+    """With "leading" spacing and no offset, which is ours of that name.
 
     With "linspace" it takes ᾱ of ``t − 1000/steps`` for the next timestep rather than of the next timestep itself.
     """
@@ -512,7 +531,7 @@ def test_ddim_is_that_of_diffusers_where_the_stride_is_whole(eta):
         x = theirs.step(network(x, t)[:, :4], t, x, eta=eta, variance_noise=noise).prev_sample
     steps = iter(range(980, 0, -20))
     out = ddim(
-        network, start, LINEAR.respace("ddim50"), eta=eta, noise_source=lambda x: randn(*x.shape, seed=next(steps))
+        network, start, LINEAR.respace(50, "leading"), eta=eta, noise_source=lambda x: randn(*x.shape, seed=next(steps))
     )
     assert_close(out, x, rtol=1e-4, atol=1e-4, check_dtype=False)
 
@@ -657,3 +676,59 @@ def test_timesteps_are_drawn_uniformly_and_the_bins_are_equal():
     counts = torch.bincount(torch.bucketize(levels, loss.bin_edges(5)), minlength=5)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
     assert stats.chisquare(torch.bincount(levels, minlength=1000).numpy()).pvalue > 1e-3
+
+
+def term_in_mpmath(name: str, i: int, x0: float, noise: float, eps: float, v: float) -> tuple[float, float]:
+    """The variational term of one value in bits, and its slope in v, with thirty digits (iDDPM, Eq. 4–7, 15)."""
+    from mpmath import mp, mpf
+
+    mp.dps = 30
+    if name == "linear":
+        betas = [mpf("1e-4") + (mpf("0.02") - mpf("1e-4")) * n / 999 for n in range(i + 2)]
+    else:
+        cosines = [mp.cos((mpf(n) / 1000 + mpf("0.008")) / mpf("1.008") * mp.pi / 2) ** 2 for n in range(i + 3)]
+        betas = [min(1 - cosines[n + 1] / cosines[n], mpf("0.999")) for n in range(i + 2)]
+    products = [mpf(1)]
+    for b in betas:
+        products.append(products[-1] * (1 - b))
+    before, a, beta = products[i], products[i + 1], betas[i]
+    n = max(i, 1)  # the first, which is 0, is replaced by the second
+    posterior = betas[n] * (1 - products[n]) / (1 - products[n + 1])
+    x0, noise, eps, v = (mpf(number) for number in (x0, noise, eps, v))
+    x = mp.sqrt(a) * x0 + mp.sqrt(1 - a) * noise
+    predicted = (x - mp.sqrt(1 - a) * eps) / mp.sqrt(a)
+    share_x0, share_x = mp.sqrt(before) * beta / (1 - a), mp.sqrt(1 - beta) * (1 - before) / (1 - a)
+    true_mean, mean = (share_x0 * image + share_x * x for image in (x0, predicted))
+
+    def term(v):
+        variance = beta ** ((1 + v) / 2) * posterior ** ((1 - v) / 2)
+        if i:
+            exponent = (posterior + (true_mean - mean) ** 2) / variance - 1 + mp.log(variance / posterior)
+            return exponent / 2 / mp.log(2)
+
+        def cdf(z):
+            return (1 + mp.tanh(mp.sqrt(2 / mp.pi) * (z + mpf("0.044715") * z**3))) / 2
+
+        above, below = (cdf((x0 - mean + edge) / mp.sqrt(variance)) for edge in (mpf(1) / 255, -mpf(1) / 255))
+        probability = above if x0 < -0.999 else 1 - below if x0 > 0.999 else above - below
+        return -mp.log(probability) / mp.log(2)
+
+    return float(term(v)), float(mp.diff(term, v))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("i", [0, 1, 20, 500, 998])
+def test_in_float32_the_loss_and_its_gradient_are_those_of_thirty_digits(name, i):
+    x0, generator = randn(1, 1, 3, 4).clamp(-1, 1).float(), torch.Generator()
+    noise = torch.randn(x0.shape, generator=generator.manual_seed(3))
+    eps, v = (noise + 0.3 * randn(*x0.shape, seed=4)).float(), (0.5 * randn(*x0.shape, seed=5)).float().requires_grad_()
+    found = ADMLoss(Schedule.named(name))(
+        lambda *_: torch.cat([eps, v], 1), x0, generator=generator.manual_seed(3), level=torch.tensor([i])
+    )
+    found.sum().backward()
+    assert found.dtype == torch.float32
+    rows = zip(*(part.flatten().tolist() for part in (x0, noise, eps, v)), strict=True)
+    terms, slopes = zip(*(term_in_mpmath(name, i, *row) for row in rows), strict=True)
+    expected = np.mean(terms) + (eps.double() - noise.double()).square().mean().item()
+    assert_close(found.item(), expected, rtol=1e-6, atol=0)
+    assert_close(v.grad.flatten().double(), torch.tensor(slopes, dtype=torch.float64) / 12, rtol=1e-5, atol=0)

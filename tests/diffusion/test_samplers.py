@@ -188,7 +188,7 @@ def test_it_leaves_its_arguments_as_they_were(sampler):
 def test_after_step_sees_every_state_and_what_it_returns_goes_on(name):
     """A state that is held at a constant stays it, whatever the sampler; the last one seen is the result."""
     from diffit.configs.presets import get_preset
-    from diffit.sampling.model import run_sampler
+    from diffit.sampling.model import Model
 
     config = get_preset("latent-debug")
     sampling = config.sampling.model_copy(update={"sampler": name, "steps": 5})
@@ -196,10 +196,8 @@ def test_after_step_sees_every_state_and_what_it_returns_goes_on(name):
     seen = []
 
     def run(after_step):
-        return run_sampler(
-            lambda x, t, y: torch.cat([x / 2, x], dim=1), config, None, noise, sampling, torch.zeros_like,
-            after_step=after_step,
-        )  # fmt: skip
+        model = Model(lambda x, t, y: torch.cat([x / 2, x], dim=1), config.model_copy(update={"sampling": sampling}))
+        return model.sample(noise=noise, noise_source=torch.zeros_like, after_step=after_step).double()
 
     def look(i, level, x):
         seen.append((i, float(level), x))
@@ -208,6 +206,6 @@ def test_after_step_sees_every_state_and_what_it_returns_goes_on(name):
     result = run(look)
     assert [i for i, _, _ in seen] == list(range(5))
     assert [level for _, level, _ in seen] == sorted((level for _, level, _ in seen), reverse=True)
-    torch.testing.assert_close(seen[-1][2], result, rtol=0, atol=0)
+    torch.testing.assert_close(seen[-1][2].float().double(), result, rtol=0, atol=0)
     held = run(lambda i, level, x: torch.full_like(x, 7.0))
     torch.testing.assert_close(held, torch.full_like(noise, 7.0), rtol=0, atol=0)

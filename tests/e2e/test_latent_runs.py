@@ -243,7 +243,7 @@ def test_images_do_not_depend_on_the_batch(network, vae, tmp_path, how):
         (["--steps", "1001"], "steps 1001: the schedule has 1000 timesteps"),
         (["--steps", "ddim300"], "no whole stride takes 300"),
         (["--cfg-interval", "5,2"], "cfg_interval 5,2 is empty"),
-        (["--sigma-max", "80"], "--sigma-max 80: this model walks the noise levels of its own timesteps"),
+        (["--sigma-max", "80"], "--sigma-max 80.0: this model has the noise levels of its own timesteps"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(network, vae, tmp_path, arguments, said):

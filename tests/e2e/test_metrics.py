@@ -22,10 +22,10 @@ from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.record import read_records
 from diffit.metrics.suite import Suite
-from diffit.sampling.labels import draw_labels
+from diffit.sampling import load
+from diffit.sampling.labels import training_labels
 from diffit.training.loop import train
 from diffit.utils.distributed import Processes
-from diffit.weights.file import load_network
 from helpers import command, run_processes, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -38,8 +38,10 @@ def pets(tmp_path_factory):
 
 def run(pets, outdir, **options):
     archive = ImageArchive(pets, cond=True)
-    config = resolve("debug", {"data": str(pets), "cond": True, "batch_gpu": 4, **options}, DataFacts(3, (16, 16), 3))
-    return train(config, archive, outdir, ONE, grid=(2, 2))
+    config = resolve(
+        "debug", {"data": str(pets), "cond": True, "batch_gpu": 4, "grid": (2, 2), **options}, DataFacts(3, (16, 16), 3)
+    )
+    return train(config, archive, outdir, ONE)
 
 
 def curve(run_dir, name="metric-fd80_full-pixels.jsonl"):
@@ -55,11 +57,11 @@ def test_a_run_leaves_records_a_report_and_its_best_weights(pets, tmp_path):
     assert records[0]["seeds"] == "0-79"
     assert records[0]["sampling"]["steps"] == 4
     best = min(records, key=lambda record: record["results"]["fd"])
-    net, config = load_network(outcome.run_dir / "network-best-fd80_full-pixels.safetensors")
+    model = load(outcome.run_dir / "network-best-fd80_full-pixels.safetensors", device="cpu")
     # What stands in the record can be computed again from the file alone.
     suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
     labels = ImageArchive(pets, cond=True).labels
-    (again,) = evaluate_network(suite, net, config, ONE, real_labels=labels, batch=16)
+    (again,) = evaluate_network(suite, model, real_labels=labels, batch=16)
     assert again["weights_sha256"] == best["weights_sha256"]
     assert_close(again["results"], best["results"], rtol=1e-5, atol=0)
     report = (outcome.run_dir / "report.html").read_text()
@@ -108,11 +110,11 @@ def test_what_a_metric_lacks_is_said_before_the_run_begins(pets, tmp_path, monke
 def test_labels_are_as_frequent_as_in_the_training_set_and_a_function_of_the_seed(pets):
     config = resolve("debug", {"cond": True}, DataFacts(3, (16, 16), 3))
     real = torch.tensor([0] * 10 + [1] * 30 + [2] * 60)
-    labels, policy = draw_labels(config, real, range(3000))
+    labels, policy = training_labels(config, real, range(3000))
     assert np.abs(np.bincount(labels) / 3000 - [0.1, 0.3, 0.6]).max() < 0.03
     assert policy == "drawn from the labels of the training set"
-    assert (draw_labels(config, real, range(100, 200))[0] == labels[100:200]).all()
-    assert np.bincount(draw_labels(config, None, range(3000))[0]).min() > 900
+    assert (training_labels(config, real, range(100, 200))[0] == labels[100:200]).all()
+    assert np.bincount(training_labels(config, None, range(3000))[0]).min() > 900
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +163,11 @@ def test_samples_from_disk_give_the_number_that_those_from_the_sampler_give(netw
 
 
 def test_samples_that_are_not_finite_are_an_error_and_not_a_number(network, pets):
-    net, config = load_network(network)
-    next(net.parameters()).fill_(float("nan"))
+    model = load(network, device="cpu")
+    next(model.net.parameters()).fill_(float("nan"))
     suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
     with pytest.raises(UserError, match="samples of seeds 0 to 15 are not finite"):
-        evaluate_network(suite, net, config, ONE, batch=16)
+        evaluate_network(suite, model, batch=16)
 
 
 def test_show_prints_what_calc_said_and_what_a_run_recorded(network, pets, tmp_path, capsys):
@@ -201,7 +203,7 @@ def test_show_sets_runs_next_to_each_other_with_the_settings_that_differ(network
 def test_sampling_options_with_images_are_refused(pets, tmp_path, command):
     how = {"calc": ["--ref", pets, "--metrics", "fd90_full:pixels", "--steps", 4, "--cfg-scale", 2],
            "copies": ["--data", pets, "--dest", tmp_path / "copies.html"]}[command]  # fmt: skip
-    said = "--steps, --vae, --cfg-scale with --images" if command == "calc" else "--vae with --images"
+    said = "--steps, --cfg-scale, --vae with --images" if command == "calc" else "--vae with --images"
     with pytest.raises(UserError, match=f"{said}: they exist already"):
         cli(["metrics", command, "--images", str(pets), "--vae", "x", *map(str, how)], standalone_mode=False)
 

@@ -132,10 +132,16 @@ def test_classes_go_by_name_or_number_and_change_the_image(network, tmp_path):
 
 
 def test_class_grid_has_a_row_a_class_and_a_column_a_seed(network, tmp_path):
-    sample(network, tmp_path, "--seeds", "0-3", "--class-grid", "--batch", 5)
-    grid = np.array(Image.open(tmp_path / "class-grid.png")).reshape(3, 64, 4, 64, 3)[:, ::4, :, ::4].astype(int)
+    sample(network, tmp_path / "out", "--seeds", "0-3", "--class-grid", "--batch", 5)
+    grid = np.array(Image.open(tmp_path / "out-class-grid.png")).reshape(3, 64, 4, 64, 3)[:, ::4, :, ::4].astype(int)
     bees = pixels(sample(network, tmp_path / "bees", "--seeds", "0-3", "--class", "bee"))
     assert_same_images(grid[1].transpose(1, 0, 2, 3), bees)
+    sample(network, tmp_path / "some", "--seeds", "0-3", "--class-grid", "--class", "cat,ant")
+    some = np.array(Image.open(tmp_path / "some-class-grid.png")).reshape(2, 64, 4, 64, 3)[:, ::4, :, ::4].astype(int)
+    assert_same_images(
+        some.transpose(0, 2, 1, 3, 4).reshape(8, 16, 16, 3), grid[[2, 0]].transpose(0, 2, 1, 3, 4).reshape(8, 16, 16, 3)
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_guidance_has_an_effect(network, tmp_path):
@@ -152,7 +158,11 @@ def test_guidance_has_an_effect(network, tmp_path):
         (["--grid", "9x9"], "--grid 9x9 needs 81 images, there are 64"),
         (["--steps", "0"], "steps: 0"),
         (["--seeds", "0-3,2"], "--seeds names 2 more than once"),
-        (["--class-grid", "--class", "bee"], "takes no --class"),
+        (["--class-grid", "--grid", "2x2"], "takes no --grid"),
+        (["--sampler", "euler", "--S-churn", "3"], "euler has no such setting; use --sampler heun"),
+        (["--eta", "1"], "heun has no such setting; use --sampler ddim"),
+        (["--S-noise", "2"], "no noise is added at S_churn 0"),
+        (["--cfg-scale", "1", "--cfg-interval", "0.2,5"], "without guidance it has no effect"),
         (["--sigma-min", "100"], "sigma_min 100 must be below sigma_max 80"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),
     ],

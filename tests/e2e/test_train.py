@@ -32,8 +32,10 @@ def pets(tmp_path_factory):
 
 def run(pets, outdir, *, resume="auto", val=None, **options):
     archive = ImageArchive(pets, cond=True)
-    config = resolve("debug", {"data": str(pets), "cond": True, "batch_gpu": 4, **options}, DataFacts(3, (16, 16), 3))
-    return train(config, archive, outdir, ONE, resume=resume, grid=(2, 2), val=val)
+    config = resolve(
+        "debug", {"data": str(pets), "cond": True, "batch_gpu": 4, "grid": (2, 2), **options}, DataFacts(3, (16, 16), 3)
+    )
+    return train(config, archive, outdir, ONE, resume=resume, val=val)
 
 
 def tensors(run_dir, kimg="000000"):

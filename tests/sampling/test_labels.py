@@ -5,7 +5,7 @@ import pytest
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, Data
 from diffit.errors import UserError
-from diffit.sampling.labels import find_class, names_of
+from diffit.sampling.labels import class_names, find_class
 
 
 def config_of(*names: str) -> Config:
@@ -57,4 +57,4 @@ def test_imagenet_has_its_names_without_any_in_the_file():
     # WordNet's order, which everybody's ImageNet models share.
     known = {"tench": 0, "goldfish": 1, "golden retriever": 207, "Golden Retriever": 207, "toilet tissue": 999}
     assert {name: find_class(name, config) for name in known} == known
-    assert len(set(names_of(config))) == 1000
+    assert len(set(class_names(config))) == 1000

@@ -40,7 +40,9 @@ def labels_seen(net: ImageDiffiT) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("how", [{}, {"S_churn": 2.0}, {"sampler": "euler"}, {"cfg_scale": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"S_churn": 2.0}, {"sampler": "euler"}, {"cfg_scale": 2.0, "sigma_max": 10.0}], ids=str
+)
 def test_a_sample_is_the_same_in_any_company_and_order(how):
     net, config = tiny(CLASSES, **how)
     together = sample(net, config, range(7))
@@ -93,7 +95,7 @@ def test_guidance_evaluates_the_null_class_and_a_scale_of_one_does_not():
     plain = sample(net, config, [0, 1], torch.tensor([3, 4]))
     assert {tuple(labels.tolist()) for labels in seen} == {(3, 4)}
     seen.clear()
-    guided = sample(net, config, [0, 1], torch.tensor([3, 4]), sampling=Sampling(steps=2, cfg_scale=1.5))
+    guided = sample(net, config, [0, 1], [3, 4], guidance=1.5)
     assert [tuple(labels.tolist()) for labels in seen] == [(3, 4), (CLASSES, CLASSES)] * 3
     assert (plain != guided).any()
 

@@ -12,7 +12,7 @@ from diffit.diffusion.adm import Schedule, denoiser
 from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, euler, heun
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
-from diffit.sampling.labels import labels_of, random_labels
+from diffit.sampling.labels import choose_labels, random_labels
 from diffit.sampling.model import prepare, sample
 from diffit.utils.randomness import PerSampleNoise
 
@@ -48,7 +48,7 @@ def first_noise(seeds, source: PerSampleNoise | None = None) -> Tensor:
 HOW = [
     {"sampler": "ddpm"},
     {"sampler": "ddim"},
-    {"sampler": "ddim", "eta": 1.0, "steps": "ddim10"},
+    {"sampler": "ddim", "eta": 1.0, "steps": 10, "spacing": "leading"},
     {"sampler": "heun", "S_churn": 2.0},
     {"sampler": "dpm++"},
     {"sampler": "ddpm", "cfg_scale": 2.0, "cfg_power": 4.0},
@@ -190,13 +190,13 @@ def test_pixels_on_a_discrete_schedule_stay_within_their_range(sampler, schedule
 def test_labels_are_one_class_or_drawn_or_in_turn():
     _, config = latent()
     seeds = [7, 3, 7, 100]
-    assert labels_of(config, seeds, 2).tolist() == [2] * 4
-    assert labels_of(config, seeds, 0).tolist() == [0] * 4
-    drawn = labels_of(config, seeds)
-    assert drawn.tolist() == labels_of(config, seeds, "random").tolist() == random_labels(seeds, CLASSES).tolist()
+    assert choose_labels(config, seeds, 2).tolist() == [2] * 4
+    assert choose_labels(config, seeds, 0).tolist() == [0] * 4
+    drawn = choose_labels(config, seeds)
+    assert drawn.tolist() == choose_labels(config, seeds, "random").tolist() == random_labels(seeds, CLASSES).tolist()
     assert drawn[0] == drawn[2], "a class is a function of the seed"
-    assert labels_of(config, range(12), "balanced").tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
-    counts = torch.bincount(labels_of(config, range(5000)), minlength=CLASSES)
+    assert choose_labels(config, range(12), "balanced").tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    counts = torch.bincount(choose_labels(config, range(5000)), minlength=CLASSES)
     assert len(counts) == CLASSES
     assert (counts - 1000).abs().max() < 4 * (1000 * 0.8) ** 0.5
-    assert labels_of(latent(0)[1], seeds) is None
+    assert choose_labels(latent(0)[1], seeds) is None

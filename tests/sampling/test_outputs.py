@@ -16,7 +16,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
-from diffit.sampling.generate import draw, generate_class_grid, generate_to_disk
+from diffit.sampling import Model, NpzFile, PngFolder
 from diffit.sampling.outputs import fingerprint
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_uint8
@@ -56,11 +56,16 @@ class Counting:
 CALLS = 3  # of the network for a batch in two steps of Heun
 
 
+def save(outdir: Path, net, config, seeds, *, npz=False, subdirs=False, precision="fp32", vae=None, **how):
+    output = NpzFile(outdir) if npz else PngFolder(outdir, subdirs=subdirs)
+    return Model(net, config, vae, precision).save(output, seeds, **how)
+
+
 def write(outdir: Path, net, config, *, stop_at: int | None = None, seeds=SEEDS, **how) -> int:
-    """Sample to disk in batches of two, perhaps up to an interruption; how many images were drawn."""
+    """Sample to disk in batches of two, perhaps up to an interruption; how many images were sampled."""
     counting = Counting(net, stop_at)
     try:
-        generate_to_disk(net, config, seeds, outdir, ONE, batch=2, **how)
+        save(outdir, net, config, seeds, batch=2, **how)
     except KeyboardInterrupt:
         assert stop_at is not None
     finally:
@@ -81,7 +86,7 @@ def test_png_files_are_the_images_of_their_seeds(tmp_path):
     net, config = tiny()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     assert write(tmp_path, net, config, labels=labels) == 7
-    expected = to_uint8(draw(net, config, SEEDS, labels), config.sampling.rounding)
+    expected = to_uint8(Model(net, config).sample(SEEDS, labels), config.sampling.rounding)
     for seed, image in zip(SEEDS, expected, strict=True):
         found = np.array(Image.open(tmp_path / f"{seed:06d}.png")).transpose(2, 0, 1).astype(int)
         assert np.abs(found - image.numpy()).max() <= 1
@@ -152,20 +157,47 @@ def other_precision(net, config):
 
 
 @pytest.mark.parametrize("npz", [False, True])
-@pytest.mark.parametrize("change", [other_sampling, other_labels, other_weights, other_precision])
-def test_with_other_settings_it_begins_anew(tmp_path, change, npz):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(other_sampling, "sampling"), (other_labels, "seeds or classes"), (other_weights, "network"),
+     (other_precision, "precision")],
+)  # fmt: skip
+def test_samples_of_other_settings_are_neither_deleted_nor_mixed(tmp_path, change, said, npz):
     net, config = tiny()
-    how = {"npz": npz}
-    write(tmp_path / "mixed", net, config, labels=torch.zeros(7, dtype=torch.int64), stop_at=2 * CALLS + 2, **how)
+    how = {"npz": npz, "labels": torch.zeros(7, dtype=torch.int64)}
+    write(tmp_path, net, config, stop_at=2 * CALLS + 2, **how)
+    before = content(tmp_path)
     net, config, changed = change(net, config)
-    how |= {"labels": torch.zeros(7, dtype=torch.int64)} | changed
-    write(tmp_path / "mixed", net, config, **how)
-    write(tmp_path / "fresh", net, config, **how)
-    if npz:
-        mixed, fresh = (arrays(tmp_path / name) for name in ("mixed", "fresh"))
-        assert all((mixed[key] == fresh[key]).all() for key in ("arr_0", "arr_1"))
-    else:
-        assert content(tmp_path / "mixed") == content(tmp_path / "fresh")
+    with pytest.raises(UserError, match=rf"other settings \({said}\); give another --outdir"):
+        write(tmp_path, net, config, **how | changed)
+    assert content(tmp_path) == before
+
+
+def test_samples_without_a_record_are_left_alone(tmp_path):
+    net, config = tiny()
+    (tmp_path / "000003.png").write_bytes(b"someone's")
+    with pytest.raises(UserError, match=r"holds 000003\.png, and no samples\.json"):
+        write(tmp_path, net, config)
+    assert content(tmp_path) == {"000003.png": b"someone's"}
+
+
+def test_records_of_before_the_spacing_had_a_name_are_known(tmp_path):
+    net, config = tiny()
+    write(tmp_path, net, config)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    del record["sampling"]["spacing"]
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    assert write(tmp_path, net, config) == 0
+
+
+def test_half_a_file_is_not_taken_for_a_sample(tmp_path):
+    net, config = tiny()
+    write(tmp_path, net, config)
+    before = content(tmp_path)
+    for name, data in (("000004.png", b""), ("000015.png", before["000015.png"][:-20])):
+        (tmp_path / name).write_bytes(data)
+    assert write(tmp_path, net, config) == 2
+    assert content(tmp_path) == before
 
 
 def test_images_of_another_vae_are_not_taken_for_finished(tmp_path):
@@ -174,7 +206,7 @@ def test_images_of_another_vae_are_not_taken_for_finished(tmp_path):
     net = LatentDiffiT.from_config(config.model).eval()
     counting = Counting(net)
     for sha256, images in (("a", 3), ("a", 3), ("b", 6)):
-        generate_to_disk(net, config, [0, 1, 2], tmp_path, ONE, autoencoder=Vae(sha256))
+        save(tmp_path / sha256, net, config, [0, 1, 2], vae=Vae(sha256))
         assert counting.count == images * config.sampling.steps
 
 
@@ -204,7 +236,7 @@ def test_npz_is_what_adm_reads_and_nothing_else_is_left(tmp_path):
     assert found["arr_0"].shape == (7, 8, 8, 3)
     assert found["arr_1"].dtype == np.int64
     assert found["arr_1"].tolist() == labels.tolist()
-    expected = to_uint8(draw(net, config, SEEDS, labels)).permute(0, 2, 3, 1).numpy().astype(int)
+    expected = to_uint8(Model(net, config).sample(SEEDS, labels)).permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(found["arr_0"] - expected).max() <= 1
     assert sorted(content(tmp_path)) == ["samples.json", "samples_7x8x8x3.npz"]
 
@@ -218,7 +250,7 @@ def test_a_full_disk_is_met_before_the_first_sample_and_leaves_nothing(tmp_path,
     monkeypatch.setattr(os, "posix_fallocate", full)
     counting = Counting(net)
     with pytest.raises(UserError, match="the disk is full"):
-        generate_to_disk(net, config, SEEDS, tmp_path, ONE, npz=True)
+        save(tmp_path, net, config, SEEDS, npz=True)
     assert counting.calls == 0
     assert content(tmp_path) == {}
 
@@ -239,7 +271,7 @@ def test_a_disk_that_fills_up_between_png_files_leaves_whole_files_only(tmp_path
     net, config = tiny()
     written = []
 
-    def save(self, path, kind):
+    def save(self, path, kind, **_):
         if len(written) == 3:
             path.write_bytes(b"half")
             full()
@@ -259,19 +291,10 @@ def test_the_same_command_after_the_end_draws_nothing_however_the_network_is_spe
     before = content(tmp_path)
     assert write(tmp_path, net, config, npz=npz, source="./net.safetensors", grid=(2, 2)) == 0
     assert content(tmp_path) == before
-    assert write(tmp_path, net, config, npz=npz, labels=torch.zeros(7, dtype=torch.int64)) == 7
-
-
-def test_images_of_other_settings_do_not_stay_among_the_new_ones(tmp_path):
-    net, config = tiny()
-    write(tmp_path, net, config)
-    (tmp_path / "holiday.png").write_bytes(b"not ours")
-    write(tmp_path, net, tiny(steps=1)[1], seeds=[3, 1])
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000001.png", "000003.png", "holiday.png"]
 
 
 def test_a_class_grid_of_thousands_is_refused(tmp_path):
     net, config = tiny(classes=1000)
     with pytest.raises(UserError, match=r"1000 classes × 7 seeds are 7000 images.*fewer --seeds"):
-        generate_class_grid(net, config, SEEDS, tmp_path / "out", ONE)
-    assert not (tmp_path / "out").exists()
+        Model(net, config).save_class_grid(tmp_path / "out", SEEDS, range(1000), procs=ONE)
+    assert content(tmp_path) == {}

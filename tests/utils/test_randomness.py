@@ -8,7 +8,8 @@ from scipy import stats
 from torch.testing import assert_close
 
 from diffit.sampling.labels import random_labels
-from diffit.utils.randomness import LABEL, NOISE, ORDER, PerSampleNoise, derive_seed, make_generator
+from diffit.training.batches import epoch_order, image_indices
+from diffit.utils.randomness import LABEL, NOISE, ORDER, STEP, PerSampleNoise, derive_seed, make_generator
 
 SHAPE = (2, 3, 4)
 keys = st.lists(st.integers(0, 2**40), min_size=1, max_size=5).map(tuple)
@@ -98,3 +99,60 @@ def test_ambient_randomness_is_neither_read_nor_moved():
     state = torch.get_rng_state()
     assert_close(draw(), first, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- as they were when they were written down: the image of a seed and the course of a run stay what they are ---------
+
+
+def test_the_streams_have_the_numbers_they_were_published_with():
+    assert (NOISE, LABEL, ORDER, STEP) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "seed"),
+    [
+        ((0,), 3717377837946358015),
+        ((1,), 892115846157824453),
+        ((0, 0), 1945321144695561289),
+        ((7, NOISE), 8420321427907636907),
+        ((2**32 + 7, LABEL), 2586833806496693200),
+        ((2**40, 3, 1), 4680218921772856541),
+        ((1, 2, 3), 1147671286981233739),
+    ],
+)
+def test_derived_seeds_are_pinned(key, seed):
+    assert derive_seed(*key) == seed
+
+
+def test_the_noise_of_a_seed_is_pinned_in_its_first_and_second_draw():
+    source, like = PerSampleNoise([0, 1, 2**33 + 5]), torch.empty(3, 4)
+    first = [
+        [-0.5486779, 1.7575802, -0.5596716, -0.2583213],
+        [-0.6230236, 0.4948297, -0.0940975, -0.2933332],
+        [1.2906693, -0.0190611, -1.3717892, 0.3093947],
+    ]
+    second = [
+        [-0.7058359, -0.3549940, 0.5592677, -1.3590490],
+        [1.8570532, -2.1559765, -0.0860140, 0.7727154],
+        [-0.5139198, 0.0356219, -0.3461398, -0.9766378],
+    ]
+    assert_close(torch.stack([source(like), source(like)]), torch.tensor([first, second]), rtol=0, atol=1e-6)
+
+
+def test_the_class_of_a_seed_is_pinned():
+    labels = random_labels([*range(8), 2**35], 1000)
+    assert labels.tolist() == [899, 379, 350, 333, 505, 385, 63, 667, 656]
+
+
+def test_the_order_of_the_images_is_pinned():
+    assert epoch_order(10, 0, 0).tolist() == [9, 7, 5, 8, 3, 0, 2, 4, 1, 6]
+    assert epoch_order(10, 0, 1).tolist() == [6, 3, 9, 1, 4, 7, 2, 8, 5, 0]
+    assert epoch_order(10, 1, 0).tolist() == [5, 8, 3, 2, 1, 6, 0, 4, 7, 9]
+    assert image_indices(10, 0, 8, 4).tolist() == [1, 6, 6, 3], "from one epoch into the next"
+
+
+def test_the_generator_of_a_step_is_pinned():
+    generator = make_generator(7, STEP, 64, 1)
+    assert torch.randint(1000, (6,), generator=generator).tolist() == [836, 162, 32, 575, 547, 776]
+    assert_close(torch.rand(2, generator=generator).tolist(), [0.6429083, 0.4968109], rtol=0, atol=1e-6)
+    assert_close(torch.randn(3, generator=generator).tolist(), [0.5695869, 2.0388479, 1.2110002], rtol=0, atol=1e-6)

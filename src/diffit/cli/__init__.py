@@ -1,6 +1,8 @@
 """The ``diffit`` command. Each subcommand parses its options and calls one library function."""
 
 import importlib
+import io
+import logging
 import os
 import signal
 import sys
@@ -44,6 +46,10 @@ def cli() -> None:
 
 def run(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command and exit. What the user got wrong is one line on stderr: status 2 for the words, else 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file on Windows may have no "−": better "?" than no help at all
+            stream.reconfigure(errors="replace")
+    logging.basicConfig(format="warning: %(message)s")
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
     try:

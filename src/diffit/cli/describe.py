@@ -1,16 +1,19 @@
 """What a preset or a network file is, as text for a person."""
 
-import hashlib
 import json
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
-from diffit.configs.schema import ADMDiffusion, Config
-from diffit.data.archive import ImageArchive
+from diffit.configs.schema import ADMDiffusion, Config, steps_text
+from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.cost import Work, count_work, estimate
-from diffit.sampling.model import count_evaluations, steps_of
+from diffit.sampling.model import Model
+from diffit.utils.files import sha256_of
 from diffit.weights.file import locate, read_header
 
 # DiffiT Table 9: the figures that its authors give.
@@ -26,8 +29,6 @@ def describe_file(path: str | Path) -> str:
     """A network file or Hub id; its tensors are not read, but for the checksum."""
     file = locate(path)
     config, kimg = read_header(file)
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     training, data = config.training, config.data
     if kimg is None:
         origin = "not said, as in all files of the released layout; recipe and sampling are the preset's"
@@ -35,7 +36,7 @@ def describe_file(path: str | Path) -> str:
         origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
     lines = [
         f"file        {file} ({file.stat().st_size / 2**20:,.1f} MiB)",
-        f"sha256      {digest}",
+        f"sha256      {sha256_of(file)}",
         f"training    {origin}",
     ]
     if data.class_names:
@@ -94,8 +95,8 @@ def _sampling_of(config: Config, work: Work) -> list[str]:
     """Step and whole run, with the file's guidance where it has one, and without."""
     sampling = config.sampling
     cond, uncond = count_evaluations(config)
-    per_step = -(-cond // steps_of(config))  # Heun's last step has one evaluation, the others two
-    lines = [f"sampling    {sampling.sampler}, {sampling.steps} steps, guidance {sampling.cfg_scale:g}"]
+    per_step = -(-cond // sampling.steps)  # Heun's last step has one evaluation, the others two
+    lines = [f"sampling    {sampling.sampler}, {steps_text(sampling)} steps, guidance {sampling.cfg_scale:g}"]
     if uncond:
         skipped = f" ({cond - uncond} unconditional ones skipped)" if cond > uncond else ""
         lines.append(f"  guided    {_amount(2 * per_step * work.macs)} a step of both halves")
@@ -105,12 +106,28 @@ def _sampling_of(config: Config, work: Work) -> list[str]:
     return lines
 
 
+def count_evaluations(config: Config) -> tuple[int, int]:
+    """(with, without the class): forward passes per image by the sampling of ``config``.
+
+    The sampler runs on a network that only counts, so that halves that guidance skips are left out as they will be.
+    """
+    model, calls = config.model, list[bool]()
+
+    def net(x: Tensor, level: Tensor, labels: Tensor | None = None, *rest: object) -> Tensor:
+        calls.append(labels is None or int(labels[0]) < model.num_classes)
+        return torch.zeros(1, 2 if model.family == "latent" else 1, 1, 1, dtype=x.dtype)
+
+    counting = Model(net, config)  # type: ignore[arg-type]
+    counting.sample([0], noise=torch.zeros(1, 1, 1, 1), noise_source=torch.zeros_like)
+    return sum(calls), len(calls) - sum(calls)
+
+
 def _amount(macs: int) -> str:
     unit, name = (1e12, "T") if macs >= 1e13 else (1e9, "G")
     return f"{macs / unit:,.4g} {name} multiply-accumulates ({2 * macs / unit:,.4g} {name}FLOP)"
 
 
-def describe_run(config: Config, processes: int, archive: ImageArchive | None) -> str:
+def describe_run(config: Config, processes: int, archive: Archive | None) -> str:
     """Several lines of text for a person; the configuration in them is the JSON of ``training_options.json``."""
     training = config.training
     batch_gpu, rounds = accumulation(training.batch, training.batch_gpu, processes)
@@ -136,7 +153,7 @@ def describe_run(config: Config, processes: int, archive: ImageArchive | None) -
         f"duration    {training.kimg:,g} kimg, {training.steps:,} steps{epochs}",
         f"memory      about {cost.training_bytes / 2**30:.2f} GiB a process: {cost.state_bytes / 2**30:.2f} for "
         f"weights, gradients, moments and average, {cost.activation_bytes / 2**30:.2f} for activations",
-        f"sampling    {config.sampling.sampler}, {config.sampling.steps} steps",
+        f"sampling    {config.sampling.sampler}, {steps_text(config.sampling)} steps",
         "dry run: nothing was written",
     ]
     return "\n".join(lines)

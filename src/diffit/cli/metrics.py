@@ -1,15 +1,21 @@
 """``diffit metrics``."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffit.cli.options import Steps, with_options
+from diffit.cli.options import with_options
+from diffit.cli.sample import PRECISIONS, SETTINGS
+from diffit.configs.schema import Sampling
 from diffit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffit.utils.distributed import Processes
 
 FILE = click.Path(path_type=Path)
 BATCH = click.option(
@@ -45,16 +51,12 @@ CALC: list[Callable[..., Any]] = [
                  help="Evaluate so many times, with new samples: the best, and minimum, mean and spread."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                  help="First seed of the samples, one for each; with --images, of the choice among them."),
-    click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
-                 help="Sampler of the network.  [default: the file's]"),
-    click.option("--steps", type=Steps(), metavar="N|ddimN", help="Sampling steps.  [default: the file's]"),
+    *SETTINGS,
     VAE,
-    click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none.  [default: the file's]"),
     BATCH,
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    click.option("--precision", type=click.Choice(PRECISIONS),
                  help="Precision of the network; detectors are fp32.  [default: fp32]"),
 ]  # fmt: skip
-OF_NETWORKS = ("sampler", "steps", "vae", "cfg_scale", "precision")
 
 
 @metrics.command()
@@ -82,12 +84,14 @@ def require_one(options: dict[str, Any]) -> None:
     """Either a network or images, and with images no option of how samples are generated."""
     if (options["network"] is None) == (options["images"] is None):
         raise UserError("pass either --network or --images: what is to be evaluated")
-    given = [f"--{name.replace('_', '-')}" for name in OF_NETWORKS if options.get(name) is not None]
+    of_networks = {*Sampling.model_fields, "vae", "precision"}
+    params = click.get_current_context().command.params
+    given = [param.opts[0] for param in params if param.name in of_networks and options[param.name] is not None]
     if options["images"] is not None and given:
         raise UserError(f"{', '.join(given)} with --images: they exist already; leave it out, or use --network")
 
 
-def evaluate_folder(options: dict[str, Any], procs: Any) -> list[dict[str, Any]]:
+def evaluate_folder(options: dict[str, Any], procs: "Processes") -> list[dict[str, Any]]:
     from diffit.metrics.evaluate import evaluate_images
     from diffit.metrics.images import open_images
     from diffit.metrics.suite import Suite
@@ -97,38 +101,30 @@ def evaluate_folder(options: dict[str, Any], procs: Any) -> list[dict[str, Any]]
     return evaluate_images(suite, images, seed=options["seed"], batch=batch, progress=True)
 
 
-def evaluate_file(options: dict[str, Any], procs: Any) -> list[dict[str, Any]]:
-    from diffit.cli.sample import with_sampling
+def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str, Any]]:
     from diffit.metrics.evaluate import evaluate_network
     from diffit.metrics.record import summarise_repeats
     from diffit.metrics.suite import Suite
-    from diffit.models.autoencoder import autoencoder_of
-    from diffit.sampling.model import prepare
-    from diffit.utils.precision import check_precision
-    from diffit.weights.file import load_network, state_hash
+    from diffit.sampling import load
+    from diffit.weights import load_network, state_hash
 
-    precision, batch, repeats = options["precision"] or "fp32", options["batch"], options["repeats"]
-    precision = check_precision(precision, procs.device)
-    net, config = load_network(options["network"], procs.device)
-    config = with_sampling(config, {name: options[name] for name in ("sampler", "steps", "cfg_scale")})
-    autoencoder = autoencoder_of(config, options["vae"], device=procs.device)
-    suite = Suite(
-        options["names"], options["ref"], config.image_shape, procs, detector=options["detector"], batch=batch
-    )
-    digest = state_hash(net.state_dict())  # of the file, whatever precision they are used in
-    net = prepare(net, precision)
+    network, batch, repeats = options["network"], options["batch"], options["repeats"]
+    model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
+    model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
+    shape = model.config.image_shape
+    suite = Suite(options["names"], options["ref"], shape, procs, detector=options["detector"], batch=batch)
+    digest = state_hash(load_network(network)[0].state_dict())  # of the file, whatever the precision
+    facts = {"network": Path(network).name, "weights_sha256": digest}
+    labels = labels_of(options["ref"], model.config.model.num_classes)
+    seeds = range(options["seed"], options["seed"] + repeats * suite.samples, suite.samples)
     runs = [
-        evaluate_network(
-            suite, net, config, procs, first_seed=options["seed"] + i * suite.samples,
-            real_labels=labels_of(options["ref"], config.model.num_classes), autoencoder=autoencoder, batch=batch,
-            precision=precision, progress=True, network=Path(options["network"]).name, weights_sha256=digest,
-        )
-        for i in range(repeats)
-    ]  # fmt: skip
+        evaluate_network(suite, model, first_seed=seed, real_labels=labels, batch=batch, progress=True, facts=facts)
+        for seed in seeds
+    ]
     return runs[0] if repeats == 1 else [summarise_repeats(records) for records in zip(*runs, strict=True)]
 
 
-def labels_of(ref: Path | None, classes: int) -> Any:
+def labels_of(ref: Path | None, classes: int) -> "Tensor | None":
     """The labels of a reference that has the model's classes; None where classes are chosen evenly."""
     from diffit.data.archive import ImageArchive
 
@@ -208,12 +204,13 @@ def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
     from diffit.data.archive import ImageArchive
     from diffit.metrics.classifier import train_classifier
     from diffit.utils.distributed import pick_device
+    from diffit.utils.progress import progress
 
     if dest.suffix != ".safetensors":
         raise UserError(f"--dest {dest}: a detector is a file NAME.safetensors")
     archive = ImageArchive(data, cond=True)
-    with _progress("training") as progress:
-        accuracy = train_classifier(archive, dest, epochs=epochs, seed=seed, device=pick_device(), progress=progress)
+    with progress("training") as show:
+        accuracy = train_classifier(archive, dest, epochs=epochs, seed=seed, device=pick_device(), progress=show)
     click.echo(f"{dest}: {accuracy:.1%} right on held-out images; next: --detector {dest}")
 
 
@@ -238,9 +235,10 @@ def copies(**options: Any) -> None:
 
     A near-copy is closer to a training image than 99 % of real images that were not trained on.
     """
-    from diffit.metrics.copies import find_copies, samples_from, write_copies
+    from diffit.metrics.copies import find_copies, some_of, write_copies
     from diffit.metrics.detectors import make_detector
     from diffit.metrics.images import open_images
+    from diffit.sampling import load
     from diffit.utils.distributed import processes
 
     require_one(options)
@@ -249,21 +247,15 @@ def copies(**options: Any) -> None:
         if procs.count > 1:
             raise UserError("copies runs in one process; start it without torchrun")
         detector = make_detector(options["detector"], procs)
-        samples = samples_from(options["network"], options["images"], options["count"], batch, procs, options["vae"])
+        if options["images"] is not None:
+            samples = some_of(open_images(options["images"]), options["count"])
+        else:
+            model = load(options["network"], device=procs.device, precision="fp32", vae=options["vae"])
+            parts = model.generate(range(options["count"]), batch=batch, progress=True)
+            samples = [image for _, images in parts for image in images]
         unseen = None if heldout is None else open_images(heldout)
         result = find_copies(samples, open_images(options["data"]), detector, procs, heldout=unseen, batch=batch)
         write_copies(dest, result)
         click.echo(json.dumps(result.facts))
         share, usual = result.facts["near_copies"], result.facts["near_copies_among_real"]
         click.echo(f"{dest}: {share:.2%} near-copies, {usual:.2%} of real images are", err=True)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,13 +7,13 @@ from typing import Any
 import click
 
 
-class Size(click.ParamType):
-    """``32`` or ``WxH`` (``48x32``) as (H, W)."""
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """``32`` or ``WxH`` (``48x32``, also ``48,32``) as (H, W)."""
 
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"0*([1-9]\d*)(?:[xX×]0*([1-9]\d*))?", value) if isinstance(value, str) else None
+        match = re.fullmatch(r"0*([1-9]\d{0,5})(?:[xX×,]0*([1-9]\d{0,5}))?", str(value).strip())
         if match is None:
             self.fail(f"{value!r} is not a size; write 32 or 48x32 (width x height)", param, ctx)
         return int(match[2] or match[1]), int(match[1])

@@ -57,7 +57,7 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--tick", type=float, metavar="KIMG", help="Images between lines of statistics."),
     click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots and grids; 0: at the end only."),
     click.option("--dump", type=int, metavar="TICKS", help="Ticks between training states; 0: at the end only."),
-    click.option("--grid", type=Size(), default="8x8", show_default=True, help="Images in a grid."),
+    click.option("--grid", type=Size(), help="Images in a grid of samples.  [default: 8x8]"),
     click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
     click.option("--metrics-ref", metavar="ARCHIVE|NPZ", help="What they compare with. Default: the training images."),
     click.option("--metrics-ticks", type=int, help="Ticks between them; default: at the end only."),
@@ -75,7 +75,8 @@ def train(**options: Any) -> None:
 
     Starting the same command again resumes it. Under torchrun the same command uses several GPUs.
     """
-    outdir, dry_run, resume, desc, grid = (options.pop(key) for key in ("outdir", "dry_run", "resume", "desc", "grid"))
+    outdir, dry_run, resume = (options.pop(key) for key in ("outdir", "dry_run", "resume"))
+    options["grid"] = options["grid"] and options["grid"][::-1]
     preset, epochs = options.pop("preset"), options.pop("epochs")
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
@@ -83,6 +84,7 @@ def train(**options: Any) -> None:
     from diffit.metrics.suite import parse_metrics
     from diffit.utils.distributed import processes
     from diffit.cli.describe import describe_run
+    from diffit.data.latents import LatentArchive
     from diffit.data.open import facts_of, open_data, open_val
     from diffit.training.loop import train as run_training
 
@@ -93,7 +95,7 @@ def train(**options: Any) -> None:
         if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
             archive = open_data(options["data"], options["cond"], preset)
             options["data"] = str(archive.path.resolve())
-            if options["vae"] is None and hasattr(archive, "header"):
+            if options["vae"] is None and isinstance(archive, LatentArchive):
                 options["vae"] = archive.header.vae
         if options["vae"] is not None and Path(options["vae"]).is_dir():
             options["vae"] = str(Path(options["vae"]).resolve())  # the file will be sampled from elsewhere
@@ -113,12 +115,12 @@ def train(**options: Any) -> None:
         except UserError as error:
             raise UserError(f"the model's autoencoder: {error} (--vae PATH|ID names another)") from None
         if autoencoder is not None:
-            for latents in filter(lambda data: hasattr(data, "header"), (archive, val)):
-                latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
+            for latents in (archive, val):
+                if isinstance(latents, LatentArchive):
+                    latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
         outcome = run_training(
-            config, archive, outdir, procs,
-            resume=resume, desc=desc, grid=(grid[1], grid[0]), val=val, autoencoder=autoencoder,
-        )  # fmt: skip
+            config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder
+        )
         if outcome.snapshot is None and procs.is_first:
             click.echo(
                 f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg goes on, --resume none begins anew"

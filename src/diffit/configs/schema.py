@@ -6,9 +6,9 @@ the header of a weights file.
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diffit.errors import UserError
 
@@ -130,34 +130,16 @@ class ADMDiffusion(Frozen):
 
 
 DISCRETE = ("ddpm", "ddim")
-"""Samplers that walk the schedule's own timesteps."""
-
-
-def _steps(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str) and re.fullmatch(r"ddim[1-9]\d*", value):
-        return value
-    raise ValueError(f"{value!r} should be a number of steps from 1 on, or ddim50 and the like")
-
-
-def check_steps(steps: int | str, timesteps: int) -> None:
-    """ValueError where a schedule of so many timesteps has no walk of ``steps``."""
-    if isinstance(steps, int):
-        if steps > timesteps:
-            raise ValueError(f"steps {steps}: the schedule has {timesteps} timesteps; take at most as many")
-        return
-    count = int(steps.removeprefix("ddim"))
-    if all(len(range(0, timesteps, stride)) != count for stride in range(1, timesteps + 1)):
-        raise ValueError(f"steps {steps}: no whole stride takes {count} of {timesteps} timesteps; take {count}")
+"""Samplers on the schedule's own timesteps."""
 
 
 class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
     sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] = "heun"
-    steps: Annotated[int | str, PlainValidator(_steps)] = 18
-    """``ddim50`` spaces 50 timesteps by a whole number, for discrete schedules."""
+    steps: Count = 18
+    spacing: Literal["linspace", "leading"] = "linspace"
+    """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k."""
     sigma_min: Positive = 0.002
     """This, sigma_max and rho space EDM's noise levels; a discrete schedule has its own."""
     sigma_max: Positive = 80.0
@@ -180,6 +162,16 @@ class Sampling(Frozen):
     rounding: Literal["round", "truncate"] = "round"
     """How images become levels 0…255."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_spacing(cls, values: Any) -> Any:
+        """``steps`` may be ``ddim50``, as ADM's tools and older files spell 50 steps with leading spacing."""
+        if not isinstance(values, dict) or not isinstance(steps := values.get("steps"), str):
+            return values
+        if not (match := re.fullmatch(r"ddim([1-9]\d*)", steps)):
+            raise ValueError(f"steps: {steps!r} should be a number of steps from 1 on, or ddim50 and the like")
+        return values | {"steps": int(match[1]), "spacing": "leading"}
+
     @model_validator(mode="after")
     def _range(self) -> "Sampling":
         if self.sigma_min >= self.sigma_max:
@@ -188,6 +180,11 @@ class Sampling(Frozen):
             low, high = self.cfg_interval
             raise ValueError(f"cfg_interval {low:g},{high:g} is empty: the lower noise level comes first")
         return self
+
+
+def steps_text(sampling: Sampling) -> str:
+    """The steps as the command line takes them."""
+    return f"ddim{sampling.steps}" if sampling.spacing == "leading" else str(sampling.steps)
 
 
 class Training(Frozen):
@@ -228,16 +225,38 @@ class Training(Frozen):
     """Ticks between snapshots and grids; 0: at the end only."""
     dump: Annotated[int, Field(ge=0)] = 50
     """Ticks between training states; 0: at the end only."""
+    grid: tuple[Count, Count] = (8, 8)
+    """Columns and rows of the grids of samples."""
+    desc: str | None = None
+    """Text in the name of the run's folder."""
     metrics: tuple[str, ...] = ()
     metrics_ref: str | None = None
     """Images or statistics to compare with; None is the training data."""
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
 
+    @field_validator("desc")
+    @classmethod
+    def _part_of_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.+=,-]+", value):
+            raise ValueError(f"{value!r} becomes part of a folder's name; use letters, digits and . _ + = , -")
+        return value
+
     @property
     def steps(self) -> int:
         """Steps that show ``kimg``, in whole images first: 0.07 · 1000 is a little more than 70 in floating point."""
         return max(math.ceil(round(self.kimg * 1000) / self.batch), 1)
+
+
+def check_steps(sampling: Sampling, timesteps: int) -> None:
+    """ValueError where a schedule of so many timesteps cannot be respaced as ``sampling`` says."""
+    steps = sampling.steps
+    if steps > timesteps:
+        raise ValueError(f"steps {steps}: the schedule has {timesteps} timesteps; use at most as many")
+    # Every k-th of T timesteps are ⌈T/k⌉ of them: for no other k than ⌊(T − 1)/(n − 1)⌋ can they be n.
+    stride = max((timesteps - 1) // (steps - 1), 1) if steps > 1 else timesteps
+    if sampling.spacing == "leading" and -(-timesteps // stride) != steps:
+        raise ValueError(f"steps ddim{steps}: no whole stride takes {steps} of {timesteps} timesteps; use {steps}")
 
 
 class Data(Frozen):
@@ -275,14 +294,14 @@ class Config(Frozen):
                 f"sampler {self.sampling.sampler} needs a discrete schedule, this model has EDM's: "
                 "take heun, euler or dpm++"
             )
-        if self.diffusion.kind == "edm" and isinstance(self.sampling.steps, str):
+        if self.diffusion.kind == "edm" and self.sampling.spacing != "linspace":
             raise ValueError(
-                f"steps {self.sampling.steps} needs a discrete schedule, this model has EDM's: take a number"
+                f"steps ddim{self.sampling.steps} needs a discrete schedule, this model has EDM's: give a number"
             )
         if self.diffusion.kind == "edm" and self.sampling.cfg_power is not None:
             raise ValueError("the power-cosine scale is a function of timesteps, which this model (EDM) has none of")
         if self.diffusion.kind == "adm":
-            check_steps(self.sampling.steps, self.diffusion.timesteps)
+            check_steps(self.sampling, self.diffusion.timesteps)
         if self.sampling.cfg_scale != 1 and self.model.num_classes and self.training.label_drop == 0:
             raise ValueError(
                 f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never "

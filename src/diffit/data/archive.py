@@ -6,202 +6,33 @@
 import hashlib
 import io
 import json
-import os
-import re
-import zipfile
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, safe_name, subset
+from diffit.data.formats import FORMATS, IMAGE_SUFFIXES, unread
 from diffit.errors import UserError
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-# A named list keeps out decoders that start other programs or are seldom looked at (EPS, WMF, ...).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pnm",
-    ".jp2",
-)
 META = "dataset.json"
-MAX_FILE_BYTES = 1 << 30  # one member of a zip; a small zip can claim to unfold to terabytes
-_READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+MAX_CLASSES = 1_000_000
 
 
-class BrokenImageError(UserError):
-    """One file that cannot be read or decoded; the others may be fine."""
-
-
-def natural_key(name: str) -> tuple[list[list[Any]], str]:
-    """Sort key: ``img2`` before ``img10``, folder by folder."""
-
-    def component(text: str) -> list[Any]:
-        # Digits compare as (length, text) rather than as int(): Python refuses to parse very long numbers.
-        chunks = re.split(r"(\d+)", text)
-        return [(len(c.lstrip("0")), c.lstrip("0")) if i % 2 else c for i, c in enumerate(chunks)]
-
-    return [component(part) for part in name.split("/")], name  # the name itself decides between img1 and img01
-
-
-def name_some(names: Sequence[str], limit: int = 3) -> str:
-    """``a, b, c and 7 more``."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def subset(count: int, max_images: int | None, seed: int) -> list[int]:
-    """Indices of a seeded random choice of ``max_images`` out of ``count``, ascending; all of them when None."""
-    if max_images is not None and max_images < 1:
-        raise UserError(f"max_images is {max_images}: give 1 or more, or leave it out to take all {count} images")
-    if max_images is None or max_images >= count:
-        return list(range(count))
-    return sorted(np.random.default_rng(seed).permutation(count)[:max_images].tolist())
-
-
-def map_ordered(function: Callable[[T], R], items: Sequence[T], workers: int = 0, chunk: int = 16) -> Iterator[R]:
-    """``map`` on threads (0: one a CPU core, 16 at most), in order, a few chunks in flight so that memory stays flat.
-
-    Threads are enough because Pillow and zlib release the GIL; below 64 x 64 pixels they cost more than they gain.
-    """
-    workers = workers or min(os.cpu_count() or 1, 16)
-    if workers == 1:
-        yield from map(function, items)
-        return
-    pending: deque[Future[list[R]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for start in range(0, len(items), chunk):
-                part = items[start : start + chunk]
-                pending.append(pool.submit(lambda part: [function(item) for item in part], part))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def safe_name(raw: str, where: str) -> str:
-    """Normalise a stored file name to ``a/b.png``; names that point outside their archive are a UserError."""
-    name = raw.replace("\\", "/")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name) or not parts:
-        raise UserError(f"{where} holds the unsafe path {raw!r}, which points outside it: remove or rename that entry")
-    return "/".join(parts)
-
-
-class FileTree:
-    """The files of a folder or zip by relative name with forward slashes; hidden files are left out.
-
-    Safe to pickle and to fork: every process opens its own zip handle when it first reads.
-    Raises UserError for a path that is neither, a damaged zip, unsafe names and links that lead out of the folder.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._handle: tuple[int, zipfile.ZipFile] | None = None
-        self._raw: dict[str, str] = {}  # the few zip members whose stored name is not the normalised one
-        if self.path.is_dir():
-            self.is_zip, names = False, list(self._walk(self.path, ""))
-        elif self.path.is_file():
-            self.is_zip, names = True, self._zip_names()
-        else:
-            raise UserError(f"{path}: no such file or folder; check the spelling")
-        visible = (n for n in names if not any(p.startswith(".") or p == "__MACOSX" for p in n.split("/")))
-        self.names = sorted(dict.fromkeys(visible), key=natural_key)
-        self.images = [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handle": None}
-
-    def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
-        for entry in os.scandir(folder):
-            name = prefix + entry.name
-            # A link may show a file that the owner never meant to share, or lead in a circle.
-            if entry.is_symlink() and (entry.is_dir() or not self._is_inside(entry.path)):
-                raise UserError(
-                    f"{entry.path} is a link that leads out of {self.path} or to a folder: "
-                    f"replace links by files first (cp -rL {self.path} COPY)"
-                )
-            if entry.is_dir():
-                yield from self._walk(Path(entry.path), name + "/")
-            elif entry.is_file():
-                yield name
-
-    def _is_inside(self, path: str) -> bool:
-        return Path(path).resolve().is_relative_to(self.path.resolve())
-
-    def _zip_names(self) -> list[str]:
-        if self.path.suffix.lower() != ".zip" and not zipfile.is_zipfile(self.path):
-            raise UserError(
-                f"{self.path} is not a folder or zip of images: "
-                f"`diffit data convert --source {self.path} --dest NEW.zip` makes one from the formats that it knows"
-            )
-        names = []
-        for info in self._zip().infolist():
-            if not info.is_dir():
-                names.append(safe_name(info.filename, str(self.path)))
-                if names[-1] != info.filename:
-                    self._raw[names[-1]] = info.filename
-        return names
-
-    def _zip(self) -> zipfile.ZipFile:
-        # After a fork the children share the parent's file offset, so a handle belongs to the process that made it.
-        if self._handle is None or self._handle[0] != os.getpid():
-            try:
-                self._handle = os.getpid(), zipfile.ZipFile(self.path)
-            except _READ_ERRORS as error:
-                raise UserError(
-                    f"{self.path} cannot be read as a zip ({error}): it is damaged or incomplete, copy it again"
-                ) from error
-        return self._handle[1]
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises BrokenImageError for a damaged or oversized one."""
-        try:
-            if self.is_zip:
-                info = self._zip().getinfo(self._raw.get(name, name))
-                size = info.file_size
-            else:
-                size = os.stat(self.path / name).st_size
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"{size} bytes unpacked, more than the limit of {MAX_FILE_BYTES}")
-            return self._zip().read(info) if self.is_zip else (self.path / name).read_bytes()
-        except _READ_ERRORS as error:
-            reason = getattr(error, "strerror", None) or error
-            raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
-
-    def checksum(self, name: str) -> tuple[int, int]:
-        """(size, CRC-32) of one file: a zip's directory has them, a folder's file is read."""
-        if self.is_zip:
-            info = self._zip().getinfo(self._raw.get(name, name))
-            return info.file_size, info.CRC
-        data = self.read(name)
-        return len(data), zlib.crc32(data)
-
-    def num_bytes(self) -> int:
-        """Size on disk."""
-        return sum(os.stat(f).st_size for f in ([self.path] if self.is_zip else (self.path / n for n in self.names)))
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Whatever is raised over an image that cannot be used, as a BrokenImageError that names ``name``."""
+    try:
+        yield
+    except BrokenImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(f"'{name}' is not an image of a known format") from error
+    except Exception as error:  # Pillow's decoders raise a dozen different kinds
+        raise BrokenImageError(f"'{name}' cannot be used ({str(error) or type(error).__name__})") from error
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
@@ -209,7 +40,7 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
 
     Raises BrokenImageError, naming ``name``, for anything undecodable and for images above Pillow's bomb limit.
     """
-    try:
+    with decoding(name):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         # Pillow only warns up to twice its limit; a warning filter would not be safe in threads.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -217,10 +48,6 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
         if not header_only:
             image.load()
         return image
-    except UnidentifiedImageError as error:
-        raise BrokenImageError(f"'{name}' is not an image of a known format") from error
-    except Exception as error:  # on damaged bytes Pillow's decoders raise a dozen different kinds
-        raise BrokenImageError(f"'{name}' cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def orientation(image: Image.Image) -> int:
@@ -258,7 +85,7 @@ def read_labels(files: FileTree) -> tuple[dict[str, int] | None, list[str] | Non
         if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)):
             raise UserError(f"{where}: {entry!r} is not a [file name, class number] pair")
         name, label = entry
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
+        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
             raise UserError(f"{where}: the label of '{name}' is {label!r}; labels are class numbers 0, 1, 2, ...")
         table[safe_name(name, where)] = label
     return table, class_names
@@ -289,11 +116,13 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         names = require_images(self._files)
         table, self.class_names = read_labels(self._files)
         self.has_labels = table is not None and all(name in table for name in names)
-        self.num_classes = 0
-        if table is not None and self.has_labels:
-            self.num_classes = max(max(table[name] for name in names) + 1, len(self.class_names or ()))
         if cond:
             require_labels(self.path, names, table)
+        self.num_classes = 0
+        if table is not None and self.has_labels:
+            self.num_classes = count_classes([table[name] for name in names], self.class_names)
+        if cond:
+            require_classes(self.path, self.num_classes, len(names), self.class_names)
         self.file_names = [names[i] for i in subset(len(names), max_images, seed)]
         self.labels: torch.Tensor | None = None
         if cond and table is not None:
@@ -362,13 +191,12 @@ def describe_shape(shape: tuple[int, ...]) -> str:
 
 def require_images(files: FileTree) -> list[str]:
     """The image names; UserError when there are none."""
-    if not files.images:
-        others = f"; found {name_some(files.names)}" if files.names else ", it is empty"
-        raise UserError(
-            f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}){others}: "
-            "check the path, or use `diffit data convert` on raw formats"
-        )
-    return files.images
+    if files.images:
+        return files.images
+    if known := unread(files.names):
+        raise UserError(f"{files.path} holds no image that is read: {'; '.join(known)}")
+    found = f"found {name_some(files.names)}" if files.names else "it is empty"
+    raise UserError(f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}): {found}; check the path")
 
 
 def require_labels(path: Path, names: Sequence[str], labels: dict[str, int] | None) -> None:
@@ -376,10 +204,25 @@ def require_labels(path: Path, names: Sequence[str], labels: dict[str, int] | No
     if labels is None:
         raise UserError(
             f"{path} has no labels: drop --cond, "
-            f"or make them from class folders with `diffit data convert --source {path} --dest NEW.zip`"
+            f"or make them from class folders with `diffit data convert --source {path} --dest NEW.zip --cond`"
         )
     if missing := [name for name in names if name not in labels]:
         raise UserError(
             f"{path}: {len(missing)} of {len(names)} images have no label ({name_some(missing)}): "
             f"add them to {META} or remove the files, or drop --cond"
+        )
+
+
+def count_classes(labels: Collection[int], class_names: Sequence[str] | None) -> int:
+    """The largest label + 1, or the number of names where that is larger."""
+    return max(max(labels) + 1, len(class_names or ()))
+
+
+def require_classes(path: Path, num_classes: int, num_images: int, class_names: Sequence[str] | None) -> None:
+    """UserError for labels such as 2,000,000,000: a model has a row of weights for every class below the largest."""
+    most = max(1000, 100 * num_images, len(class_names or ()))
+    if num_classes > min(most, MAX_CLASSES):
+        raise UserError(
+            f"{path}: its labels go up to {num_classes - 1}, too far for {num_images} images: "
+            f"`diffit data convert --source {path} --dest NEW.zip --cond` numbers the classes 0, 1, 2, ..."
         )

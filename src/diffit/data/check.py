@@ -7,22 +7,24 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from diffit.data.archive import (
     META,
-    BrokenImageError,
-    FileTree,
+    count_classes,
     describe_shape,
-    map_ordered,
-    name_some,
     open_image,
     orientation,
     read_labels,
+    require_classes,
     require_images,
-    subset,
 )
+from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, subset
 from diffit.errors import UserError
+
+Pixels = npt.NDArray[np.uint8]
+USUAL_STD = 0.1  # on the scale -1 to 1: below it something went wrong
 
 
 @dataclass
@@ -40,7 +42,9 @@ class CheckReport:
     class_counts: Counter[int] = field(default_factory=Counter)
     class_names: list[str] | None = None
     damaged: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    num_classes: int = 0  # as a model would have them
     problems: list[str] = field(default_factory=list)  # one line each
+    warnings: list[str] = field(default_factory=list)  # what can be trained on but is seldom meant, one line each
     samples: torch.Tensor | None = None  # uint8 (n, C, H, W): a seeded random choice of one shape
 
 
@@ -63,12 +67,12 @@ def check(
     report = CheckReport(files.path, files.num_bytes(), count=len(names))
     _check_labels(report, files, cond)
 
-    histograms: dict[int, np.ndarray] = {c: np.zeros((c, 256), np.int64) for c in (1, 3)}
+    histograms: dict[int, npt.NDArray[np.int64]] = {c: np.zeros((c, 256), np.int64) for c in (1, 3)}
     digests = np.zeros(len(names), np.uint64)  # 8 bytes an image: a million images collide with probability 3e-8
     chosen = set(subset(len(names), samples, seed))
-    picked: list[np.ndarray] = []
+    picked: list[Pixels] = []
 
-    def read(name: str) -> np.ndarray | BrokenImageError:
+    def read(name: str) -> Pixels | BrokenImageError:
         try:
             return _pixels(files, name)
         except BrokenImageError as error:
@@ -95,7 +99,7 @@ def check(
     return report
 
 
-def _pixels(files: FileTree, name: str) -> np.ndarray:
+def _pixels(files: FileTree, name: str) -> Pixels:
     """uint8 (H, W, C), under the same conditions as :class:`ImageArchive`."""
     image = open_image(files.read(name), name)
     if image.mode not in ("L", "RGB"):
@@ -124,9 +128,26 @@ def _check_labels(report: CheckReport, files: FileTree, cond: bool) -> None:
         report.problems.append(
             f"{META} names {len(report.class_names)} classes, but labels go up to {max(report.class_counts)}"
         )
+    if report.class_counts:
+        _check_classes(report, cond)
 
 
-def _summarise(report: CheckReport, histograms: dict[int, np.ndarray], picked: list[np.ndarray]) -> None:
+def _check_classes(report: CheckReport, cond: bool) -> None:
+    report.num_classes = count_classes(report.class_counts, report.class_names)
+    try:
+        require_classes(report.path, report.num_classes, report.labelled, report.class_names)
+    except UserError as error:
+        (report.problems if cond else report.warnings).append(str(error))
+        return
+    if empty := [label for label in range(report.num_classes) if label not in report.class_counts]:
+        report.warnings.append(
+            f"{len(empty)} of {report.num_classes} classes have no images ({name_some([str(i) for i in empty])}), and "
+            f"with --cond a model samples them too: `diffit data convert --source {report.path} --dest NEW.zip` leaves "
+            "them out"
+        )
+
+
+def _summarise(report: CheckReport, histograms: dict[int, npt.NDArray[np.int64]], picked: list[Pixels]) -> None:
     remedy = f"`diffit data convert --source {report.path} --dest NEW.zip"
     if report.damaged:
         report.problems.append(
@@ -143,6 +164,12 @@ def _summarise(report: CheckReport, histograms: dict[int, np.ndarray], picked: l
     mean = counts @ values / total
     report.mean = mean.tolist()
     report.std = np.sqrt(counts @ values**2 / total - mean**2).tolist()
+    deviation = max(report.std) / 127.5
+    if deviation < USUAL_STD:
+        report.warnings.append(
+            f"the images hardly differ from one gray: a standard deviation of {deviation:.2g} on the scale -1 to 1, "
+            "where photographs have 0.5; if they are scans of 10 to 14 bits, convert the originals with --range auto"
+        )
     same = [image for image in picked if (image.shape[2], *image.shape[:2]) == shape]
     if same:
         report.samples = torch.from_numpy(np.stack(same)).permute(0, 3, 1, 2)

@@ -1,34 +1,83 @@
 """Raw images in, an image archive out: upright 8-bit gray or RGB PNGs of one size, with labels."""
 
-import io
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypedDict, Unpack
 
-import numpy as np
-from PIL import Image
-
-from diffit.data.archive import META, BrokenImageError, map_ordered, name_some, orientation, subset
-from diffit.data.sources import Source, open_source
+from diffit.data.archive import META
+from diffit.data.files import BrokenImageError, map_ordered, name_some, subset
+from diffit.data.pixels import WHITE, Color, color
+from diffit.data.png import PngEncoder, value_range_of
+from diffit.data.sources import CLASS_ORDERS, Source, open_source
+from diffit.data.transforms import resizer
 from diffit.errors import UserError
 from diffit.utils.files import whole_file, whole_folder
 
-TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
-GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
-TURNS = {  # EXIF orientation -> what makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+CHOICES = {
+    "channels": ("auto", "gray", "rgb"),
+    "frames": ("first", "all"),
+    "class_order": CLASS_ORDERS,
+    "on_error": ("stop", "skip"),
 }
+
+
+class ConvertOptions(TypedDict, total=False):
+    """The options of :func:`convert`; :class:`Settings` says what they mean."""
+
+    resolution: tuple[int, int] | None
+    transform: str | None
+    channels: str
+    value_range: str | tuple[float, float]
+    background: str | Color
+    frames: str
+    class_order: str
+    max_images: int | None
+    seed: int
+    on_error: str
+    cond: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`convert` is asked to do. UserError for a choice that is not known."""
+
+    resolution: tuple[int, int] | None = None
+    """(width, height) in pixels; None keeps the images' own size, which must then be one and the same."""
+    transform: str | None = None
+    """How an image gets to ``resolution``: one of ``TRANSFORMS``, or None for a plain Lanczos resize."""
+    channels: str = "auto"
+    """``gray``, ``rgb``, or ``auto``: gray if every image is stored without colour, otherwise RGB."""
+    value_range: str | tuple[float, float] = "auto"
+    """Black and white of images with more than 8 bits: (low, high); ``full`` for 0 to 65535; or ``auto``: the fewest of
+    8, 10, 12, 14 and 16 bits that hold the values of all of them."""
+    background: str | Color = WHITE
+    """What transparent images are laid on: ``white``, ``black``, ``#RRGGBB`` or ``R,G,B``."""
+    frames: str = "first"
+    """Of animations and files of several pages: ``first``, or ``all`` as images of their own."""
+    class_order: str = "natural"
+    """How class folders are numbered: ``natural`` (2 before 10) or ``plain`` (by character, as EDM's tool does)."""
+    max_images: int | None = None
+    """Convert a seeded random subset of this many, in the source's order."""
+    seed: int = 0
+    on_error: str = "stop"
+    """At a broken image ``stop`` with a UserError, or ``skip`` it and list it in the report."""
+    cond: bool = False
+    """Require a label for every image. Without it labels are kept if every image has one."""
+    overwrite: bool = False
+    """Replace ``dest`` if it is a zip or an archive folder."""
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} {value!r} is not known: use one of {', '.join(known)}")
 
 
 @dataclass
@@ -39,11 +88,11 @@ class ConvertReport:
     dest: Path
     found: int  # images in the source
     ignored: list[str]  # files of the source that are not images
+    notes: list[str]  # what a person should know of it, one line each
     written: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of broken images left out
     image_shape: tuple[int, int, int] = (0, 0, 0)  # (C, H, W)
     labelled: bool = False
-    unlabelled: list[str] = field(default_factory=list)  # names without a label where others have one
     class_names: list[str] | None = None
     num_classes: int = 0
 
@@ -52,91 +101,92 @@ def convert(
     source: str | Path,
     dest: str | Path,
     *,
-    resolution: tuple[int, int] | None = None,
-    transform: str | None = None,
-    channels: str = "auto",
-    max_images: int | None = None,
-    seed: int = 0,
-    on_error: str = "stop",
-    cond: bool = False,
-    overwrite: bool = False,
-    workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 0,
+    **options: Unpack[ConvertOptions],
 ) -> ConvertReport:
     """Convert ``source`` into the archive ``dest``: an uncompressed zip if it ends in ``.zip``, otherwise a folder.
 
-    The same arguments give the same bytes. The archive appears whole under its name or not at all.
-
-    Args:
-        resolution: (width, height) in pixels; None keeps the images' own size, which must then be one and the same.
-        transform: how an image gets to ``resolution``: one of ``TRANSFORMS``, or None for a plain Lanczos resize.
-        channels: ``gray``, ``rgb``, or ``auto``: gray if every image is stored without colour, otherwise RGB.
-        max_images: convert a seeded random subset of this many, in the source's order.
-        on_error: at a broken image ``stop`` with a UserError, or ``skip`` it and list it in the report.
-        cond: require a label for every image. Without it labels are kept if every image has one.
-        overwrite: replace ``dest`` if it is a zip or an archive folder.
-        progress: called with (images done, images in all).
+    The same arguments give the same bytes, with any number of ``workers`` (threads; 0: one a CPU core). The archive
+    appears whole under its name or not at all. ``progress`` is called with (images done, images in all).
+    :class:`Settings` describes the options.
 
     Raises UserError for anything wrong with the arguments, the source or the disk.
     """
+    settings = Settings(**options)
     source, dest = Path(source), Path(dest)
-    for name, value, known in (
-        ("on_error", on_error, ("stop", "skip")),
-        ("channels", channels, ("auto", "gray", "rgb")),
-    ):
-        if value not in known:
-            raise UserError(f"{name} {value!r} is not known: use one of {', '.join(known)}")
-    to_size = _resizer(resolution, transform)
-    _check_dest(source, dest, overwrite)
-    raw = open_source(source, cond=cond)
-    if cond:
+    encoder = PngEncoder(
+        resizer(settings.resolution, settings.transform),
+        settings.channels,
+        value_range_of(settings.value_range),
+        color(settings.background),
+    )
+    _check_dest(source, dest, settings.overwrite)
+    raw = open_source(source, cond=settings.cond, class_order=settings.class_order)
+    if settings.frames == "all":
+        raw = raw.with_all_frames()
+    if settings.cond:
         _require_labels(source, raw)
-    indices = subset(len(raw.names), max_images, seed)
-    mode = _choose_mode(raw, indices, channels)
-    report = ConvertReport(raw.kind, dest, len(raw.names), raw.ignored)
+    indices = subset(len(raw.names), settings.max_images, settings.seed)
+    encode = encoder.of(raw, indices, workers)
+    report = ConvertReport(raw.kind, dest, len(raw.names), raw.ignored, list(raw.notes))
     labels: list[tuple[str, int | None]] = []
+    done = Counter[str]()
 
     with _writing(dest) as write:
-        for index, result in zip(
-            indices, map_ordered(partial(_encode, raw, mode, to_size), indices, workers), strict=True
-        ):
-            if isinstance(result, BrokenImageError):
-                if on_error == "stop":
-                    raise UserError(f"{result}: repair or remove it, or leave such images out with --on-error skip")
-                report.skipped.append((raw.names[index], str(result)))
+        for index, image in zip(indices, map_ordered(encode, indices, workers), strict=True):
+            name = raw.names[index]
+            if isinstance(image, BrokenImageError):
+                if settings.on_error == "stop":
+                    raise UserError(f"{image}: repair or remove it, or leave such images out with --on-error skip")
+                report.skipped.append((name, str(image)))
             else:
-                png, (width, height) = result
-                shape = (1 if mode == "L" else 3, height, width)
                 if not labels:
-                    report.image_shape, first = shape, raw.names[index]
-                elif shape != report.image_shape:
-                    raise UserError(
-                        f"{source}: '{raw.names[index]}' is {width}x{height} but '{first}' is "
-                        f"{report.image_shape[2]}x{report.image_shape[1]}: give --resolution WxH to make them equal"
-                    )
-                name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
-                write(name, png)
-                labels.append((name, raw.labels[index]))
+                    report.image_shape, first = image.shape, name
+                elif image.shape != report.image_shape:
+                    raise UserError(f"{source}: {_differ(name, image.shape, first, report.image_shape)}")
+                stored = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
+                write(stored, image.png)
+                labels.append((stored, raw.labels[index]))
+                done.update(image.done)
             if progress is not None:
                 progress(len(labels) + len(report.skipped), len(indices))
         if not labels:
             raise UserError(f"{source}: none of {len(indices)} images can be read, the first: {report.skipped[0][1]}")
         report.written = len(labels)
-        _describe_labels(report, raw)
-        meta: dict[str, object] = {"labels": labels if report.labelled else None}
-        if report.labelled and report.class_names is not None:
-            meta["class_names"] = report.class_names
-        write(META, json.dumps(meta, ensure_ascii=False).encode())
+        report.notes += encoder.notes(done)
+        write(META, json.dumps(_metadata(labels, raw, report), ensure_ascii=False).encode())
     return report
 
 
-def _describe_labels(report: ConvertReport, raw: Source) -> None:
-    known = [label for label in raw.labels if label is not None]
-    report.labelled = len(known) == len(raw.labels)
-    report.unlabelled = raw.unlabelled if known else []
-    if report.labelled:
-        report.class_names = raw.class_names
-        report.num_classes = max(max(known) + 1, len(raw.class_names or ()))
+def _differ(name: str, shape: tuple[int, int, int], first: str, expected: tuple[int, int, int]) -> str:
+    one, other = f"{shape[2]}x{shape[1]}", f"{expected[2]}x{expected[1]}"
+    return f"'{name}' is {one} but '{first}' is {other}: pass --resolution WxH to make them equal"
+
+
+def _metadata(labels: list[tuple[str, int | None]], raw: Source, report: ConvertReport) -> dict[str, object]:
+    """The content of ``dataset.json``. Classes are those of the whole source, numbered from 0 without gaps."""
+    known = {label for label in raw.labels if label is not None}
+    if raw.unlabelled:
+        return {"labels": None}
+    used = sorted(known)
+    number = {label: i for i, label in enumerate(used)}
+    given = raw.class_names
+    names = None if given is None else [given[label] if label < len(given) else str(label) for label in used]
+    if used[-1] >= len(used):
+        names = names or [str(label) for label in used]
+        report.notes.append(
+            f"the labels {name_some([str(label) for label in used])} are numbered 0 to {len(used) - 1} in this order, "
+            "and class_names keeps the originals"
+        )
+    if given is not None and (empty := [name for i, name in enumerate(given) if i not in number]):
+        report.notes.append(f"{len(empty)} classes without images are left out ({name_some(empty)})")
+    kept = {label for _, label in labels}
+    if lost := [names[number[label]] if names else str(label) for label in used if label not in kept]:
+        report.notes.append(f"{len(lost)} of {len(used)} classes keep no image ({name_some(lost)})")
+    report.labelled, report.class_names, report.num_classes = True, names, len(used)
+    meta: dict[str, object] = {"labels": [(name, number[label]) for name, label in labels if label is not None]}
+    return meta if names is None else meta | {"class_names": names}
 
 
 def _require_labels(source: Path, raw: Source) -> None:
@@ -149,106 +199,6 @@ def _require_labels(source: Path, raw: Source) -> None:
             f"{source}: {len(raw.unlabelled)} of {len(raw.names)} images have no label ({name_some(raw.unlabelled)}): "
             f"put them into class folders or {META}, or drop --cond"
         )
-
-
-def _choose_mode(raw: Source, indices: list[int], channels: str) -> str:
-    """Pillow mode of the archive. ``auto`` reads headers up to the first colour image: soon over, but for gray sets."""
-    if channels != "auto":
-        return {"gray": "L", "rgb": "RGB"}[channels]
-    for index in indices:
-        try:
-            if raw.open(index, header_only=True).mode not in GRAY_MODES:
-                return "RGB"
-        except BrokenImageError:
-            continue  # met again and reported when its turn comes
-    return "L"
-
-
-def _encode(
-    raw: Source, mode: str, to_size: Callable[[Image.Image], Image.Image], index: int
-) -> tuple[bytes, tuple[int, int]] | BrokenImageError:
-    """The i-th image as (PNG bytes, (width, height)); the error itself if it is broken, so that threads go on."""
-    try:
-        image = to_size(to_eight_bit(raw.open(index), mode, raw.names[index]))
-    except BrokenImageError as error:
-        return error
-    # Pixels only: comments, colour profiles and EXIF of the source must not end up in the archive.
-    image.info.clear()
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue(), image.size
-
-
-def to_eight_bit(image: Image.Image, mode: str, name: str = "image") -> Image.Image:
-    """Any decoded image as upright 8-bit ``mode``, ``L`` or ``RGB``; transparency is laid on white.
-
-    16-bit gray is scaled from 0..65535 to 0..255. Colour profiles are not applied.
-    Raises BrokenImageError for 32-bit and float images, whose white is not defined.
-    """
-    turn = TURNS.get(orientation(image))
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow's own conversion to 8 bits clips instead of scaling.
-        values = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise BrokenImageError(f"'{name}' has 32-bit pixels without a defined white; save it with 8 or 16 bits")
-    try:
-        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert(mode)
-    except ValueError as error:
-        raise BrokenImageError(f"'{name}' has the colour mode {image.mode}, which cannot be converted") from error
-    return image if turn is None else image.transpose(turn)
-
-
-def _resizer(resolution: tuple[int, int] | None, transform: str | None) -> Callable[[Image.Image], Image.Image]:
-    if transform is not None and transform not in TRANSFORMS:
-        raise UserError(f"transform {transform!r} is not known: use one of {', '.join(TRANSFORMS)}")
-    if resolution is None:
-        if transform is not None:
-            raise UserError(f"transform {transform} needs a resolution: add --resolution WxH")
-        return lambda image: image
-    width, height = resolution
-    if width < 1 or height < 1:
-        raise UserError(f"resolution {width}x{height} is not possible: give two numbers of pixels, 1 or more")
-    if transform == "center-crop-dhariwal" and width != height:
-        raise UserError(f"center-crop-dhariwal makes squares, not {width}x{height}: use center-crop or a square size")
-    if transform == "center-crop-wide" and width < height:
-        raise UserError(f"center-crop-wide makes wide images, not {width}x{height}: use center-crop or a wider size")
-    functions = {"center-crop": center_crop, "center-crop-wide": center_crop_wide}
-    if transform == "center-crop-dhariwal":
-        return lambda image: center_crop_dhariwal(image, width)
-    return partial(functions.get(transform or "", _resize), size=(width, height))
-
-
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred part with the proportions of ``size`` (W, H), resized to it (Lanczos)."""
-    scale = min(image.width / size[0], image.height / size[1])
-    width, height = (max(1, round(side * scale)) for side in size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return _resize(image.crop((left, top, left + width, top + height)), size)
-
-
-def center_crop_wide(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """:func:`center_crop` to (W, H), then black bars above and below to W x W."""
-    canvas = Image.new(image.mode, (size[0], size[0]))
-    canvas.paste(center_crop(image, size), (0, (size[0] - size[1]) // 2))
-    return canvas
-
-
-def center_crop_dhariwal(image: Image.Image, size: int) -> Image.Image:
-    """ADM's preprocessing (Dhariwal & Nichol 2021): halve by box filter while twice too large, bicubic, crop."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def _check_dest(source: Path, dest: Path, overwrite: bool) -> None:

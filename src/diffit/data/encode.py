@@ -1,14 +1,18 @@
 """An image archive in, a latent cache out: goes on where it was interrupted; several processes share the work."""
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from diffit.data.archive import META, ImageArchive, map_ordered
+from diffit.data.archive import META, ImageArchive
+from diffit.data.files import map_ordered, readable
 from diffit.data.latents import (
     DTYPES,
     HEADER,
@@ -29,7 +33,7 @@ from diffit.utils.distributed import Processes
 from diffit.utils.files import disk_errors, whole_file
 from diffit.weights.file import save_tensors
 
-SHARD_SIZE = 1024  # images: 64 MB a shard in float32 at 256 pixels
+logger = logging.getLogger(__name__)
 # Option -> the header's fields that must not change while a cache is made: the first is compared, the others shown.
 SETTINGS = {
     "--vae": ("vae_sha256", "vae"),
@@ -41,40 +45,48 @@ SETTINGS = {
 }
 
 
+class EncodeOptions(TypedDict, total=False):
+    """The options of :func:`encode_archive`."""
+
+    batch: int
+    """Images at a time (16)."""
+    dtype: str
+    """``float32`` (the default), or ``float16`` for half the size."""
+    shard_size: int
+    """Images a file (1024)."""
+
+
+# A shard of 1024 has 64 MB in float32 at 256 pixels.
+DEFAULTS: EncodeOptions = {"batch": 16, "dtype": "float32", "shard_size": 1024}
+
+
 def encode_archive(
     source: str | Path,
     dest: str | Path,
     vae: Autoencoder,
     *,
     procs: Processes | None = None,
-    batch: int = 16,
-    dtype: str = "float32",
-    shard_size: int = SHARD_SIZE,
-    workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    warn: Callable[[str], None] | None = None,
+    **options: Unpack[EncodeOptions],
 ) -> Header:
     """Write the latents of every image of ``source``, and of its mirror image, to the folder ``dest``.
 
     A shard that is there already is kept. All processes call this together; each makes every ``count``-th of the
     shards that are missing, and holds one in memory. The same settings and batch give the same bytes, but for the
-    rounding of another device or number of threads.
-
-    Args:
-        dtype: ``float32``, or ``float16`` for half the size.
-        batch: images at a time.
-        shard_size: images a file.
-        progress: called by the first process with (images done, images in all).
-        warn: called by it with one line if the first shard's scaled latents are far from a standard deviation of 1.
+    rounding of another device or number of threads. The first process calls ``progress`` with (images done, images in
+    all), and logs a warning if the first shard's scaled latents are far from a standard deviation of 1.
 
     Raises UserError for a source that cannot be encoded, and a ``dest`` that holds something else.
     """
+    if unknown := set(options) - set(DEFAULTS):
+        raise TypeError(f"encode_archive has no option {', '.join(sorted(unknown))}")
+    settings = DEFAULTS | options
     procs = procs or Processes(rank=0, count=1, device=torch.device("cpu"))
     dest = Path(dest)
     archive = ImageArchive(source)
     if archive.has_labels:
         archive = ImageArchive(source, cond=True)
-    header = _header(archive, vae, dtype, shard_size)
+    header = _header(archive, vae, settings["dtype"], settings["shard_size"])
     missing: list[int] = procs.broadcast(_prepare(dest, archive, header) if procs.is_first else None)
     done = header.count - sum(len(header.shard_range(shard)) for shard in missing)
 
@@ -86,11 +98,11 @@ def encode_archive(
 
     own = missing[procs.rank :: procs.count]
     for shard in own:
-        tensors = _encode_shard(archive, vae, header, shard, batch, workers, advance)
-        if warn is not None and procs.is_first and shard == own[0]:
+        tensors = _encode_shard(archive, vae, header.shard_range(shard), header, settings["batch"], advance)
+        if procs.is_first and shard == own[0]:
             statistics = scaled_statistics(tensors["sums"], len(header.shard_range(shard)), header)
             if warning := scale_warning(*statistics, header):
-                warn(warning)
+                logger.warning(warning)
         with whole_file(shard_path(dest, shard)) as part:
             save_tensors(tensors, part)
     procs.barrier()
@@ -117,7 +129,7 @@ def _header(archive: ImageArchive, vae: Autoencoder, dtype: str, shard_size: int
         "count": len(archive),
         "shard_size": shard_size,
         "dtype": dtype,
-        "source": archive.path.resolve().name,
+        "source": readable([os.fsencode(archive.path.resolve().name)], "cp1252")[0],
         "source_sha256": "",
     }
     return Header.model_validate(facts)
@@ -128,7 +140,7 @@ def _prepare(dest: Path, archive: ImageArchive, header: Header) -> list[int]:
     with disk_errors(dest / HEADER):
         others = [item.name for item in dest.iterdir() if not item.name.startswith(".")] if dest.exists() else []
     if others and not is_latents(dest):
-        raise UserError(f"{dest} holds other files ({sorted(others)[0]}): give a new or empty folder as --dest")
+        raise UserError(f"{dest} holds other files ({sorted(others)[0]}): use a new or empty folder as --dest")
     header = header.model_copy(update={"source_sha256": archive.content_hash()})
     if is_latents(dest):
         _require_same(dest, read_header(dest), header)
@@ -150,22 +162,20 @@ def _require_same(dest: Path, old: Header, new: Header) -> None:
             before, now = (
                 " ".join([*(str(getattr(h, name)) for name in shown), str(getattr(h, field))[:12]]) for h in (old, new)
             )
-            raise UserError(f"{dest} was made with {option} {before}, not {now}: give that again, or another --dest")
+            raise UserError(f"{dest} was made with {option} {before}, not {now}: use that again, or another --dest")
 
 
 def _encode_shard(
     archive: ImageArchive,
     vae: Autoencoder,
+    indices: range,
     header: Header,
-    shard: int,
     batch: int,
-    workers: int,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    indices = header.shard_range(shard)
     shape = (len(indices), *header.latent_shape)
     tensors = {key: torch.empty(shape, dtype=DTYPES[header.dtype]) for key in MOMENTS}
-    images = map_ordered(archive.__getitem__, indices, workers)
+    images = map_ordered(archive.__getitem__, indices)
     for start in range(0, len(indices), batch):
         part = torch.stack(list(islice(images, batch)))
         rows = slice(start, start + len(part))
@@ -173,7 +183,7 @@ def _encode_shard(
         tensors["mean_mirror"][rows], tensors["std_mirror"][rows] = vae.encode(part.flip(3))
         advance(len(part))
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        remedy = "take --dtype float32" if header.dtype == "float16" else "give another VAE"
+        remedy = "use --dtype float32" if header.dtype == "float16" else "use another VAE"
         raise UserError(f"latents of images {indices.start} to {indices.stop - 1} are not finite: {remedy}")
     return tensors | {"sums": channel_sums(tensors)}
 

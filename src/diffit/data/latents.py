@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffit.configs.schema import Count, Frozen, Positive, explain
-from diffit.data.archive import META, FileTree, read_labels
+from diffit.data.archive import META, count_classes, read_labels, require_classes
+from diffit.data.files import FileTree
 from diffit.errors import UserError
 
 HEADER = "header.json"
@@ -88,7 +89,7 @@ def open_shard(path: Path, header: Header, shard: int) -> Any:
     file = shard_path(path, shard)
     expected = [len(header.shard_range(shard)), *header.latent_shape]
     try:
-        tensors = safe_open(file, framework="pt")
+        tensors: Any = safe_open(file, framework="pt")
         if all(tensors.get_slice(key).get_shape() == expected for key in MOMENTS):
             return tensors
         reason = f"not {'x'.join(map(str, expected))}"
@@ -171,7 +172,9 @@ class LatentArchive:
         if cond and table is None:
             raise UserError(f"{self.path} has no labels: drop --cond, or encode an archive that has them")
         self.has_labels = table is not None
-        self.num_classes = max(max(table.values()) + 1, len(self.class_names or ())) if table else 0
+        self.num_classes = count_classes(table.values(), self.class_names) if table else 0
+        if cond:
+            require_classes(self.path, self.num_classes, len(self), self.class_names)
         self.labels = torch.tensor(list(table.values())) if cond and table else None
         self._shards: dict[int, Any] = {}
 
@@ -185,21 +188,6 @@ class LatentArchive:
         if shard not in self._shards:
             self._shards[shard] = open_shard(self.path, self.header, shard)
         return self._shards[shard]
-
-    def moments(self, indices: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, std), each (b, C, h, w) float32 and not scaled, of the images ``indices`` (b,).
-
-        Where ``mirrored`` (b,) is true, those of the mirror image. Only these rows are read.
-        """
-        mean, std = (torch.empty((len(indices), *self.latent_shape)) for _ in range(2))
-        for k, (index, mirror) in enumerate(zip(indices.tolist(), mirrored.tolist(), strict=True)):
-            if not 0 <= index < len(self):
-                raise IndexError(f"image {index} of {len(self)}")
-            shard, row = divmod(index, self.header.shard_size)
-            suffix = "_mirror" if mirror else ""
-            mean[k] = self._shard(shard).get_slice(f"mean{suffix}")[row]
-            std[k] = self._shard(shard).get_slice(f"std{suffix}")[row]
-        return mean, std
 
     def __getitem__(self, index: int) -> Tensor:
         """Moments of one image and of its mirror image, (4, C, h, w) as stored: mean, std, mirrored mean and std."""
@@ -219,12 +207,12 @@ class LatentArchive:
         if sha256 != header.vae_sha256:
             raise UserError(
                 f"{self.path}: latents of VAE {header.vae} (weights {header.vae_sha256[:12]}), not of {name} "
-                f"({sha256[:12]}): give that VAE, or encode the images again"
+                f"({sha256[:12]}): use that VAE, or encode the images again"
             )
         if scale != header.scale:
             raise UserError(
                 f"{self.path}: latents to be scaled by {header.scale}, not {scale}: "
-                "give that scale, or encode the images again"
+                "use that scale, or encode the images again"
             )
 
     def check(self, progress: Callable[[int, int], None] | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:

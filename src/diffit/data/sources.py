@@ -7,21 +7,29 @@ import pickle
 import re
 import struct
 import tarfile
+import threading
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from diffit.data.archive import META, BrokenImageError, FileTree, natural_key, open_image, read_labels, require_images
+from diffit.data.archive import META, decoding, open_image, read_labels, require_images
+from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key
+from diffit.data.formats import suffix_of
 from diffit.errors import UserError
 
+Pixels = npt.NDArray[np.uint8]
 IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 MAX_TAR_MEMBER = 1 << 26  # a CIFAR batch has 31 MB
 MAX_IDX_BYTES = 1 << 32
+SEVERAL_FRAMES = (".gif", ".png", ".apng", ".webp", ".tif", ".tiff", ".avif")
+CLASS_ORDERS = ("natural", "plain")
 
 
 @dataclass
@@ -30,27 +38,60 @@ class Source:
 
     kind: str
     names: list[str]
-    read: Callable[[int], bytes | np.ndarray]
+    read: Callable[[int], bytes | Pixels]
     labels: list[int | None]
     class_names: list[str] | None = None
     ignored: list[str] = field(default_factory=list)  # files that are not images
+    notes: list[str] = field(default_factory=list)  # what a person should know of it, one line each
+    frames: list[tuple[int, int]] | None = None  # (file, frame) of each image, where a file may hold several
+    _opened: threading.local = field(default_factory=threading.local, repr=False)
 
-    def open(self, index: int, *, header_only: bool = False) -> Image.Image:
-        """The i-th image in its own mode. Raises BrokenImageError."""
-        data = self.read(index)
-        if isinstance(data, np.ndarray):
-            return Image.fromarray(data)
-        return open_image(data, self.names[index], header_only=header_only)
+    def open(self, index: int, *, fresh: bool = False) -> Image.Image:
+        """The i-th image in its own mode, its pixels not yet loaded. Raises BrokenImageError.
+
+        A thread that asks for one frame after another gets the same object, unless ``fresh``, with the next one in it:
+        a frame is decoded from those before it.
+        """
+        file, frame = self.frames[index] if self.frames else (index, 0)
+        last, image = getattr(self._opened, "last", ((-1, 0), None))
+        if image is None or fresh or last[0] != file or last[1] >= frame:
+            data = self.read(file)
+            if not isinstance(data, bytes):
+                return Image.fromarray(data)
+            image = open_image(data, self.names[index], header_only=True)
+        with decoding(self.names[index]):
+            if frame:
+                image.seek(frame)
+        if self.frames and not fresh:
+            self._opened.last = (file, frame), image
+        return image
 
     @property
     def unlabelled(self) -> list[str]:
         return [name for name, label in zip(self.names, self.labels, strict=True) if label is None]
 
+    def with_all_frames(self) -> "Source":
+        """Every frame and page as an image of its own."""
+        frames: list[tuple[int, int]] = []
+        for file, name in enumerate(self.names):
+            count = 1
+            if suffix_of(name) in SEVERAL_FRAMES or "." not in name:
+                with suppress(BrokenImageError), decoding(name):  # met again when its turn comes
+                    count = frame_count(self.open(file))
+            frames += [(file, frame) for frame in range(count)]
+        names = [self.names[file] + (f"[{frame}]" if frame else "") for file, frame in frames]
+        return replace(self, names=names, labels=[self.labels[file] for file, _ in frames], frames=frames)
 
-def open_source(path: str | Path, *, cond: bool = False) -> Source:
+
+def frame_count(image: Image.Image) -> int:
+    """Of an animation, or pages of a file; 1 for all else: the second picture in a camera's JPEG is a preview."""
+    return getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF", "AVIF") else 1
+
+
+def open_source(path: str | Path, *, cond: bool = False, class_order: str = "natural") -> Source:
     """Recognise what ``path`` is and list it, without decoding any image.
 
-    ``cond`` says that labels are wanted, so that folders with numeric names count as classes too.
+    ``cond`` says that labels are wanted, so that any folders count as classes; ``class_order`` how they are numbered.
     Raises UserError for a path that is missing, of no known kind, damaged or unsafe.
     """
     path = Path(path)
@@ -59,7 +100,7 @@ def open_source(path: str | Path, *, cond: bool = False) -> Source:
             return _lmdb(path)
         if idx := _idx_in(path):
             return _idx(idx)
-        return _tree(path, cond)
+        return _tree(path, cond, class_order)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; check the spelling")
     with open(path, "rb") as file:
@@ -69,33 +110,37 @@ def open_source(path: str | Path, *, cond: bool = False) -> Source:
     if path.name.endswith((".tar", ".tar.gz", ".tgz")):
         return _cifar10(path)
     if path.suffix.lower() == ".zip" or start == b"PK\x03\x04":
-        return _tree(path, cond)
+        return _tree(path, cond, class_order)
     raise UserError(
         f"{path} is none of the known sources: a folder or zip of images, cifar-10-python.tar.gz, "
         "an MNIST idx file (train-images-idx3-ubyte.gz) or an LMDB folder"
     )
 
 
-def _tree(path: Path, cond: bool) -> Source:
+def _tree(path: Path, cond: bool, class_order: str) -> Source:
     files = FileTree(path)
     names = require_images(files)
     table, class_names = read_labels(files)
+    notes: list[str] = []
+    labels: list[int | None]
     if table is not None:
         kind, labels = f"with {META}", [table.get(name) for name in names]
     else:
-        labels, class_names = labels_from_folders(names, cond)
+        labels, class_names, notes = labels_from_folders(names, cond, class_order)
         kind = "of class folders" if class_names else "of images"
     images = set(names)
     ignored = [name for name in files.names if name not in images and name != META]
     kind = f"{'zip' if files.is_zip else 'folder'} {kind}"
-    return Source(kind, names, lambda i: files.read(names[i]), labels, class_names, ignored)
+    return Source(kind, names, lambda i: files.read(names[i]), labels, class_names, ignored, notes)
 
 
-def labels_from_folders(names: list[str], cond: bool) -> tuple[list[int | None], list[str] | None]:
-    """Classes are the folders below whatever folders all images share, in natural order.
+def labels_from_folders(
+    names: list[str], cond: bool, order: str = "natural"
+) -> tuple[list[int | None], list[str] | None, list[str]]:
+    """(labels, class names or None, notes). Classes are the folders below whatever folders all images share.
 
-    Folders named by five or more digits (``00000/img00000000.png``) only split a large collection:
-    they are classes only if ``cond`` says so.
+    ``order`` is natural (``2`` before ``10``) or plain (by character). Folders that only split a large collection
+    (see :func:`_are_parts`) are classes only if ``cond`` says so.
     """
     folders = [name.split("/")[:-1] for name in names]
     shared = folders[0]
@@ -104,11 +149,28 @@ def labels_from_folders(names: list[str], cond: bool) -> tuple[list[int | None],
             shared = shared[:-1]
     depth = len(shared)
     classes = [folder[depth] if len(folder) > depth else None for folder in folders]
-    class_names = sorted({c for c in classes if c is not None}, key=natural_key)
-    if not class_names or (not cond and all(re.fullmatch(r"\d{5,}", c) for c in class_names)):
-        return [None] * len(names), None
-    number = {c: i for i, c in enumerate(class_names)}
-    return [None if c is None else number[c] for c in classes], class_names
+    found = {c for c in classes if c is not None}
+    natural, plain = sorted(found, key=natural_key), sorted(found)
+    if not found or (not cond and _are_parts(natural)):
+        notes = [f"folders {name_some(natural)} are parts of one collection; --cond makes them classes"]
+        return [None] * len(names), None, notes if found else []
+    notes = []
+    if natural != plain and order == "natural":
+        notes = [
+            f"classes are in natural order ({name_some(natural, 12)}); EDM's and other tools sort by character "
+            f"({name_some(plain, 12)}), as --class-order plain does"
+        ]
+    ordered = natural if order == "natural" else plain
+    number = {c: i for i, c in enumerate(ordered)}
+    return [None if c is None else number[c] for c in classes], ordered, notes
+
+
+def _are_parts(folders: Sequence[str]) -> bool:
+    """``00000``, ``00001``, … or ``00000``, ``01000``, …, as archives number them; identities have gaps."""
+    if not all(re.fullmatch(r"[0-9]{5,19}", folder) for folder in folders):
+        return False
+    numbers = [int(folder) for folder in folders]
+    return numbers == list(range(len(numbers))) or all(number % 1000 == 0 for number in numbers)
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -143,7 +205,7 @@ class _Array:
     """What numpy's pickled array holds, kept as plain values."""
 
     def __init__(self, *_: Any) -> None:
-        self.pixels: np.ndarray | None = None
+        self.pixels: Pixels | None = None
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
@@ -167,7 +229,7 @@ def _unpickle(data: bytes, where: str) -> dict[bytes, Any]:
     return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
-def _batch(content: dict[bytes, Any], where: str) -> tuple[np.ndarray, list[int]]:
+def _batch(content: dict[bytes, Any], where: str) -> tuple[Pixels, list[int]]:
     """(pixels (N, 32, 32, 3), N labels) of one CIFAR batch, whose images are stored (3, 32, 32)."""
     data, labels = content.get(b"data"), content.get(b"labels")
     pixels = data.pixels if isinstance(data, _Array) else None
@@ -194,7 +256,7 @@ def _cifar10(path: Path) -> Source:
     if missing := [name for name in wanted if name not in found]:
         raise UserError(
             f"{path} lacks {', '.join(missing)}: the only tar file that is read is cifar-10-python.tar.gz; "
-            "unpack any other one and give its folder"
+            "unpack any other one and use its folder"
         )
     batches = [_batch(found[name], f"{path}: {name}") for name in wanted]
     images = np.concatenate([pixels for pixels, _ in batches])
@@ -222,11 +284,11 @@ def _idx(path: Path) -> Source:
             raise UserError(f"{candidates[0]} has {len(values)} labels for the {len(images)} images of {path.name}")
         labels = values.tolist()
     names = [f"{path.name}[{i}]" for i in range(len(images))]
-    kind = "MNIST idx file" + (f" with {candidates[0].name}" if candidates else f" (no {name}[.gz] beside it)")
+    kind = "MNIST idx file" + (f" with {candidates[0].name}" if candidates else f" (no {name}[.gz] next to it)")
     return Source(kind, names, lambda i: images[i], labels)
 
 
-def _read_idx(path: Path, dims: int) -> np.ndarray:
+def _read_idx(path: Path, dims: int) -> Pixels:
     """An idx file of unsigned bytes: 2 zero bytes, type 8, number of dimensions, big-endian sizes, data."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
@@ -250,7 +312,7 @@ def _lmdb(path: Path) -> Source:
     try:
         import lmdb
     except ImportError as error:
-        raise UserError(f"{path} is an LMDB folder and needs the lmdb package: pip install 'diffit[data]'") from error
+        raise UserError(f"{path} is an LMDB folder and needs the lmdb package: pip install lmdb") from error
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
         with env.begin() as txn:

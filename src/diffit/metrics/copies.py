@@ -13,16 +13,12 @@ from torch import Tensor
 from diffit.errors import UserError
 from diffit.metrics.detectors import Detector
 from diffit.metrics.features import gather, pooled
-from diffit.metrics.images import Batches, Images, by_size, choose, open_images, stream
+from diffit.metrics.images import Batches, Images, by_size, choose, stream
 from diffit.metrics.precision_recall import nearest
-from diffit.models.autoencoder import autoencoder_of
-from diffit.sampling.generate import generate
-from diffit.sampling.labels import draw_labels
 from diffit.utils.distributed import Processes
 from diffit.utils.files import whole_file
 from diffit.utils.html import page, picture
 from diffit.utils.images import make_grid
-from diffit.weights.file import load_network
 
 QUANTILE = 0.01  # of real images lie as close to a training image as a near-copy does
 ROUNDING = 1e-5  # of the median distance: the same image in another batch is that far from itself
@@ -40,21 +36,9 @@ class Copies:
     """(shown, NEIGHBOURS) of the pictures."""
 
 
-def samples_from(
-    network: str | None, images: Path | None, count: int, batch: int, procs: Processes, vae: str | None = None
-) -> list[Tensor]:
-    """``count`` uint8 images (C, H, W), drawn by seeds 0 to count − 1 or chosen from a folder."""
-    if network is None:
-        assert images is not None
-        source = open_images(images)
-        return list(source.rows(sorted(choose(len(source), count).tolist())))
-    net, config = load_network(network, procs.device)
-    autoencoder = autoencoder_of(config, vae, device=procs.device)
-    labels, _ = draw_labels(config, None, range(count))
-    drawn = generate(
-        net, config, range(count), labels, procs=procs, autoencoder=autoencoder, batch=batch, progress=True
-    )
-    return [image for _, part in drawn for image in part]
+def some_of(images: Images, count: int) -> list[Tensor]:
+    """``count`` of the ``images`` at random, or all: uint8 (C, H, W)."""
+    return list(images.rows(sorted(choose(len(images), count).tolist())))
 
 
 def find_copies(
@@ -73,7 +57,7 @@ def find_copies(
                 f"{training.name}: images of {training.shape}, what they are compared with of {tuple(other)} (C, H, W)"
             )
     real = features(stream(training, torch.arange(len(training)), batch, procs, progress=True), detector, procs)
-    parts = torch.arange(len(samples)).split(batch)
+    parts = torch.split(torch.arange(len(samples)), batch)
     batches = (group for i in parts for group in by_size(i, [samples[j] for j in i.tolist()]))
     generated = features(batches, detector, procs)
     if heldout is None:

@@ -7,32 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffit.configs.schema import Config, Sampling
 from diffit.errors import UserError
 from diffit.metrics.images import Images, choose, stream
-from diffit.metrics.record import describe_network, make_record
+from diffit.metrics.record import make_record
 from diffit.metrics.suite import Suite
-from diffit.models.autoencoder import Autoencoder
-from diffit.sampling.generate import generate
-from diffit.sampling.labels import draw_labels
-from diffit.utils.distributed import Processes
+from diffit.sampling.labels import training_labels
+from diffit.sampling.model import Model
 from diffit.weights.file import state_hash
 
 
 def evaluate_network(
     suite: Suite,
-    net: Any,
-    config: Config,
-    procs: Processes,
+    model: Model,
     *,
     first_seed: int = 0,
     real_labels: Tensor | None = None,
-    sampling: Sampling | None = None,
-    autoencoder: Autoencoder | None = None,
     batch: int = 64,
-    precision: str = "fp32",
     progress: bool = False,
-    **facts: Any,
+    facts: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of as many samples as the metrics of the ``suite`` ask for, of the seeds from ``first_seed`` on.
 
@@ -41,20 +33,19 @@ def evaluate_network(
     """
     began = time.monotonic()
     seeds = range(first_seed, first_seed + suite.samples)
-    labels, policy = draw_labels(config, real_labels, seeds)
-    samples = generate(
-        net, config, seeds, labels, procs=procs, sampling=sampling, autoencoder=autoencoder, batch=batch,
-        precision=precision, progress=progress,
-    )  # fmt: skip
+    labels, policy = training_labels(model.config, real_labels, seeds)
+    samples = model.generate(seeds, labels, procs=suite.procs, batch=batch, progress=progress)
     batches = ((torch.arange(start, start + len(images)), images) for start, images in samples)
     numbers = suite(batches, progress=progress)
-    facts |= {"precision": precision, "sampling": sampling}
-    if "weights_sha256" not in facts:
-        facts["weights_sha256"] = state_hash(net.state_dict())
-    if autoencoder is not None:
-        facts["vae_sha256"] = autoencoder.sha256
-    source = [describe_network(config, seeds[: metric.samples], policy, **facts) for metric in suite.metrics]
-    return _records(suite, numbers, source, began)
+    source: dict[str, Any] = (
+        {"preset": model.config.preset, "weights_sha256": None} | (facts or {}) | {"precision": model.precision}
+    )
+    source["weights_sha256"] = source["weights_sha256"] or state_hash(model.net.state_dict())
+    if model.autoencoder is not None:
+        source["vae_sha256"] = model.autoencoder.sha256
+    source |= {"labels": policy, "sampling": model.config.sampling.model_dump(mode="json")}
+    sources = [source | {"seeds": f"{first_seed}-{first_seed + metric.samples - 1}"} for metric in suite.metrics]
+    return _records(suite, numbers, sources, began)
 
 
 def evaluate_images(

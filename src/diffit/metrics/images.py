@@ -9,14 +9,14 @@ from typing import IO, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from diffit.data.archive import ImageArchive, map_ordered
+from diffit.data.archive import ImageArchive
+from diffit.data.files import map_ordered
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
+from diffit.utils.progress import progress as bar
 from diffit.utils.randomness import SUBSET, make_generator
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -141,11 +141,9 @@ def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, prog
     Position p is the p-th of the ``chosen``. Images of several sizes come in one batch for each size.
     """
     order = chosen.argsort()
-    mine = list(order.split(batch))[procs.rank :: procs.count]
+    mine = list(torch.split(order, batch))[procs.rank :: procs.count]
     rows = images.rows(chosen[torch.cat(mine)].tolist() if mine else [])
-    console = Console(quiet=not progress or not procs.is_first, stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(images.name, total=len(mine))
-        for positions in mine:
+    with bar(images.name, quiet=not progress or not procs.is_first) as show:
+        for done, positions in enumerate(mine, start=1):
             yield from by_size(positions, list(islice(rows, len(positions))))
-            bar.advance(task)
+            show(done, len(mine))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from diffit import __version__
-from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.metrics.features import Metric
 from diffit.metrics.suite import Suite, better, headline
@@ -20,18 +19,6 @@ from diffit.utils.files import read_jsonl
 PUBLISHED = 50_000  # samples of the field's figures
 TOO_FEW = "too few samples for an estimate of the bias"  # fewer than two for each dimension, real or generated
 PACKAGES = ("torch", "numpy", "pillow", "torch-fidelity")
-
-
-def describe_network(config: Config, seeds: Sequence[int], labels: str, **facts: Any) -> dict[str, Any]:
-    """How the samples were generated; ``facts`` may hold the ``sampling`` that was used."""
-    sampling = facts.pop("sampling", None) or config.sampling
-    return {
-        "preset": config.preset,
-        **facts,
-        "seeds": f"{seeds[0]}-{seeds[-1]}",
-        "labels": labels,
-        "sampling": sampling.model_dump(mode="json"),
-    }
 
 
 def make_record(

@@ -1,8 +1,10 @@
-"""Classes by name or number."""
+"""Every way to choose a class: by number, by name, drawn by the seed, in turn, as often as in the training set."""
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.utils.randomness import LABEL, numpy_generator
 
+Labels = Any
+"""A class number or name for all samples; a list, array or tensor of one each; ``random`` or ``balanced``; or None."""
 
-def names_of(config: Config) -> tuple[str, ...]:
+
+def class_names(config: Config) -> tuple[str, ...]:
     """The names of a model's classes in order, empty where they are not known.
 
     A model of 1,000 classes without names is taken as one of ImageNet, whose names torchvision has.
@@ -28,10 +33,10 @@ def names_of(config: Config) -> tuple[str, ...]:
 def find_class(given: str | int, config: Config, argument: str = "class") -> int:
     """The index of a class given by number or name.
 
-    A name is taken as it stands or else, without regard to case, as the whole name or one of the synonyms between its
-    commas, where that is only one class. Raises :class:`UserError`, about ``argument``, with names that are near.
+    A name is matched as it stands or else, without regard to case, as the whole name or one of the synonyms between
+    its commas, where that is only one class. Raises :class:`UserError`, about ``argument``, with names that are near.
     """
-    count, names, text = config.model.num_classes, names_of(config), str(given)
+    count, names, text = config.model.num_classes, class_names(config), str(given)
     if not count:
         raise UserError(f"{argument} {text}: the model has no classes; leave it out")
     if isinstance(given, str) and text in names:
@@ -55,29 +60,55 @@ def _spellings(name: str) -> set[str]:
     return {part.strip().casefold() for part in [name, *name.split(",")]}
 
 
+def find_classes(given: str, config: Config, argument: str = "class") -> list[int]:
+    """The indices of one class or of several joined by commas; ``given`` as a whole, commas and all, goes first."""
+    names = class_names(config)
+    parts = [part for part in given.split(",") if part.strip()]
+    if given in names or len(parts) < 2 or any(given.strip().casefold() in _spellings(name) for name in names):
+        return [find_class(given, config, argument)]
+    return [find_class(part.strip(), config, argument) for part in parts]
+
+
 def random_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
     """A class drawn uniformly for every seed, ``(len(seeds),)`` int64 on the CPU."""
-    draws = [numpy_generator(seed, LABEL).integers(num_classes) for seed in seeds]
-    return torch.tensor(draws, dtype=torch.int64)
+    return torch.tensor([numpy_generator(seed, LABEL).integers(num_classes) for seed in seeds], dtype=torch.int64)
 
 
-def labels_of(config: Config, seeds: Sequence[int], policy: int | str = "random") -> Tensor | None:
-    """A class a seed, ``(len(seeds),)``; None for an unconditional model.
+def choose_labels(config: Config, seeds: Sequence[int], labels: Labels = "random") -> Tensor | None:
+    """A class per seed, ``(len(seeds),)`` int64 on the CPU; None for an unconditional model.
 
-    ``policy`` is the class itself, or ``random`` (drawn by the seed), or ``balanced`` (the seeds take turns).
+    ``labels`` as in :data:`Labels`: ``random`` and None are drawn by the seed, ``balanced`` gives the seeds classes
+    in turn. Raises :class:`UserError` for unknown classes, and for another number of them than of seeds.
     """
     classes = config.model.num_classes
+    policy = labels if isinstance(labels, str) and labels in ("random", "balanced") else None
+    if labels is not None and policy is None and not classes:
+        raise UserError(f"labels {labels}: the model has no classes; leave them out")
     if not classes:
         return None
-    if isinstance(policy, int):
-        return torch.full((len(seeds),), policy)
-    return random_labels(seeds, classes) if policy == "random" else torch.tensor(list(seeds)) % classes
+    if labels is None or policy == "random":
+        return random_labels(seeds, classes)
+    if policy == "balanced":
+        return torch.tensor(list(seeds), dtype=torch.int64) % classes
+    if isinstance(labels, str) or np.ndim(labels) == 0:
+        return torch.full((len(seeds),), _index(labels, config))
+    listed = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    if len(listed) != len(seeds):
+        raise UserError(f"{len(listed)} labels for {len(seeds)} samples: give one each, or one for all")
+    return torch.tensor([_index(label, config) for label in listed], dtype=torch.int64)
 
 
-def draw_labels(config: Config, real: Tensor | None, seeds: Sequence[int]) -> tuple[Tensor | None, str]:
-    """A class for every seed, and in words how: as often as in the training set where its labels are at hand.
+def _index(label: Any, config: Config) -> int:
+    # NumPy's and torch's integers are numbers too; the null class may be asked for by its number.
+    if not isinstance(label, str) and int(label) == config.model.num_classes:
+        return int(label)
+    return find_class(label if isinstance(label, str) else int(label), config)
 
-    ``real`` (N,) are those labels. A function of the seed, as the images are.
+
+def training_labels(config: Config, real: Tensor | None, seeds: Sequence[int]) -> tuple[Tensor | None, str]:
+    """A class per seed, and in words how: as often as in the training set where its labels ``real`` (N,) are known.
+
+    A function of the seed, as the images are.
     """
     classes = config.model.num_classes
     if not classes:

@@ -1,30 +1,249 @@
 """From a network and seeds to images. The image of a seed depends on nothing else."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from diffit.configs.schema import DISCRETE, ADMDiffusion, Config, Sampling, explain
+from diffit.configs.schema import DISCRETE, ADMDiffusion, Config
 from diffit.diffusion import adm, edm
-from diffit.diffusion.adm import schedule_of
+from diffit.diffusion.adm import Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
 from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, dpm_solver_pp, euler, heun, keep
 from diffit.errors import UserError
 from diffit.models import DiffiT
+from diffit.models.autoencoder import Autoencoder, autoencoder_of
 from diffit.models.latent import LatentDiffiT
-from diffit.sampling.labels import random_labels
-from diffit.utils.precision import DTYPES, autocast, channels_last
+from diffit.sampling.labels import Labels, choose_labels, class_names
+from diffit.sampling.outputs import Job, Output, SamplingBar
+from diffit.sampling.settings import with_sampling
+from diffit.utils.distributed import Processes, pick_device
+from diffit.utils.images import save_grid, to_uint8
+from diffit.utils.precision import DTYPES, autocast, channels_last, check_precision
 from diffit.utils.randomness import PerSampleNoise
+from diffit.weights import load_network
+
+CLASS_GRID_LIMIT = 4096  # images in one picture
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that sampling from it needs.
+
+    Attributes:
+        net: either family, on the device that is to compute.
+        config: its configuration; ``config.sampling`` is how it is sampled.
+        autoencoder: decodes a latent model's samples; without it they stay latents. None for an image-space model.
+        precision: of the network's arithmetic: fp32, bf16 or fp16.
+    """
+
+    net: DiffiT
+    config: Config
+    autoencoder: Autoencoder | None = None
+    precision: str = "fp32"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def with_sampling(self, **changes: Any) -> "Model":
+        """The same model sampled in another way; see :func:`diffit.sampling.settings.with_sampling`."""
+        return replace(self, config=with_sampling(self.config, **changes))
+
+    def denoiser(self, labels: Tensor | None = None) -> Denoiser:
+        """``denoise(x, sigma) -> x0``, guided as the settings say, for classes ``labels`` ``(B,)`` on the device."""
+        diffusion = self.config.diffusion
+        if diffusion.kind == "edm":
+            return self._guide(partial(edm.denoiser, self.net, sigma_data=diffusion.sigma_data), labels)
+        schedule = schedule_of(diffusion)
+        return adm.denoiser(
+            self._guide(partial(adm.predictor, self.net), labels, schedule), schedule, clip=diffusion.clip
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Sequence[int] | None = None,
+        labels: Labels = None,
+        *,
+        noise: Tensor | None = None,
+        noise_source: NoiseSource | None = None,
+        callback: Callback | None = None,
+        after_step: AfterStep = keep,
+        **settings: Any,
+    ) -> Tensor:
+        """One sample per seed, ``(len(seeds), C, H, W)`` float32 on the device; images are nominally in [−1, 1].
+
+        Args:
+            seeds: all go through the network together; :meth:`generate` takes any number.
+            labels: classes as in :data:`~diffit.sampling.labels.Labels`; None is one drawn by each seed.
+            noise: standard normal, ``(B, C, h, w)``, in place of that of the seeds; ``seeds`` is then 0 to B − 1.
+            noise_source: of the noise in every step, in place of that of the seeds.
+            settings: fields of :class:`~diffit.configs.schema.Sampling`: ``steps=8, guidance=2, sampler="dpm++"``.
+        """
+        if settings:
+            self = self.with_sampling(**settings)
+        seeds = range(len(noise) if noise is not None else 0) if seeds is None else seeds
+        device = self.device if noise is None else noise.device
+        shape = (len(seeds), *self.config.model.sample_shape)
+        classes = choose_labels(self.config, seeds, labels)
+        drawn = PerSampleNoise(seeds)
+        # The solver's own arithmetic in float64 costs nothing next to the network's, and keeps rounding out of images.
+        if noise is None:
+            noise = drawn(torch.empty(shape, dtype=torch.float64, device=device))
+        if seeds:
+            solver = self._solver(None if classes is None else classes.to(device))
+            hooks = {"noise_source": noise_source or drawn, "callback": callback, "after_step": after_step}
+            with autocast(device, self.precision):
+                noise = solver(noise.double(), **hooks)
+        return noise.float() if self.autoencoder is None else self.autoencoder.decode(noise.float())
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Labels = None,
+        *,
+        procs: Processes | None = None,
+        batch: int = 64,
+        progress: bool = False,
+        done: Callable[[slice], bool] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields ``(start, images)``: uint8 (b, C, H, W) on the CPU for the seeds from position ``start`` on.
+
+        With ``procs``, batch j is sampled by process j mod their number; no process holds more than one batch. Batches
+        of which ``done`` says so are left out. Raises :class:`UserError` where a sample is not finite.
+        """
+        rank, count = (procs.rank, procs.count) if procs else (0, 1)
+        classes = choose_labels(self.config, seeds, labels)
+        with SamplingBar(len(seeds), self.config.sampling.steps, count, visible=progress and rank == 0) as bar:
+            for start in range(0, len(seeds), batch)[rank::count]:
+                part = slice(start, start + batch)
+                if done is None or not done(part):
+                    own = None if classes is None else classes[part]
+                    images = self.sample(seeds[part], own, after_step=bar.step)
+                    if not images.isfinite().all():  # uint8 would show them as black or white, a metric as a number
+                        raise UserError(
+                            f"the samples of seeds {seeds[part][0]} to {seeds[part][-1]} are not finite: the weights "
+                            "are damaged, or the precision too low; use --precision fp32, and in training "
+                            "--metrics none to go on without"
+                        )
+                    yield start, to_uint8(images, self.config.sampling.rounding).cpu()
+                bar.finish(len(seeds[part]))
+
+    def save(
+        self,
+        output: Output,
+        seeds: Sequence[int],
+        labels: Labels = None,
+        *,
+        procs: Processes | None = None,
+        batch: int = 64,
+        grid: tuple[int, int] | None = None,
+        source: str = "",
+    ) -> Path:
+        """One image per seed into ``output``; ``grid`` (columns, rows) adds a picture of the first. Returns the path.
+
+        All processes call this together. The same call goes on where an interrupted one stopped; ``source`` is what the
+        record next to the samples calls the network.
+        """
+        if grid is not None and grid[0] * grid[1] > len(seeds):
+            raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
+        procs = procs or Processes(0, 1, self.device)
+        classes = choose_labels(self.config, seeds, labels)
+        vae = None if self.autoencoder is None else self.autoencoder.sha256
+        job = Job(seeds, classes, self.net, self.config, {"network": source, "precision": self.precision, "vae": vae})
+        output.begin(job, procs)
+        for start, images in self.generate(seeds, classes, procs=procs, batch=batch, progress=True, done=output.done):
+            output.write(start, images)
+        procs.barrier()
+        if not procs.is_first:
+            return output.outdir
+        if grid is not None:
+            save_grid(output.read(grid[0] * grid[1]), beside(output.outdir, "grid"), grid)
+        return output.finish((self.config.model.num_classes and class_names(self.config)) or None)
+
+    def save_class_grid(
+        self, outdir: Path, seeds: Sequence[int], classes: Sequence[int], *, procs: Processes, batch: int = 64
+    ) -> Path:
+        """A picture next to ``outdir``: a row per class, a column per seed, by the first process. Returns its path."""
+        count = len(classes) * len(seeds)
+        if not self.config.model.num_classes:
+            raise UserError("--class-grid: the model has no classes; use --grid")
+        if count > CLASS_GRID_LIMIT:
+            raise UserError(
+                f"--class-grid: {len(classes)} classes × {len(seeds)} seeds are {count} images, more than "
+                f"{CLASS_GRID_LIMIT} in one picture; give fewer --seeds, or some --class"
+            )
+        path = beside(outdir, "class-grid")
+        if procs.is_first:
+            labels = torch.tensor(list(classes)).repeat_interleave(len(seeds))
+            parts = self.generate(list(seeds) * len(classes), labels, batch=batch, progress=True)
+            save_grid(torch.cat([images for _, images in parts]), path, (len(seeds), len(classes)))
+        procs.barrier()
+        return path
+
+    def _solver(self, labels: Tensor | None) -> Callable[..., Tensor]:
+        """The sampler of the settings as a function of noise and hooks, for classes ``(B,)`` on the device."""
+        diffusion, sampling = self.config.diffusion, self.config.sampling
+        if isinstance(diffusion, ADMDiffusion):
+            schedule = schedule_of(diffusion)
+            if sampling.sampler in DISCRETE:
+                predict = self._guide(partial(adm.predictor, self.net), labels, schedule)
+                respaced = schedule.respace(sampling.steps, sampling.spacing)
+                extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+                solver: Callable[..., Tensor] = ddim if sampling.sampler == "ddim" else ddpm
+                return partial(solver, predict, schedule=respaced, clip=diffusion.clip, **extra)
+            if sampling.sampler == "dpm++":
+                sigmas = schedule.multistep_sigmas(sampling.steps, sampling.spacing)
+            else:
+                sigmas = schedule.respace(sampling.steps, sampling.spacing).sigmas()
+        else:
+            bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
+            sigmas = edm.edm_sigmas(sampling.steps, **bounds)
+        denoise = self.denoiser(labels)
+        if sampling.sampler == "heun":
+            churn = {name: getattr(sampling, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
+            return partial(heun, denoise, sigmas=sigmas, **churn)
+        return partial({"euler": euler, "dpm++": dpm_solver_pp}[sampling.sampler], denoise, sigmas=sigmas)
+
+    def _guide(
+        self,
+        evaluate: Callable[[Tensor | None], Denoiser],
+        labels: Tensor | None,
+        schedule: Schedule | None = None,
+    ) -> Denoiser:
+        """``evaluate(labels)`` guided as the settings say.
+
+        On a ``schedule`` levels are timesteps and outputs hold ε and perhaps variances, which stay conditional.
+        """
+        sampling, model = self.config.sampling, self.config.model
+        if labels is None or sampling.cfg_scale == 1:
+            return evaluate(labels)
+        scale: float | Scale = sampling.cfg_scale
+        if sampling.cfg_power is not None:
+            timesteps = 1000 if schedule is None else len(schedule)
+            scale = power_cosine(sampling.cfg_scale, sampling.cfg_power, timesteps=timesteps)
+        if sampling.cfg_interval is not None:
+            scale = within(scale, *sampling.cfg_interval, None if schedule is None else schedule.sigma_of)
+        null = torch.full_like(labels, model.num_classes)
+        channels = min(sampling.cfg_channels or model.sample_shape[0], model.sample_shape[0])
+        return guided(evaluate(labels), evaluate(null), scale, channels, tolerance=sampling.cfg_skip)
+
+
+def beside(outdir: Path, name: str) -> Path:
+    """A picture's place next to the folder of samples: in it, other programs would take it for one of them."""
+    folder = outdir.resolve()
+    return folder.with_name(f"{folder.name}-{name}.png")
 
 
 def prepare(net: DiffiT, precision: str = "fp32") -> DiffiT:
     """Arrange a network for sampling in ``precision``, in place; it cannot be trained afterwards.
 
-    Autocast would convert the matrices anew in every evaluation, so they are kept in the dtype that they are used in;
+    Autocast would convert the matrices again in every evaluation, so they are kept in the dtype that they are used in;
     what is added up between them stays float32.
     """
     net.eval().requires_grad_(False)
@@ -38,137 +257,33 @@ def prepare(net: DiffiT, precision: str = "fp32") -> DiffiT:
     return channels_last(net)
 
 
-def with_sampling(config: Config, changes: Mapping[str, Any]) -> Config:
-    """``config`` with these fields of its sampling changed; :class:`UserError` for what cannot be with the model."""
-    if changes.get("cfg_scale", 1) != 1 and not config.model.num_classes:
-        raise UserError(
-            f"guidance scale {changes['cfg_scale']:g}: the model has no classes to be guided to; leave it out"
-        )
-    try:
-        return Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | dict(changes)})
-    except ValidationError as error:
-        raise UserError(f"sampling options: {explain(error)}") from None
+def load(
+    source: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+    vae: str | None = None,
+) -> Model:
+    """The model of a network file, a run folder (its newest snapshot), or a Hub id, ready to be sampled.
 
-
-Evaluate = Callable[[Tensor, Tensor], Tensor]
-
-
-def guide(
-    evaluate: Callable[[Tensor | None], Evaluate],
-    config: Config,
-    labels: Tensor | None,
-    sampling: Sampling,
-    schedule: adm.Schedule | None = None,
-) -> Evaluate:
-    """``evaluate(labels)`` guided as ``sampling`` says, for classes ``(B,)`` or None for an unconditional model.
-
-    On a ``schedule`` levels are timesteps and outputs hold ε and perhaps variances, which stay conditional.
+    ``device`` defaults to a GPU where there is one. ``precision`` auto is bf16 on a GPU that has it, else fp32. ``vae``
+    is a folder or Hub id in place of the autoencoder that a latent model names. Raises :class:`UserError`.
     """
-    if labels is None or sampling.cfg_scale == 1:
-        return evaluate(labels)
-    scale: float | Scale = sampling.cfg_scale
-    if sampling.cfg_power is not None:
-        scale = power_cosine(
-            sampling.cfg_scale, sampling.cfg_power, timesteps=1000 if schedule is None else len(schedule)
-        )
-    if sampling.cfg_interval is not None:
-        scale = within(scale, *sampling.cfg_interval, None if schedule is None else schedule.sigma_of)
-    null = torch.full_like(labels, config.model.num_classes)
-    channels = min(sampling.cfg_channels or config.model.sample_shape[0], config.model.sample_shape[0])
-    return guided(evaluate(labels), evaluate(null), scale, channels, tolerance=sampling.cfg_skip)
+    device = pick_device() if device is None else torch.device(device)
+    precision = check_precision(precision, device)
+    net, config = load_network(source, device)
+    autoencoder = autoencoder_of(config, vae, device=device)
+    return Model(prepare(net, precision), config, autoencoder, precision)
 
 
-def make_denoiser(net: Callable[..., Tensor], config: Config, labels: Tensor | None, sampling: Sampling) -> Denoiser:
-    """The guided denoiser of a network of either family, for any continuous-time sampler."""
-    diffusion = config.diffusion
-    if diffusion.kind == "edm":
-        return guide(lambda own: edm.denoiser(net, own, sigma_data=diffusion.sigma_data), config, labels, sampling)
-    schedule = schedule_of(diffusion)
-    predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
-    return adm.denoiser(predict, schedule, clip=diffusion.clip)
-
-
-def run_sampler(
-    net: Callable[..., Tensor],
-    config: Config,
-    labels: Tensor | None,
-    noise: Tensor,
-    sampling: Sampling,
-    noise_source: NoiseSource,
-    callback: Callback | None = None,
-    after_step: AfterStep = keep,
-) -> Tensor:
-    """``sampling.sampler`` from ``noise`` to clean samples."""
-    diffusion = config.diffusion
-    hooks = {"noise_source": noise_source, "callback": callback, "after_step": after_step}
-    if isinstance(diffusion, ADMDiffusion):
-        schedule = schedule_of(diffusion)
-        if sampling.sampler in DISCRETE:
-            walk = schedule.respace(sampling.steps)
-            predict = guide(lambda own: adm.predictor(net, own), config, labels, sampling, schedule)
-            sampler: Callable[..., Tensor] = ddpm if sampling.sampler == "ddpm" else partial(ddim, eta=sampling.eta)
-            return sampler(predict, noise, walk, clip=diffusion.clip, **hooks)
-        multistep = sampling.sampler == "dpm++"
-        sigmas = schedule.multistep_sigmas(sampling.steps) if multistep else schedule.respace(sampling.steps).sigmas()
-    else:
-        bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
-        sigmas = edm.edm_sigmas(int(sampling.steps), **bounds)
-    churn = {name: getattr(sampling, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
-    solvers: dict[str, Callable[..., Tensor]]
-    solvers = {"euler": euler, "dpm++": dpm_solver_pp, "heun": partial(heun, **churn)}
-    denoise = make_denoiser(net, config, labels, sampling)
-    return solvers[sampling.sampler](denoise, noise, sigmas, **hooks)
-
-
-@torch.no_grad()
 def sample(
     net: DiffiT,
     config: Config,
-    seeds: Sequence[int],
-    labels: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+    labels: Labels = None,
     *,
-    sampling: Sampling | None = None,
     precision: str = "fp32",
-    callback: Callback | None = None,
+    **how: Any,
 ) -> Tensor:
-    """One sample a seed, ``(len(seeds), C, H, W)`` float32, on the network's device.
-
-    Images nominally in [−1, 1]; of a latent model latents, for :meth:`diffit.models.autoencoder.Autoencoder.decode`.
-    ``labels`` ``(len(seeds),)`` are classes; a class-conditional model without them draws one a seed. ``sampling``
-    defaults to that of ``config``. All seeds go through the network together: split them to bound the memory.
-    """
-    sampling = sampling or config.sampling
-    device = next(net.parameters()).device
-    shape = (len(seeds), *config.model.sample_shape)
-    if not seeds:
-        return torch.empty(shape, device=device)
-    if config.model.num_classes:
-        labels = (random_labels(seeds, config.model.num_classes) if labels is None else labels).to(device)
-    noise_source = PerSampleNoise(seeds)
-    # The solver's own arithmetic in float64 costs nothing beside the network and keeps its rounding out of the images.
-    noise = noise_source(torch.empty(shape, dtype=torch.float64, device=device))
-    with autocast(device, precision):
-        return run_sampler(net, config, labels, noise, sampling, noise_source, callback).float()
-
-
-def count_evaluations(config: Config) -> tuple[int, int]:
-    """(with, without the class): forward passes an image by the default sampling of ``config``.
-
-    The sampler runs on a network that only counts, so that halves that guidance skips are left out as they will be.
-    """
-    model = config.model
-    calls: list[bool] = []
-
-    def net(x: Tensor, level: Tensor, labels: Tensor | None = None, *rest: object) -> Tensor:
-        calls.append(labels is None or int(labels[0]) < model.num_classes)
-        return torch.zeros(1, 2 if model.family == "latent" else 1, 1, 1, dtype=x.dtype)
-
-    labels = torch.zeros(1, dtype=torch.int64) if model.num_classes else None
-    noise = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    run_sampler(net, config, labels, noise, config.sampling, torch.zeros_like)
-    return sum(calls), len(calls) - sum(calls)
-
-
-def steps_of(config: Config) -> int:
-    """Steps of the default sampling."""
-    return int(str(config.sampling.steps).removeprefix("ddim"))
+    """:meth:`Model.sample` of a bare network; of a latent model latents. ``how`` goes to that method."""
+    return Model(net, config, None, precision).sample(seeds, labels, **how)

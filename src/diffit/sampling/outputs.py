@@ -5,52 +5,48 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffit.configs.schema import Config
+from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import disk_errors, whole_file
 from diffit.utils.images import to_pil
 
+RECORD = "samples.json"
 
-class Record:
-    """``samples.json``: what the images in a folder were drawn with. Equal records mean equal images."""
 
-    def __init__(
-        self, outdir: Path, source: str, net: torch.nn.Module, config: Config, precision: str, vae: str | None = None
-    ) -> None:
-        self.path = outdir / "samples.json"
-        self.facts: dict[str, Any] = {
-            "network": source,
-            "fingerprint": fingerprint(net),
-            "preset": config.preset,
-            "sampling": config.sampling.model_dump(mode="json"),
-            "precision": precision,
-            "vae": vae,
+@dataclass
+class Job:
+    """What is sampled, and with what: equal records mean equal images."""
+
+    seeds: Sequence[int]
+    labels: Tensor | None
+    net: torch.nn.Module
+    config: Config
+    origin: dict[str, Any]
+    """What else decides about the images: the network's name, the precision, the VAE's hash."""
+
+    def record(self, **layout: Any) -> dict[str, Any]:
+        order = json.dumps([list(self.seeds), None if self.labels is None else self.labels.tolist()])
+        facts = self.origin | {
+            "fingerprint": fingerprint(self.net),
+            "preset": self.config.preset,
+            "sampling": self.config.sampling.model_dump(mode="json"),
+            "images": len(self.seeds),
+            "seeds_and_labels": hashlib.sha256(order.encode()).hexdigest(),
         }
-
-    def begin(self, seeds: Sequence[int], labels: Tensor | None, **layout: Any) -> bool:
-        """Whether an interrupted run with the same settings is to be continued; else the record is written anew."""
-        order = json.dumps([list(seeds), None if labels is None else labels.tolist()])
-        self.facts |= {"images": len(seeds), "seeds_and_labels": hashlib.sha256(order.encode()).hexdigest(), **layout}
-        try:
-            before, now = json.loads(self.path.read_text()), json.loads(json.dumps(self.facts))
-            if before | {"network": None} == now | {"network": None}:  # by its fingerprint, not by how it was spelled
-                return True
-        except (OSError, ValueError, TypeError):
-            pass
-        self.path.unlink(missing_ok=True)
-        return False
-
-    def write(self) -> None:
-        with whole_file(self.path) as part:
-            part.write_text(json.dumps(self.facts, indent=2) + "\n")
+        return json.loads(json.dumps(facts | layout))
 
 
 def fingerprint(net: torch.nn.Module) -> str:
@@ -62,27 +58,72 @@ def fingerprint(net: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Output(Protocol):
+    """Takes the images of a job in any order; what an interrupted one has finished is ``done`` the next time."""
+
+    outdir: Path
+
+    def begin(self, job: Job, procs: Processes) -> None: ...
+    def done(self, part: slice) -> bool: ...
+    def write(self, start: int, images: Tensor) -> None: ...
+    def read(self, count: int) -> Tensor: ...
+    def finish(self, class_names: Sequence[str] | None) -> Path: ...
+
+
+def continues(outdir: Path, record: dict[str, Any]) -> bool:
+    """Whether ``outdir`` holds samples of the same ``record``; UserError where it holds others.
+
+    Samples are never deleted, and never mixed with those of other settings.
+    """
+    path = outdir / RECORD
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict):
+        held = next((p.name for pattern in ("[0-9]" * 6 + ".png", "samples_*.npz") for p in outdir.glob(pattern)), None)
+        if held is not None:
+            raise UserError(f"{outdir}: holds {held}, and no {RECORD} says of what; give another --outdir")
+        return False
+    # By the fingerprint, not by how the network was spelled; records of before 0.2 have no spacing.
+    before = {"sampling": {}} | before | {"network": None}
+    now = record | {"network": None}
+    before["sampling"] = {"spacing": "linspace"} | before["sampling"]
+    if before == now:
+        return True
+    changed = sorted(key for key in now if before.get(key) != now[key])
+    changed = [{"seeds_and_labels": "seeds or classes", "fingerprint": "network"}.get(key, key) for key in changed]
+    raise UserError(
+        f"{outdir}: holds samples of other settings ({', '.join(dict.fromkeys(changed))}); give another --outdir, or "
+        "remove that folder"
+    )
+
+
+def write_record(outdir: Path, record: dict[str, Any]) -> None:
+    with whole_file(outdir / RECORD) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+
+
 class PngFolder:
     """``000017.png`` for seed 17, or ``000000/000017.png`` with ``subdirs``, a thousand a folder.
 
     With labels the folder gets a ``dataset.json``, so that it is itself an archive that ``diffit data check`` reads.
     """
 
-    def __init__(
-        self, outdir: Path, seeds: Sequence[int], labels: Tensor | None, record: Record, *, subdirs: bool = False
-    ) -> None:
-        self.outdir, self.seeds, self.labels, self.record, self.subdirs = outdir, seeds, labels, record, subdirs
+    def __init__(self, outdir: str | Path, *, subdirs: bool = False) -> None:
+        self.outdir, self.subdirs = Path(outdir), subdirs
+        self.seeds: Sequence[int] = ()
+        self.labels: Tensor | None = None
 
-    def prepare(self, procs: Processes) -> None:
-        if procs.is_first:
-            with disk_errors(self.outdir):
-                self.outdir.mkdir(parents=True, exist_ok=True)
-                if not self.record.begin(self.seeds, self.labels, format="png", subdirs=self.subdirs):
-                    # Images of other settings must neither be taken for finished nor lie among the new ones.
-                    for pattern in ("[0-9]" * 6 + ".png", "[0-9]" * 6 + "/" + "[0-9]" * 6 + ".png"):
-                        for old in self.outdir.glob(pattern):
-                            old.unlink()
-                    self.record.write()
+    def begin(self, job: Job, procs: Processes) -> None:
+        self.seeds, self.labels = job.seeds, job.labels
+        with procs.together():
+            if procs.is_first:
+                with disk_errors(self.outdir):
+                    self.outdir.mkdir(parents=True, exist_ok=True)
+                    record = job.record(format="png", subdirs=self.subdirs)
+                    if not continues(self.outdir, record):
+                        write_record(self.outdir, record)
         procs.barrier()
 
     def name(self, seed: int) -> str:
@@ -90,13 +131,14 @@ class PngFolder:
 
     def done(self, part: slice) -> bool:
         """Whether the images of these positions are there."""
-        return all((self.outdir / self.name(seed)).exists() for seed in self.seeds[part])
+        return all(is_whole_png(self.outdir / self.name(seed)) for seed in self.seeds[part])
 
     def write(self, start: int, images: Tensor) -> None:
         """``images`` uint8 (b, C, H, W) of the seeds from position ``start`` on."""
         for seed, image in zip(self.seeds[start : start + len(images)], images, strict=True):
-            with whole_file(self.outdir / self.name(seed)) as part:
-                to_pil(image).save(part, "PNG")
+            # Waiting for the disk per image is most of the time; what a power cut leaves half is seen by `done`.
+            with whole_file(self.outdir / self.name(seed), sync=False) as part:
+                to_pil(image).save(part, "PNG", compress_level=1)
 
     def read(self, count: int) -> Tensor:
         """The first images again, from disk: other processes may have written them."""
@@ -112,6 +154,16 @@ class PngFolder:
         return self.outdir
 
 
+def is_whole_png(path: Path) -> bool:
+    """Whether a file ends as every whole PNG does."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-12, os.SEEK_END)
+            return file.read() == b"\0\0\0\0IEND\xaeB`\x82"
+    except OSError:
+        return False
+
+
 class NpzFile:
     """ADM's sample batch: ``arr_0`` uint8 (N, H, W, C) and, for conditional models, ``arr_1`` int64 (N,).
 
@@ -119,38 +171,32 @@ class NpzFile:
     second array marks the rows that are there, so that an interrupted run is continued.
     """
 
-    def __init__(
-        self,
-        outdir: Path,
-        seeds: Sequence[int],
-        labels: Tensor | None,
-        record: Record,
-        *,
-        shape: tuple[int, int, int],
-    ) -> None:
-        channels, height, width = shape
-        self.shape = (len(seeds), height, width, channels)
-        self.seeds, self.labels, self.record = seeds, labels, record
-        self.path = outdir / f"samples_{'x'.join(map(str, self.shape))}.npz"
-        self.rows = outdir / f".{self.path.name}.rows"
-        self.marks = outdir / f".{self.path.name}.marks"
+    def __init__(self, outdir: str | Path) -> None:
+        self.outdir = Path(outdir)
+        self.labels: Tensor | None = None
         self.complete = False
 
-    def prepare(self, procs: Processes) -> None:
-        if procs.is_first:
-            with disk_errors(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                same = self.record.begin(self.seeds, self.labels, format="npz")
-                self.complete = same and self.path.is_file()
-                if not self.complete and not (same and self.rows.exists() and self.marks.exists()):
-                    self.path.unlink(missing_ok=True)  # of other settings
-                    self.allocate()
-                    self.record.write()
-        self.complete = procs.broadcast(self.complete)
-        if self.complete:
-            return
-        self.array = np.lib.format.open_memmap(self.rows, "r+")
-        self.finished = np.lib.format.open_memmap(self.marks, "r+")
+    def begin(self, job: Job, procs: Processes) -> None:
+        channels, height, width = job.config.image_shape
+        self.shape = (len(job.seeds), height, width, channels)
+        self.labels = job.labels
+        self.path = self.outdir / f"samples_{'x'.join(map(str, self.shape))}.npz"
+        self.rows = self.outdir / f".{self.path.name}.rows"
+        self.marks = self.outdir / f".{self.path.name}.marks"
+        with procs.together():
+            if procs.is_first:
+                with disk_errors(self.path):
+                    self.outdir.mkdir(parents=True, exist_ok=True)
+                    record = job.record(format="npz")
+                    same = continues(self.outdir, record)
+                    self.complete = same and self.path.is_file()
+                    if not self.complete and not (same and self.rows.exists() and self.marks.exists()):
+                        self.allocate()
+                        write_record(self.outdir, record)
+        self.complete = bool(procs.broadcast(self.complete))
+        if not self.complete:
+            self.array = np.lib.format.open_memmap(self.rows, "r+")
+            self.finished = np.lib.format.open_memmap(self.marks, "r+")
 
     def allocate(self) -> None:
         self.marks.unlink(missing_ok=True)
@@ -193,3 +239,40 @@ class NpzFile:
     def discard(self) -> None:
         for path in (self.rows, self.marks):
             path.unlink(missing_ok=True)
+
+
+class SamplingBar:
+    """Progress over the steps of all batches, on a terminal; a bar that is still while a batch runs looks stuck."""
+
+    def __init__(self, images: int, steps: int, processes: int, *, visible: bool) -> None:
+        self.images, self.steps, self.processes = images, steps, processes
+        self.total_done = 0
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=console, disable=not (visible and console.is_terminal), transient=True)
+        self.task = self.bar.add_task("sampling", total=max(images * steps, 1), note="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def step(self, i: int, level: Tensor, x: Tensor) -> Tensor:
+        """The ``after_step`` of a sampler."""
+        self._show(self.total_done + len(x) * (i + 1) * self.processes, f"step {i + 1} of {self.steps}")
+        return x
+
+    def finish(self, images: int) -> None:
+        """A batch is done."""
+        self.total_done += images * self.steps * self.processes
+        self._show(self.total_done, "")
+
+    def _show(self, done: int, note: str) -> None:
+        shown = min(int(done / self.steps), self.images)
+        self.bar.update(self.task, completed=done, note=f"{shown}/{self.images} images   {note}")

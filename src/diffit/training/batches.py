@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffit.data.archive import ImageArchive
-from diffit.data.latents import LatentArchive
+from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.utils.randomness import ORDER, derive_seed
 
-Archive = ImageArchive | LatentArchive
 RESIDENT_SHARE = 0.25  # of the free memory may go to keeping the decoded images
 
 

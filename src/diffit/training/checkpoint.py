@@ -17,6 +17,7 @@ from diffit.utils.files import sha256_of, whole_folder
 from diffit.weights.file import save_tensors
 
 PREFIX = "training-state-"
+KEEP_STATES = 2
 FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 
 
@@ -76,3 +77,11 @@ def states(run_dir: Path) -> list[Path]:
     """The training states of a run, oldest first. Unfinished ones have other names."""
     found = [path for path in run_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def prune_states(run_dir: Path) -> None:
+    """Remove all but the newest states."""
+    for old in states(run_dir)[:-KEEP_STATES]:
+        for item in old.iterdir():
+            item.unlink()
+        old.rmdir()

@@ -5,13 +5,14 @@ from typing import Any
 
 from diffit.configs.schema import Config
 from diffit.data.archive import ImageArchive
+from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.record import read_records, record_file
 from diffit.metrics.suite import Suite, better, headline
 from diffit.models.autoencoder import Autoencoder
-from diffit.training.batches import Archive
-from diffit.training.run_dir import Records
+from diffit.sampling.model import Model
+from diffit.training.run_dir import RunLog
 from diffit.utils.distributed import Processes
 from diffit.weights.file import save_network
 
@@ -54,27 +55,26 @@ class Evaluator:
         )
         return bool(self.procs.broadcast(missing))
 
-    def __call__(self, net: Any, images_seen: int, logs: Records | None) -> list[dict[str, Any]]:
-        """Records of the averaged weights ``net``, which go into the ``logs`` of the first process.
+    def __call__(self, net: Any, images_seen: int, log: RunLog | None) -> list[dict[str, Any]]:
+        """Records of the averaged weights ``net``, which go into the ``log`` of the first process.
 
         All processes call this together. Where a value is the best so far, the weights are kept as
         ``network-best-<metric>.safetensors``.
         """
         assert self.suite is not None
         kimg = images_seen / 1000
-        records = evaluate_network(
-            self.suite, net, self.config, self.procs, real_labels=self.archive.labels, batch=self.batch,
-            autoencoder=self.autoencoder, precision=self.precision, images=images_seen, kimg=kimg,
-        )  # fmt: skip
-        for record in records if logs is not None else ():
-            assert logs is not None
-            path = logs.run_dir / record_file(record["metric"])
+        model = Model(net, self.config, self.autoencoder, self.precision)
+        facts = {"images": images_seen, "kimg": kimg}
+        records = evaluate_network(self.suite, model, real_labels=self.archive.labels, batch=self.batch, facts=facts)
+        for record in records if log is not None else ():
+            assert log is not None
+            path = log.run_dir / record_file(record["metric"])
             name, value = headline(record["results"])
             known = [old for old in read_records(path) if isinstance(old.get("images"), int)]  # of this run
             earlier = [headline(old["results"])[1] for old in known if old["images"] < images_seen]
             if all(better(name, value, old) for old in earlier):
                 best = path.name.replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
-                save_network(logs.run_dir / best, net.state_dict(), self.config, kimg=kimg)
+                save_network(log.run_dir / best, net.state_dict(), self.config, kimg=kimg)
             if all(old["images"] != images_seen for old in known):
-                logs.metric(path, record)
+                log.metric(path, record)
         return records

@@ -18,7 +18,7 @@ OPTIONS = "training_options.json"
 FREE: Any = {
     "training": {
         "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
-        "max_skipped",
+        "max_skipped", "grid", "desc",
     },
     "sampling": True,
     "data": {"val"},
@@ -37,10 +37,9 @@ def runs(outdir: Path) -> list[Path]:
     return sorted((path for path in outdir.iterdir() if re.match(r"\d{5}-", path.name)), key=lambda path: path.name)
 
 
-def create_run(outdir: Path, config: Config, processes: int, desc: str | None) -> Path:
+def create_run(outdir: Path, config: Config, processes: int) -> Path:
     """``<outdir>/00000-<data>-<preset>-gpus1-batch128[-desc]`` with the next free number."""
-    if desc is not None and not re.fullmatch(r"[\w.+=,-]+", desc):
-        raise UserError(f"--desc {desc!r}: it becomes part of a folder's name; use letters, digits and . _ + = , -")
+    desc = config.training.desc
     number = max((int(path.name[:5]) for path in runs(outdir)), default=-1) + 1
     data = Path(config.data.path).stem if config.data.path else "data"
     parts = [f"{number:05d}", data, config.preset, f"gpus{processes}", f"batch{config.training.batch}", desc]
@@ -83,7 +82,14 @@ def locate_state(path: Path) -> Path:
     return found[-1]
 
 
-class Records:
+def find_state(config: Config, outdir: Path, resume: str) -> Path | None:
+    """The state to go on from: ``resume`` is ``auto``, ``none``, or the path of a state or a run."""
+    if resume == "none":
+        return None
+    return find_resumable(outdir, config) if resume == "auto" else locate_state(Path(resume))
+
+
+class RunLog:
     """``log.txt``, ``stats.jsonl`` and TensorBoard events of a run. Only the first process has one."""
 
     def __init__(self, run_dir: Path, images_seen: int) -> None:
@@ -92,7 +98,7 @@ class Records:
             truncate_jsonl(path, images_seen)
         self.board = _tensorboard(run_dir, images_seen)
 
-    def log(self, text: str) -> None:
+    def line(self, text: str) -> None:
         with disk_errors(self.run_dir), (self.run_dir / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from diffit.diffusion.edm import EDMLoss
 from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
+from diffit.training.checkpoint import load_optimizer_tensors, load_state, save_state
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.meter import Meter
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
 from diffit.utils.precision import autocast, channels_last
 from diffit.utils.randomness import DROPOUT, INIT, STEP, derive_seed
+from diffit.weights import load_into
 
 
 def build_network(config: Config) -> DiffiT:
@@ -134,6 +137,33 @@ class Stepper:
         if beta is None:
             beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
         update_ema(self.ema.parameters(), self.net.parameters(), beta)
+
+    def save(self, folder: Path) -> None:
+        """Write all that training changes as a training state."""
+        facts = {
+            "images_seen": self.images_seen,
+            "scaler": self.scaler.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+        }
+        save_state(folder, self.net, self.ema, self.optimizer, facts)
+
+    def restore(self, folder: Path) -> None:
+        """Take up a training state exactly: weights, average, moments, loss scaler and place in the data."""
+        tensors, facts = load_state(folder)
+        load_into(self.net, tensors["model"], folder)
+        load_into(self.ema, tensors["ema"], folder)
+        load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
+        if facts["scaler"]:
+            self.scaler.load_state_dict(facts["scaler"])
+        self.images_seen = facts["images_seen"]
+
+    @property
+    def ema_warming_up(self) -> bool:
+        """Whether the average still forgets its beginning: its half-life ramps up, or a twentieth of it is left."""
+        training = self.config.training
+        if training.ema_decay is not None:
+            return training.ema_decay ** (self.images_seen / training.batch) > 0.05
+        return self.images_seen * training.ema_rampup_ratio < training.ema_halflife_kimg * 1000
 
     def clean(self, data: Tensor, generator: torch.Generator, *, mirror: bool) -> Tensor:
         """See :func:`clean_samples`."""

@@ -75,6 +75,11 @@ class Processes:
                 raise UserError(f"process {rank} of {self.count}: {message}")
 
 
+def alone(device: torch.device | str | None = None) -> Processes:
+    """This process without others, on a GPU where there is one."""
+    return Processes(0, 1, pick_device() if device is None else torch.device(device))
+
+
 def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

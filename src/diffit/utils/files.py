@@ -47,8 +47,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside ``path``; what is written there takes its place at the end, or is removed on an error."""
+def whole_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yields a path next to ``path``; what is written there takes its place at the end, or is removed on an error.
+
+    Without ``sync`` a power cut may still take what was written last.
+    """
     path = Path(path)
     with disk_errors(path):
         part = _beside(path)
@@ -57,9 +60,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             mode = part.stat().st_mode  # that of ordinary files here; safetensors' would be for their owner alone
             yield part
             part.chmod(mode)
-            _sync(part)
+            if sync:
+                _sync(part)
             os.replace(part, path)
-            _sync(path.parent)
+            if sync:
+                _sync(path.parent)
         finally:
             part.unlink(missing_ok=True)
 

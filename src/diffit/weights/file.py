@@ -69,14 +69,27 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def locate(path: str | Path) -> Path:
-    """A file for a path, or for a Hub id."""
+    """The file that a path, a run folder (its newest snapshot), a folder of runs (the newest), or a Hub id means."""
     if not Path(path).exists() and hub.looks_like_id(str(path)):
         return hub.fetch(str(path))
     path = Path(path)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not there"
-        raise UserError(f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors, or a Hub id")
-    return path
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for folder in (path, *sorted(path.glob("[0-9]" * 5 + "-*"), reverse=True)):
+            snapshots = sorted(folder.glob("network-snapshot-*.safetensors"), key=_progress_of)
+            if snapshots:
+                return snapshots[-1]
+    kind = "a folder without a network-snapshot file" if path.is_dir() else "not there"
+    raise UserError(
+        f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors, a run folder, or a Hub id"
+    )
+
+
+def _progress_of(snapshot: Path) -> tuple[float, str]:
+    """kimg in the name of a snapshot, whatever its number of digits."""
+    kimg = snapshot.stem.removeprefix("network-snapshot-")
+    return (float(kimg) if re.fullmatch(r"\d+(\.\d+)?", kimg) else -1.0), kimg
 
 
 def read_header(path: str | Path) -> tuple[Config, float | None]:

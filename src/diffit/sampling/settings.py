@@ -1,0 +1,61 @@
+"""Changes to a model's sampling settings, checked against the model before any work starts."""
+
+import math
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffit.configs.schema import Config, Sampling, explain
+from diffit.errors import UserError
+
+# Setting -> the samplers that know it.
+KNOWN_BY = {"eta": ("ddim",)} | dict.fromkeys(("S_churn", "S_min", "S_max", "S_noise"), ("heun",))
+GUIDANCE = ("cfg_power", "cfg_interval", "cfg_channels", "cfg_skip")
+
+
+def with_sampling(config: Config, **changes: Any) -> Config:
+    """``config`` with these fields of :class:`Sampling` changed; None leaves a field as it is.
+
+    ``guidance`` is another name of ``cfg_scale``; a ``cfg_power`` of 0 is a constant scale, ``cfg_channels`` may be
+    ``all``, and ``steps`` may be a string such as ``ddim50``. Raises :class:`UserError` for unknown names, for what the
+    model cannot do, and for a setting that would have no effect.
+    """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if "guidance" in changes:
+        changes["cfg_scale"] = changes.pop("guidance")
+    if not changes:
+        return config
+    scale = changes.get("cfg_scale", 1)
+    if scale != 1 and not config.model.num_classes:
+        raise UserError(f"guidance scale {scale:g}: the model has no classes to be guided to; leave it out")
+    if "steps" in changes:
+        changes.setdefault("spacing", "linspace")  # a bare number; "ddim50" brings its own
+    if changes.get("S_max") == math.inf:
+        changes["S_max"] = Sampling().S_max  # JSON has no infinity, and no noise level is above this
+    if changes.get("cfg_power") == 0:
+        changes["cfg_power"] = None
+    if "cfg_channels" in changes:
+        changes["cfg_channels"] = None if changes["cfg_channels"] == "all" else int(changes["cfg_channels"])
+    try:
+        changed = Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | changes})
+    except ValidationError as error:
+        raise UserError(f"sampling options: {explain(error)}") from None
+    _refuse_without_effect(changed, changes)
+    return changed
+
+
+def _refuse_without_effect(config: Config, changes: dict[str, Any]) -> None:
+    sampling, defaults = config.sampling, Sampling()
+    for name in changes:
+        value = getattr(sampling, name)
+        option = f"--{name.replace('_', '-')} {value}"
+        if name in ("sigma_min", "sigma_max", "rho") and config.diffusion.kind != "edm":
+            raise UserError(f"{option}: this model has the noise levels of its own timesteps; choose them with --steps")
+        if value == getattr(defaults, name):
+            continue
+        if sampling.sampler not in KNOWN_BY.get(name, (sampling.sampler,)):
+            raise UserError(f"{option}: {sampling.sampler} has no such setting; use --sampler {KNOWN_BY[name][0]}")
+        if name in ("S_min", "S_max", "S_noise") and not sampling.S_churn:
+            raise UserError(f"{option}: no noise is added at S_churn 0; give --S-churn too, or leave it out")
+        if name in GUIDANCE and (sampling.cfg_scale == 1 or not config.model.num_classes):
+            raise UserError(f"{option}: without guidance it has no effect; give --cfg-scale too, or leave it out")
