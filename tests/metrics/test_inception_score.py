@@ -57,3 +57,9 @@ def test_published_splits_of_50k_are_the_same_both_ways_and_of_10k_are_two():
     splits = [len(InceptionScore(n, split_size=size).starts) + 1
               for n, size in ((50_000, None), (50_000, 5000), (10_000, 5000))]  # fmt: skip
     assert splits == [10, 10, 2]
+
+
+def test_scores_of_other_splits_are_not_taken_for_one_another():
+    """46,000 images are ten splits either way, but not the same ones."""
+    assert InceptionScore(46_000).need != InceptionScore(46_000, split_size=5000).need
+    assert InceptionScore(46_000).need == InceptionScore(46_000, full=True).need

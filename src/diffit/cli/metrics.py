@@ -19,18 +19,13 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path)
 BATCH = click.option(
-    "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images that are processed at a time."
+    "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images that are processed together."
 )
 VAE = click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]")
-
-
-def detector_option(default: str | None) -> Callable[..., Any]:
-    text = "Features to compare: inception, pixels, or a file (TorchScript, or of `train-detector`)."
-    return click.option(
-        "--detector", metavar="NAME|FILE", default=default,
-        help=text if default else f"{text} A name after a colon in --metrics wins.  [default: inception]",
-        show_default=default is not None,
-    )  # fmt: skip
+DETECTOR = click.option(
+    "--detector", metavar="NAME|FILE", default="inception", show_default=True,
+    help="Features: inception, pixels, or a file (TorchScript, or of `train-detector`).",
+)  # fmt: skip
 
 
 @click.group()
@@ -39,18 +34,19 @@ def metrics() -> None:
 
 
 CALC: list[Callable[..., Any]] = [
-    click.option("--network", metavar="FILE|ID", help="Evaluate the samples of this network file, or …"),
-    click.option("--images", type=FILE, help="… these images: folder, zip, or npz with arr_0."),
+    click.option("--network", metavar="FILE|RUN|ID",
+                 help="Evaluate samples of this snapshot, run (its newest snapshot) or Hub id; or use --images."),
+    click.option("--images", type=FILE, help="Evaluate these images: folder, zip, or npz with arr_0."),
     click.option("--ref", type=FILE,
                  help="Real images (archive), or an npz of statistics: EDM's, ADM's, or of `ref`."),
     click.option("--metrics", "names", required=True, multiple=True, metavar="NAMES",
                  help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k (adm50k_fp64: exact distances); any number "
                  "for 50k (pr1500_3_full); joined by commas."),
-    detector_option(None),
+    DETECTOR,
     click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True,
-                 help="Evaluate so many times, with new samples: the best, and minimum, mean and spread."),
+                 help="Evaluate so many times with new seeds: the best, and minimum, mean and standard deviation."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="First seed of the samples, one for each; with --images, of the choice among them."),
+                 help="First seed of the samples, one per sample; with --images the seed that chooses among them."),
     *SETTINGS,
     VAE,
     BATCH,
@@ -150,7 +146,7 @@ def report(records: list[dict[str, Any]]) -> None:
 @metrics.command()
 @click.option("--data", type=FILE, required=True, help="Image archive.")
 @click.option("--dest", type=FILE, required=True, help="NAME.npz to write.")
-@detector_option("inception")
+@DETECTOR
 @BATCH
 def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
     """Write the statistics of an archive: mu, sigma, and for Inception mu_s, sigma_s."""
@@ -215,15 +211,16 @@ def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
 
 
 COPIES: list[Callable[..., Any]] = [
-    click.option("--network", metavar="FILE|ID", help="Look at samples of this network file, or …"),
-    click.option("--images", type=FILE, help="… at these images."),
+    click.option("--network", metavar="FILE|RUN|ID",
+                 help="Look at samples of this snapshot, run (its newest snapshot) or Hub id; or use --images."),
+    click.option("--images", type=FILE, help="Look at these images: folder, zip, or npz with arr_0."),
     click.option("--data", type=FILE, required=True, help="The images that the network was trained on."),
     click.option("--heldout", type=FILE,
                  help="Real images that it was not trained on.  [default: each of --data against the others]"),
     click.option("--dest", type=FILE, required=True, help="NAME.html to write."),
     click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, help="Samples to look at."),
     VAE,
-    detector_option("inception"),
+    DETECTOR,
     BATCH,
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Detectors: what turns images into the features that metrics compare.
 
-``inception`` is FID's. Any other one lends its name to the metric (``fd10k_full:pixels``), so that nobody takes the
-number for an FID.
+``inception`` is FID's. Any other one lends its name to the metric (``fd10k_full:pixels``), so that its
+number is not read as an FID.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Detector:
     name: str
     """``inception``, ``pixels``, or the name of a file with the start of its hash."""
     key: str
-    """SHA-256 of the weights: what statistics of other detectors are told apart by."""
+    """SHA-256 of the weights: it tells statistics of different detectors apart."""
     extract: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
     any_size: bool = False

@@ -52,7 +52,7 @@ class Metric(ABC):
     samples: int
     full: bool = False
     spec: str = OFFICIAL
-    """What :func:`make_detector` takes."""
+    """Argument of :func:`make_detector`."""
 
     kind: ClassVar[str]
 
@@ -164,7 +164,7 @@ def gather(
             for detector, wanted in accumulators.items():
                 if not detector.any_size and tuple(images.shape[1:]) != shape:
                     raise UserError(
-                        f"images of several sizes, which inception takes and detector {detector.name} does not"
+                        f"images of several sizes, which detector {detector.name} does not accept; inception does"
                     )
                 outputs = detector(images)
                 for need, accumulator in wanted.items():

@@ -119,8 +119,8 @@ def load_batch(archive: ImageArchive, indices: Tensor) -> Tensor:
 
 
 def choose(total: int, count: int, seed: int = 0) -> Tensor:
-    """Indices of ``count`` of ``total`` images at random, or of all where they are fewer. The first n are those that
-    n alone would give: archives are sorted by class, and what depends on order, as the splits of the Inception score
+    """Indices of ``count`` of ``total`` images at random, or of all where they are fewer. The first n are the
+    choice of n alone: archives are sorted by class, and what depends on order, as the splits of the Inception score
     do, must not depend on what else is asked.
     """
     return torch.randperm(total, generator=make_generator(seed, SUBSET))[:count]

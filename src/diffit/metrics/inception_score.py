@@ -65,7 +65,7 @@ class InceptionScore(Part[tuple[float, float]]):
 
     @property
     def need(self) -> Need[tuple[float, float]]:
-        what = f"score of {len(self.starts) + 1} splits"
+        what = f"score, splits of {self.split_size}" if self.split_size else f"score, {SPLITS} splits"
         return Need(what, "probabilities", self.samples, lambda: ScoreSums(self.starts))
 
     def fewest(self, dim: int) -> tuple[int, str]:

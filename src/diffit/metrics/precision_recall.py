@@ -54,7 +54,7 @@ DISTANCES: dict[Precision, Distances] = {
 
 @dataclass(frozen=True)
 class PrecisionRecall(Part[Tensor]):
-    """Manifolds of the ``neighbours`` nearest; of at most ``most_real`` real images where that is given."""
+    """Manifolds of the ``neighbours`` nearest; of at most ``most_real`` real images where that is set."""
 
     kind = "pr"
     neighbours: int = 3

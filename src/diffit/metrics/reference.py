@@ -153,9 +153,9 @@ def read_text(path: Path, name: str) -> str | None:
 
 
 def open_reference(path: Path, detector: Detector) -> Reference:
-    """An archive, or an npz with ``mu, sigma`` (EDM), ``mu_s, sigma_s, arr_0`` besides (ADM), or ``arr_0`` alone.
+    """An archive, or an npz with ``mu, sigma`` (EDM), ``mu_s, sigma_s, arr_0`` too (ADM), or ``arr_0`` alone.
 
-    Files that do not name their detector are taken for what such files are: statistics of Inception features.
+    Files that do not name their detector are what such files always are: statistics of Inception features.
     """
     if path.suffix != ".npz" or path.is_dir():
         images = open_images(path)
