@@ -96,7 +96,9 @@ class Reference:
                     missing.setdefault(need.count, []).append(need)
         for count, wanted in missing.items():
             images = self._images(wanted[0])
-            batches = stream(images, choose(len(images), count or 0), batch, procs, progress=progress)
+            batches = stream(
+                images, choose(len(images), len(images) if count is None else count), batch, procs, progress=progress
+            )
             for need, result in gather({self.detector: wanted}, batches, procs)[self.detector].items():
                 self._known[need] = result
                 if need.what == "moments" and procs.is_first:
@@ -110,7 +112,7 @@ class Reference:
 
     def _load(self, need: Need[Any]) -> Gaussian | None:
         try:
-            return read_arrays(self._cache_file(need))[need.output]
+            return read_arrays(self._cache_file(need))[0][need.output]
         except (UserError, KeyError):  # not there, or not whole: computed again
             return None
 
@@ -121,12 +123,17 @@ class Reference:
             return
 
 
-def read_arrays(path: Path) -> dict[str, Gaussian]:
-    """Statistics by output from an npz. UserError for objects, missing arrays and wrong shapes."""
-    found = {}
-    count = read_text(path, "images") or ""
+def read_arrays(path: Path) -> tuple[dict[str, Gaussian], dict[str, str]]:
+    """Statistics by output from an npz, and the texts in it that say what they are of.
+
+    UserError for objects, missing arrays and wrong shapes.
+    """
+    found: dict[str, Gaussian] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
+            facts = {name: file[name] for name in ("detector", "detector_key", "images") if name in file}
+            texts = {name: str(value) for name, value in facts.items() if value.dtype.kind == "U"}
+            count = texts.get("images", "")
             for output, (mu_name, sigma_name) in FIELDS.items():
                 if mu_name in file and sigma_name in file:
                     mu, sigma = (torch.from_numpy(file[n].astype(np.float64)) for n in (mu_name, sigma_name))
@@ -140,16 +147,7 @@ def read_arrays(path: Path) -> dict[str, Gaussian]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError, MemoryError) as error:
         reason = "it holds Python objects, which could run code" if "pickle" in str(error) else error
         raise UserError(f"{path}: not read as statistics ({reason})") from None
-    return found
-
-
-def read_text(path: Path, name: str) -> str | None:
-    """A string in an npz; None where there is none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return str(file[name]) if name in file and file[name].dtype.kind == "U" else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError, MemoryError):
-        return None  # Python objects, or a header that claims too much: not a string of ours
+    return found, texts
 
 
 def open_reference(path: Path, detector: Detector) -> Reference:
@@ -162,15 +160,15 @@ def open_reference(path: Path, detector: Detector) -> Reference:
         return Reference(images.name, detector, images, images.fingerprint)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the spelling")
-    stored = read_arrays(path)
+    stored, texts = read_arrays(path)
     with zipfile.ZipFile(path) as file:
         pictures = NpzImages(path) if "arr_0.npy" in file.namelist() else None
     if not stored and pictures is None:
         raise UserError(f"{path}: neither statistics (mu, sigma) nor images (arr_0) in it")
-    theirs = read_text(path, "detector_key")
+    theirs = texts.get("detector_key")
     if stored and theirs is not None and theirs != detector.key:
         raise UserError(
-            f"{path}: statistics of detector {read_text(path, 'detector')}, the metric's is {detector.name}: make new "
+            f"{path}: statistics of detector {texts.get('detector')}, the metric's is {detector.name}: make new "
             "ones with `diffit metrics ref`, or use the images"
         )
     if stored and theirs is None and not detector.official:
