@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]
+class Size(click.ParamType):
     """``32`` or ``WxH`` (``48x32``, also ``48,32``) as (H, W)."""
 
     name = "WxH"

@@ -56,7 +56,8 @@ OPTIONS: list[Callable[..., Any]] = [
                  help="Class of the images; several take turns.  [default: as --labels says]"),
     click.option("--labels", "policy", type=click.Choice(["random", "balanced"]), default="random", show_default=True,
                  help="Classes chosen at random by each seed, or in turn."),
-    switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per (--class or) class, a column per seed."),
+    switch("--class-grid",
+           help="Write OUTDIR-class-grid.png instead: a row per class (all, or --class), a column per seed."),
     click.option("--grid", type=Size(), metavar="WxH", help="Also write OUTDIR-grid.png with the first images."),
     *SETTINGS,
     # Machine and output

@@ -9,8 +9,7 @@ import click
 
 from diffit.cli.options import Numbers, Size, switch, with_options
 from diffit.configs.presets import PRESETS
-from diffit.configs.resolve import DataFacts, resolve
-from diffit.configs.schema import Config
+from diffit.configs.resolve import resolve
 from diffit.errors import UserError
 
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
@@ -19,7 +18,8 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--outdir", "--results-dir", type=click.Path(path_type=Path), help="Where run folders go."),
     click.option("--data", "--data-path", help="Image archive: folder or zip (see `diffit data convert`)."),
     click.option("--preset", metavar="NAME", help=f"Recipe: {', '.join(PRESETS)}. Default: chosen by image size."),
-    click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the latents' own, or the preset's."),
+    click.option("--vae", metavar="PATH|ID",
+                 help="Autoencoder of a latent model. Default: the latents' own, or the preset's."),
     click.option("--diffusion", type=click.Choice(["edm", "cosine", "linear"]), help="Default: the preset's."),
     switch("--cond", help="Class-conditional, with the labels of the archive."),
     click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
@@ -48,7 +48,8 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--cfg-scale", type=float, help="Guidance scale that the file will sample with by default."),
     click.option("--seed", "--global-seed", type=int, help="Seed of everything random."),
     # Machine
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="auto: bf16 on GPUs, else fp32."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+                 help="auto: bf16 on GPUs, else fp32."),
     switch("--fp16", help="Same as --precision fp16."),
     switch("--grad-ckpt", help="Recompute activations: less memory, more time."),
     switch("--compile", help="torch.compile the network."),
@@ -80,13 +81,13 @@ def train(**options: Any) -> None:
     preset, epochs = options.pop("preset"), options.pop("epochs")
     normalise(options)
     # Imported here: `--help` and a mistyped option need not wait for torch.
-    from diffit.models.autoencoder import autoencoder_of
-    from diffit.metrics.suite import parse_metrics
-    from diffit.utils.distributed import processes
     from diffit.cli.describe import describe_run
     from diffit.data.latents import LatentArchive
     from diffit.data.open import facts_of, open_data, open_val
+    from diffit.metrics.suite import parse_metrics
+    from diffit.models.autoencoder import autoencoder_of
     from diffit.training.loop import train as run_training
+    from diffit.utils.distributed import processes
 
     if not dry_run and (options["data"] is None or outdir is None):
         raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
@@ -118,12 +119,11 @@ def train(**options: Any) -> None:
             for latents in (archive, val):
                 if isinstance(latents, LatentArchive):
                     latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
-        outcome = run_training(
-            config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder
-        )
+        outcome = run_training(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
         if outcome.snapshot is None and procs.is_first:
             click.echo(
-                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg goes on, --resume none begins anew"
+                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; "
+                "a longer --kimg goes on, --resume none begins again"
             )
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
@@ -153,5 +153,3 @@ def kimg_of(epochs: float, kimg: float | None, archive: Any) -> float:
     if archive is None:
         raise UserError("--epochs counts passes over the data: give --data too, or --kimg")
     return epochs * len(archive) / 1000
-
-
