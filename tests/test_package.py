@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from diffit.errors import DISTRIBUTION, install_hint
 
@@ -52,3 +53,17 @@ def test_the_shims_of_a_checkout_stay_shims(module):
 
 def test_types_are_announced():
     assert (ROOT / "src/diffit/py.typed").exists()
+
+
+def test_pre_commit_lints_with_the_pinned_ruff():
+    (version,) = re.findall(r'"(ruff==[^"]*)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert version in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_ci_tries_every_python_that_is_promised_and_the_oldest_torch():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    promised = [text.rsplit(" ", 1)[1] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == promised
+    (oldest,) = [text.partition(">=")[2] for text in PROJECT["dependencies"] if bare(text) == "torch"]
+    tried = {(entry["python"], entry["torch"]) for entry in jobs["bounds"]["strategy"]["matrix"]["include"]}
+    assert (promised[0], f"torch=={oldest}.*") in tried
