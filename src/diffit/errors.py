@@ -1,4 +1,6 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and what it says of packages that are not installed."""
+
+DISTRIBUTION = "diffit-torch"  # the name to install by; `diffit` on the public index is another project
 
 
 class UserError(Exception):
@@ -7,3 +9,8 @@ class UserError(Exception):
     The command line prints the message without a traceback and exits with status 1.
     Broken invariants of our own use ``assert`` or ordinary exceptions instead.
     """
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an optional part, such as ``latent`` or ``metrics`` (see pyproject.toml)."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

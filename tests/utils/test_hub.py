@@ -41,14 +41,14 @@ def hub(tmp_path, monkeypatch):
     return online, downloads
 
 
-def test_the_only_weights_of_a_repository_are_fetched_once_with_one_notice(hub, capsys):
+def test_the_only_weights_of_a_repository_are_fetched_once_with_one_notice(hub, caplog):
     online, downloads = hub
     (online / "README.md").touch()
     (online / "diffit.safetensors").write_bytes(b"weights")
     for _ in range(2):
         assert fetch("someone/net").read_bytes() == b"weights"
     assert downloads == ["diffit.safetensors"]
-    assert capsys.readouterr().err == NOTICE + "\n"
+    assert caplog.messages == [NOTICE]
 
 
 def test_of_several_one_must_be_named(hub):

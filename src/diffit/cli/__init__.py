@@ -1,6 +1,7 @@
 """The ``diffit`` command. Each subcommand parses its options and calls one library function."""
 
 import importlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -11,7 +12,9 @@ import time
 import click
 
 from diffit import __version__
-from diffit.errors import UserError
+from diffit.errors import DISTRIBUTION, UserError
+
+logger = logging.getLogger(__name__)
 
 # Subcommand -> (module, one line of help). Modules are imported when needed: `diffit --help` must not wait for torch.
 COMMANDS = {
@@ -31,7 +34,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(COMMANDS[name][0]), name)
+        command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -44,12 +48,22 @@ def cli() -> None:
     """DiffiT: train, sample and evaluate diffusion vision transformers."""
 
 
+class Lines(logging.Formatter):
+    """What the library logs, as lines of a command: ``warning: …`` for warnings, else the message alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return ("warning: " if record.levelno == logging.WARNING else "") + super().format(record)
+
+
 def run(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command and exit. What the user got wrong is one line on stderr: status 2 for the words, else 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file on Windows may have no "−": better "?" than no help at all
             stream.reconfigure(errors="replace")
-    logging.basicConfig(format="warning: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines())
+    logging.basicConfig(handlers=[handler])
+    warn_of_namesake()
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
     try:
@@ -78,6 +92,22 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             )
         _let_another_process_speak(first_waits=1)
         raise
+
+
+def warn_of_namesake() -> None:
+    """The public index's ``diffit``, a differ for Spark data frames, installs a module of the same name over ours.
+
+    Installed after ours, its own command runs in place of this one; before ours, removing it removes files of ours.
+    """
+    try:
+        summary = importlib.metadata.metadata("diffit").get_all("Summary") or [""]
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if "spark" in summary[0].lower():
+        logger.warning(
+            "another project's package 'diffit' shares this module's folder; "
+            f"pip uninstall diffit, then pip install --force-reinstall --no-deps {DISTRIBUTION}"
+        )
 
 
 def interruption(error: BaseException | None) -> int | None:

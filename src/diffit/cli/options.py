@@ -9,7 +9,7 @@ import click
 from diffit.errors import UserError
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]
+class Size(click.ParamType):
     """``32`` or ``WxH`` (``48x32``, also ``48,32``) as (H, W)."""
 
     name = "WxH"

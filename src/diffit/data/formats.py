@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from PIL import features
 
+from diffit.errors import install_hint
+
 # A named list keeps out decoders that start other programs or are seldom looked at (EPS, WMF, ...).
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 IMAGE_SUFFIXES: tuple[str, ...] = (
@@ -36,7 +38,7 @@ else:
 try:
     import pillow_heif
 except ImportError:
-    _suffixes(".heic .heif .hif", "HEIC photographs", "pip install pillow-heif")
+    _suffixes(".heic .heif .hif", "HEIC photographs", install_hint("data"))
 else:
     pillow_heif.register_heif_opener()
     FORMATS += ("HEIF",)

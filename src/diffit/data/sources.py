@@ -22,7 +22,7 @@ from PIL import Image
 from diffit.data.archive import META, decoding, open_image, read_labels, require_images
 from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key
 from diffit.data.formats import suffix_of
-from diffit.errors import UserError
+from diffit.errors import UserError, install_hint
 
 Pixels = npt.NDArray[np.uint8]
 IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
@@ -312,7 +312,7 @@ def _lmdb(path: Path) -> Source:
     try:
         import lmdb
     except ImportError as error:
-        raise UserError(f"{path} is an LMDB folder and needs the lmdb package: pip install lmdb") from error
+        raise UserError(f"{path} is an LMDB folder and needs the lmdb package: {install_hint('data')}") from error
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
         with env.begin() as txn:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffit.errors import UserError
+from diffit.errors import UserError, install_hint
 from diffit.utils.files import sha256_of, whole_file
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -81,7 +81,7 @@ def load_inception(path: Path, device: torch.device) -> Callable[[Tensor], dict[
             warnings.simplefilter("ignore")
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise UserError("FID needs torch-fidelity for the network: pip install 'diffit[metrics]'") from None
+        raise UserError(f"FID needs torch-fidelity for the network: {install_hint('metrics')}") from None
     try:
         with _weights_only(), torch.random.fork_rng(devices=[]):
             net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))

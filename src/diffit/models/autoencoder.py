@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffit.configs.schema import Config
-from diffit.errors import UserError
+from diffit.errors import UserError, install_hint
 from diffit.utils.images import to_float
 
 SCALE = 0.18215  # brings the latents of Stable Diffusion's VAEs to unit variance (arXiv 2112.10752, D.1)
@@ -138,7 +138,7 @@ def load_autoencoder(
     if not 0 < scale < math.inf:
         raise UserError(f"scale {scale:g}: must be a number above 0; Stable Diffusion's VAEs have {SCALE}")
     if importlib.util.find_spec("diffusers") is None:
-        raise UserError("a VAE needs diffusers: pip install 'diffit[latent]'")
+        raise UserError(f"a VAE needs diffusers: {install_hint('latent')}")
     folder, name = _find(path_or_id)
     _check_folder(folder, path_or_id)
     vae = _load(folder, path_or_id, dtype).to(device)

@@ -46,7 +46,8 @@ class Job:
             "images": len(self.seeds),
             "seeds_and_labels": hashlib.sha256(order.encode()).hexdigest(),
         }
-        return json.loads(json.dumps(facts | layout))
+        plain: dict[str, Any] = json.loads(json.dumps(facts | layout))  # as it will be read: tuples are lists
+        return plain
 
 
 def fingerprint(net: torch.nn.Module) -> str:

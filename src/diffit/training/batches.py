@@ -53,7 +53,7 @@ def fits(need: int, free: int, sharers: int = 1) -> bool:
     return need * sharers <= free * RESIDENT_SHARE
 
 
-class _Fetch(torch.utils.data.Dataset):
+class _Fetch(torch.utils.data.Dataset[Tensor | UserError]):
     """Loads a whole microbatch in one call, so that a worker sends one tensor.
 
     A :class:`UserError` is sent too: raised in a worker it would come out with that worker's traceback for a message.

@@ -164,7 +164,7 @@ class Stepper:
         """Whether the average still forgets its beginning: its half-life ramps up, or a twentieth of it is left."""
         training = self.config.training
         if training.ema_decay is not None:
-            return training.ema_decay ** (self.images_seen / training.batch) > 0.05
+            return bool(training.ema_decay ** (self.images_seen / training.batch) > 0.05)
         return self.images_seen * training.ema_rampup_ratio < training.ema_halflife_kimg * 1000
 
     def clean(self, data: Tensor, generator: torch.Generator, *, mirror: bool) -> Tensor:

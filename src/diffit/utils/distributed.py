@@ -1,7 +1,7 @@
 """Processes: one without a launcher, or those that torchrun started."""
 
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from diffit.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # The first process may work alone for long (statistics of a large archive, packing 50,000 samples) while others wait.
 PATIENCE = timedelta(hours=6)
@@ -64,7 +66,7 @@ class Processes:
         except Exception as caught:
             error = caught
             # At once: the others may be at work for long before they hear of it.
-            print(f"process {self.rank} of {self.count}: {caught}", file=sys.stderr, flush=True)
+            logger.error("process %d of %d: %s", self.rank, self.count, caught)
         messages: list[str | None] = [None] * self.count
         text = str(error) if isinstance(error, UserError) else repr(error)
         dist.all_gather_object(messages, None if error is None else text)

@@ -1,14 +1,16 @@
 """Network files by Hub id: ``owner/name``, or ``owner/name/file.safetensors`` where the repository has several."""
 
+import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from diffit.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 NOTICE = (
-    "note: weights from the Hub keep their authors' licence; NVIDIA's released DiffiT weights are for "
+    "weights from the Hub keep their authors' licence; NVIDIA's official DiffiT weights are for "
     "non-commercial use only (see the model card)"
 )
 
@@ -44,7 +46,7 @@ def fetch(name: str) -> Path:
             return Path(hf_hub_download(repo, file, local_files_only=True))
         except Exception:  # not in the cache: this is the first time
             path = Path(hf_hub_download(repo, file))
-            print(NOTICE, file=sys.stderr)
+            logger.warning(NOTICE)
             return path
     except UserError:
         raise
@@ -63,9 +65,9 @@ def fetch_folder(name: str, patterns: list[str], **options: Any) -> Path:
 
 
 def _refusal(name: str, what: str, error: Exception) -> UserError:
-    """The client raises a dozen kinds, from HTTP and its own; all mean that the thing is not to be had."""
+    """The client raises a dozen kinds, from HTTP and its own; all mean that it is not available."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
-        f"{name}: no such {what} here, and the Hub did not give it ({reason}); check the name, the network and "
-        f"HF_HUB_OFFLINE, or download the {what} by hand and give its path"
+        f"{name}: no such {what} here, and not available from the Hub ({reason}); check the name, the network and "
+        f"HF_HUB_OFFLINE, or download the {what} by hand and pass its path"
     )

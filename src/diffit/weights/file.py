@@ -158,7 +158,8 @@ def _as(tensor: Tensor, dtype: torch.dtype | None, path: Path, key: str) -> Tens
 def _read_alone(path: Path, key: str) -> Tensor:
     """A tensor in a mapping of its own: the pages that reading it brings to memory go when it goes."""
     with _opened(path) as file:
-        return file.get_tensor(key)
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
 
 
 def load_network(
