@@ -16,7 +16,8 @@ from diffit.configs.presets import debug
 from diffit.data.archive import ImageArchive
 from diffit.metrics.detectors import make_detector
 from diffit.metrics.evaluate import evaluate_images, evaluate_network
-from diffit.metrics.features import Need, gather
+from diffit.metrics.features import gather
+from diffit.metrics.frechet import FID
 from diffit.metrics.images import ArchiveImages
 from diffit.metrics.suite import Suite
 from diffit.sampling import Model, PngFolder
@@ -41,11 +42,11 @@ def features(folder: Path) -> None:
     torch.save(net.state_dict(), folder / "random.pth")
     detector = make_detector(f"inception:{folder / 'random.pth'}", ONE)
     images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
-    need = Need(detector.name, "moments", "pool", IMAGES)
+    need = FID(IMAGES).need
 
     def ours() -> None:
         batches = ((torch.arange(i, i + BATCH), images[i : i + BATCH]) for i in range(0, IMAGES, BATCH))
-        gather([need], batches, {detector.name: detector}, ONE)
+        gather({detector: [need]}, batches, ONE)
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -75,13 +76,13 @@ def samples(folder: Path) -> None:
     found: dict[str, float] = {}
 
     def direct() -> None:
-        found["direct"] = evaluate_network(suite, model, ONE, batch=BATCH)[0]["results"]["fd"]
+        found["direct"] = evaluate_network(suite, model, batch=BATCH)[0]["results"]["fd"]
 
     def by_files() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             model.save(PngFolder(name), range(SAMPLES), batch=BATCH)
             images = ArchiveImages(ImageArchive(name))
-            found["files"] = evaluate_images(suite, images, ONE, batch=BATCH)[0]["results"]["fd"]
+            found["files"] = evaluate_images(suite, images, batch=BATCH)[0]["results"]["fd"]
 
     a, b = in_turns(direct, by_files, rounds=1)
     print(

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -104,6 +105,66 @@ def test_a_conversion_that_is_stopped_leaves_nothing_behind(tmp_path, number, st
     process.communicate(timeout=60)
     assert process.returncode == status
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_labels_that_no_one_asked_for_are_not_missed(raw):
+    Image.new("RGB", (8, 6)).save(raw / "stray.png")
+    result = invoke("data convert --source raw --dest out.zip")
+    assert "raw: folder of images, 7 images" in result.output
+    assert "classes    none" in result.output
+    assert "label" not in result.output
+    result = invoke("data convert --source raw --dest out.zip --cond --overwrite")
+    assert "1 of 7 images have no label (stray.png)" in str(result.exception)
+
+
+def test_kinds_of_images_that_are_not_read_are_counted_apart(raw):
+    for name in ("a.CR2", "b.dng", "c.mov"):
+        (raw / name).write_bytes(b"x")
+    result = invoke("data convert --source raw --dest out.zip")
+    assert "not read   2 RAW photographs (export them as TIFF or JPEG" in result.output
+    assert "not read   1 videos (" in result.output
+    assert "ignored    1 files that are not images (1 .txt)" in result.output
+
+
+def test_what_was_done_to_the_pixels_is_said(raw):
+    Image.fromarray(np.full((6, 8), 4000, np.uint16)).save(raw / "cat" / "0.png")
+    Image.new("RGBA", (8, 6), (255, 255, 255, 0)).save(raw / "dog" / "3.png")
+    result = invoke("data convert --source raw --dest out.zip --background 0,0,0")
+    assert "note       1 images have 16 bits, and values up to 4000: 0 to 4095 became 0 to 255" in result.output
+    assert "note       1 images are transparent: laid on black" in result.output
+    result = invoke("data convert --source raw --dest out.zip --overwrite --range full")
+    assert "16 bits" not in result.output
+
+
+def test_a_warning_of_check_is_printed_and_is_no_failure(raw):
+    for path in raw.rglob("*.png"):
+        Image.new("RGB", (8, 6), (3, 4, 5)).save(path)
+    result = invoke("data check raw --no-grid")
+    assert result.exit_code == 0
+    assert "warning    the images hardly differ from one gray: a standard deviation of 0" in result.output
+
+
+@pytest.mark.slow
+def test_an_output_that_lacks_letters_shows_question_marks_instead_of_a_traceback(tmp_path):
+    """Windows, with ``> file``: names and minus signs that its encoding does not have."""
+    for name in ("猫", "Łódź"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "raw" / name / "a.png")
+
+    def written(*words: object) -> tuple[int, str, str]:
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+        line = [sys.executable, "-m", "diffit", *map(str, words)]
+        done = subprocess.run(line, env=environment, capture_output=True, timeout=120)
+        return done.returncode, done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
+
+    status, out, err = written("data", "convert", "--source", tmp_path / "raw", "--dest", tmp_path / "out.zip")
+    assert (status, err) == (0, "")
+    assert "classes    2: ?ód?, ?" in out
+    for name in ("sample", "train"):
+        status, out, err = written(name, "--help")
+        assert (status, err, out[:7]) == (0, "", "Usage: ")
+    status, _, err = written("data", "check", "猫")
+    assert (status, err.strip()) == (1, "error: ?: no such file or folder; check the spelling")
 
 
 def test_a_user_error_is_one_line_without_traceback(raw, capsys):

@@ -30,9 +30,9 @@ def diffit(*arguments):
 
 def dry_run(capsys, *arguments) -> tuple[Config, str]:
     diffit("train", *arguments, "--dry-run")
-    output = capsys.readouterr().out
-    end = output.index("\n}") + 2
-    return Config.from_json(output[:end], "output"), output[end:]
+    text = capsys.readouterr().out
+    diffit("train", *arguments, "--dry-run", "--json")
+    return Config.from_json(capsys.readouterr().out, "output"), text
 
 
 SPELLED = {
@@ -49,8 +49,7 @@ SPELLED = {
 def test_the_documented_command_resolves_to_its_preset(preset, capsys):
     expected, text = dry_run(capsys, "--preset", preset)
     spelled = command("train", *SPELLED[preset].split(), "--dry-run", processes=4).stdout
-    end = spelled.index("\n}") + 2
-    config = Config.from_json(spelled[:end], "output")
+    config = Config.from_json(command("train", *SPELLED[preset].split(), "--dry-run", "--json", processes=4).stdout, "")
     assert config.model == expected.model
     assert config.sampling == expected.sampling
     free = {"batch_gpu", "metrics", "metrics_ticks"}
@@ -122,7 +121,7 @@ def test_underscores_are_as_good_as_hyphens(capsys):
 def test_size_and_channels_come_from_the_data(tmp_path, capsys):
     gray = write_archive(tmp_path / "gray.zip", side=28, channels=1)
     config = dry_run(capsys, "--data", gray)[0]
-    assert config.preset == "cifar10"
+    assert config.preset == "small32"
     assert config.model.image_size == (28, 28)
     assert config.model.channels == 1
     assert len(config.model.stages) == 2
@@ -160,8 +159,8 @@ MISTAKES = {
     "truncated zip": (truncated, [], "a.zip cannot be read as a zip"),
     "another resolution": (fine, ["--resolution", 64], "--resolution 64x64, but the images are 16x16"),
     "no VAE": (large, [], "stabilityai/sd-vae-ft-ema"),
-    "unknown preset": (fine, ["--preset", "cifar"], "known: cifar10, ffhq64"),
-    "batch": (fine, [*DEBUG, "--batch-gpu", 3], "take --batch 9"),
+    "unknown preset": (fine, ["--preset", "cifar"], "known: small8"),
+    "batch": (fine, [*DEBUG, "--batch-gpu", 3], "use --batch 9"),
     "heads": (fine, ["--num-heads", 3], "width 128 does not divide into 3 heads"),
     "negative": (fine, ["--lr", -1], "lr: -1.0 should be greater than 0"),
     "stages": (fine, ["--num-blocks", "1,1,1,1,1,1"], "6 stages halve 16x16"),
@@ -170,7 +169,7 @@ MISTAKES = {
     "init": (fine, [*DEBUG, "--init-from", __file__], "not a safetensors"),
     "two lengths": (fine, ["--kimg", 1, "--duration", 1], "give one"),
     "two precisions": (fine, ["--fp16", "--precision", "bf16"], "say different things"),
-    "epochs": (fine, ["--kimg", 1, "--epochs", 1], "--epochs says the same thing"),
+    "epochs": (fine, ["--kimg", 1, "--epochs", 1], "--kimg and --epochs say the same thing"),
     "classes of --val": (more_classes, [*DEBUG, "--cond", "--val", "val.zip"], "3 classes, the training images have 2"),
     "no data": (lambda path: None, [], "a.zip: no such file"),
 }

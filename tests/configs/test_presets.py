@@ -63,7 +63,7 @@ def test_plain_dicts_are_plain(get, name):
 
 @pytest.mark.parametrize("get", [get_diffit_config, get_training_config])
 def test_plain_dicts_of_unknown_names_are_refused(get):
-    with pytest.raises(UserError, match="known: cifar10"):
+    with pytest.raises(UserError, match="known: small8"):
         get("nothing")
 
 

@@ -119,7 +119,8 @@ def test_latents_of_another_vae_bring_their_channels_and_factor():
 
 def test_cached_latents_choose_the_latent_model_and_bring_their_scale():
     facts = DataFacts(3, (512, 512), latent_scale=0.13025)
-    assert resolve(None, {}, facts).preset == "imagenet512"
+    assert resolve(None, {}, facts).preset == "latent-s"
+    assert resolve(None, {"num_blocks": (28,)}, facts).preset == "imagenet512"
     assert resolve("latent-b", {}, facts).autoencoder.scale == 0.13025
     with pytest.raises(UserError, match="data are latents, preset cifar10"):
         resolve("cifar10", {}, facts)
@@ -147,12 +148,15 @@ def test_pixels_train_on_a_discrete_schedule_when_asked():
     assert config.sampling.sampler == "ddim"
 
 
-@pytest.mark.parametrize(("facts", "preset"), [(RGB32, "cifar10"), (DataFacts(1, (64, 48)), "ffhq64")])
+@pytest.mark.parametrize(
+    ("facts", "preset"),
+    [(RGB32, "small32"), (DataFacts(1, (64, 48)), "small64"), (DataFacts(1, (8, 8)), "small8"),
+     (DataFacts(3, (16, 9)), "small16"), (DataFacts(3, (28, 28)), "small32"), (DataFacts(3, (256, 256)), "latent-s")],
+)  # fmt: skip
 def test_without_a_preset_the_data_chooses(facts, preset):
     config = resolve(None, {}, facts)
     assert config.preset == preset
-    assert config.model.image_size == facts.image_size
-    assert config.model.channels == facts.channels
+    assert config.image_shape == (facts.channels, *facts.image_size)
 
 
 def test_without_anything_to_go_by_the_remedy_is_named():
@@ -274,8 +278,8 @@ def test_microbatches_make_up_the_batch_or_a_batch_that_works_is_named(batch, ba
         return
     with pytest.raises(UserError, match=f"--batch {batch} ") as caught:
         accumulation(batch, batch_gpu, processes)
-    if "take --batch" in str(caught.value):
-        remedy = int(str(caught.value).split("take --batch ")[1].split(",")[0])
+    if "use --batch" in str(caught.value):
+        remedy = int(str(caught.value).split("use --batch ")[1].split(",")[0])
         assert accumulation(remedy, batch_gpu, processes)[0] == batch_gpu
 
 
@@ -291,3 +295,48 @@ def test_microbatches_make_up_the_batch_or_a_batch_that_works_is_named(batch, ba
 )
 def test_the_microbatch_is_the_one_asked_for_or_the_share_of_a_process(arguments, expected):
     assert accumulation(*arguments) == expected
+
+
+# --- proportion -----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_keys_are_refused_with_the_nearest_known_one():
+    with pytest.raises(UserError, match=r"unknown option 'learning_rate'"):
+        resolve("debug", {"learning_rate": 1})
+    with pytest.raises(UserError, match=r"unknown option 'num_block': did you mean num_blocks"):
+        resolve("debug", {"num_block": (1,)})
+
+
+def test_a_short_run_has_a_short_ramp_and_half_life_and_prints_some_lines():
+    training = resolve("cifar10", {"kimg": 10.0}).training
+    assert training.lr_rampup_kimg == pytest.approx(0.5)
+    assert training.ema_halflife_kimg == pytest.approx(0.5)
+    assert 20 <= training.kimg / training.tick <= 100
+    assert set(training.chosen) == {"lr_rampup_kimg", "ema_halflife_kimg"}
+    spelled = resolve("cifar10", {"kimg": 10.0, "lr_rampup_kimg": 3.0, "ema_halflife_kimg": 2.0, "tick": 1.0}).training
+    assert (spelled.lr_rampup_kimg, spelled.ema_halflife_kimg, spelled.tick, spelled.chosen) == (3.0, 2.0, 1.0, ())
+
+
+def test_a_longer_run_keeps_the_recipe_of_its_preset():
+    longer, own = resolve("cifar10", {"kimg": 400_000.0}).training, get_preset("cifar10").training
+    assert longer.lr_rampup_kimg == own.lr_rampup_kimg
+    assert longer.ema_halflife_kimg == own.ema_halflife_kimg
+    assert longer.tick == own.tick
+
+
+def test_a_whole_configuration_takes_the_place_of_a_preset():
+    base = resolve("ffhq64", {"num_blocks": (1, 2, 3), "lr": 5e-4, "kimg": 100.0})
+    again = resolve(base, {})
+    assert again.model == base.model
+    assert again.training.model_dump(exclude={"chosen"}) == base.training.model_dump(exclude={"chosen"})
+    assert resolve(base, {"lr": 1e-4}).training.lr == 1e-4
+
+
+def test_noise_distribution_patches_and_mlps_can_be_chosen():
+    assert resolve("cifar10", {"P_mean": -0.4, "P_std": 1.0}).diffusion.P_mean == -0.4
+    assert resolve("latent-s", {"patch_size": 4, "mlp_ratio": 2.0}).model.patch_size == 4
+    assert resolve("cifar10", {"mlp_ratio": 2.0}).model.mlp_ratio == 2.0
+    with pytest.raises(UserError, match=r"--patch-size 2: preset cifar10 has no patches"):
+        resolve("cifar10", {"patch_size": 2})
+    with pytest.raises(UserError, match=r"--P_mean -1: of EDM's noise distribution"):
+        resolve("latent-s", {"P_mean": -1.0})

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffit.data import ImageArchive
-from diffit.data.files import map_ordered, natural_key, safe_name
+from diffit.data import ImageArchive, convert
+from diffit.data.files import FileTree, map_ordered, natural_key, safe_name
 from diffit.errors import UserError
 
 
@@ -111,6 +111,21 @@ def test_labels_may_be_a_dict_have_backslashes_and_class_names_beyond_the_larges
     archive = ImageArchive(write_folder(tmp_path, files), cond=True)
     assert archive.labels.tolist() == [1, 0]
     assert (archive.num_classes, archive.class_names) == (3, ["cat", "dog", "owl"])
+
+
+@pytest.mark.parametrize("label", [1000, 45_000, 2_000_000_000, 2**31 - 1, 10**30])
+def test_identity_numbers_are_refused_at_once_with_the_remedy(tmp_path, label):
+    path = write_zip(tmp_path / "a.zip", edm_files([[name, label] for name in NAMES]))
+    with pytest.raises(
+        UserError, match=rf"labels go up to {label}, too far for 5 images: `diffit data convert .*--cond"
+    ):
+        ImageArchive(path, cond=True)
+    assert len(ImageArchive(path)) == 5  # who does not ask for labels is not bothered
+
+
+def test_labels_with_moderate_gaps_load_as_they_are(tmp_path):
+    archive = ImageArchive(write_zip(tmp_path / "a.zip", edm_files([[name, 999] for name in NAMES])), cond=True)
+    assert (archive.num_classes, archive.labels.tolist()) == (1000, [999] * 5)
 
 
 def test_max_images_is_a_seeded_subset_in_order_that_keeps_the_classes(tmp_path):
@@ -248,6 +263,66 @@ def test_a_zip_member_that_unfolds_beyond_the_limit_is_refused(tmp_path, monkeyp
     monkeypatch.setattr("diffit.data.files.MAX_FILE_BYTES", 999_999)
     with pytest.raises(UserError, match=r"a.png.*more than the limit"):
         ImageArchive(path)
+
+
+class Undeclared(zipfile.ZipInfo):
+    """A member whose name is stored as these bytes, without a word on their encoding."""
+
+    def _encodeFilenameFlags(self):
+        return self.stored, 0
+
+
+@pytest.mark.parametrize(
+    ("names", "encoding"),
+    [
+        (["猫/表1.png", "犬/ソ.png"], "cp932"),  # with a backslash for a second byte
+        (["chats/é.png", "chiens/ä.png"], "utf-8"),
+        (["löwe/bâton.png", "Köln/ölbild.png"], "cp437"),  # whose bytes could be kanji
+    ],
+)
+def test_zips_that_do_not_say_their_encoding_are_read(tmp_path, names, encoding):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(names):
+            member = Undeclared(f"{i}.png")
+            member.stored = name.encode(encoding)
+            archive.writestr(member, png(pixels(i)))
+    files = FileTree(tmp_path / "a.zip")
+    assert sorted(files.names) == sorted(names)
+    for i, name in enumerate(names):
+        assert files.read(name) == png(pixels(i))
+    assert len(ImageArchive(tmp_path / "a.zip").load_all()) == 2
+
+
+def test_names_on_disk_in_other_encodings_are_read_and_written(tmp_path):
+    folder = os.fsencode(tmp_path / "in")
+    names = ["Café", "über", "plain"]
+    for i, name in enumerate(names):
+        try:
+            os.makedirs(folder + b"/" + name.encode("latin-1"))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+        with open(folder + b"/" + name.encode("latin-1") + b"/a.png", "wb") as file:
+            file.write(png(pixels(i)))
+    os.makedirs(folder + "/Café".encode())  # the same name again, in UTF-8
+    with open(folder + "/Café/b.png".encode(), "wb") as file:
+        file.write(png(pixels(3)))
+    files = FileTree(tmp_path / "in")
+    assert files.names == ["Café/a.png", "Café/b.png", "plain/a.png", "über/a.png"]
+    assert [files.read(name) for name in files.names] == [png(pixels(i)) for i in (0, 3, 2, 1)]
+    assert files.num_bytes() == sum(len(png(pixels(i))) for i in range(4))
+    convert(tmp_path / "in", tmp_path / "out.zip")
+    archive = ImageArchive(tmp_path / "out.zip", cond=True)
+    assert (archive.class_names, archive.labels.tolist()) == (["Café", "plain", "über"], [0, 0, 1, 2])
+
+
+def test_two_names_that_read_alike_are_both_kept(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, stored in enumerate(["ä.png".encode(), b"x"]):
+            member = Undeclared(f"{i}.png")
+            member.stored = stored if i == 0 else "ä.png".encode("cp437")
+            archive.writestr(member, png(pixels(i)))
+    contents = {FileTree(tmp_path / "a.zip").read(name) for name in FileTree(tmp_path / "a.zip").names}
+    assert contents == {png(pixels(0)), png(pixels(1))}
 
 
 @given(st.lists(st.integers(0, 10**30), unique=True))

@@ -78,6 +78,37 @@ def test_channel_figures_are_those_of_the_commonest_kind_of_image(folder, images
     assert report.samples.shape == (9, 3, 5, 7)
 
 
+def test_a_tiny_deviation_is_warned_of(tmp_path):
+    """Scans of 12 bits that someone divided by 257: 16 levels are left."""
+    scans = np.random.default_rng(0).integers(0, 16, (4, 8, 8), dtype=np.uint8)
+    for i, scan in enumerate(scans):
+        Image.fromarray(scan).save(tmp_path / f"{i}.png")
+    report = check(tmp_path)
+    (warning,) = report.warnings
+    assert f"standard deviation of {scans.std() / 127.5:.2g} on the scale -1 to 1" in warning
+    assert "--range auto" in warning
+    assert report.problems == []
+
+
+def test_usual_images_are_not_warned_of(folder):
+    assert check(folder, cond=True).warnings == []
+
+
+def test_classes_without_images_and_identity_numbers_are_warned_of(folder):
+    names = [f"img{i}.png" for i in range(10)]
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": [[name, 1 + 2 * (i % 2)] for i, name in enumerate(names)]})
+    )
+    report = check(folder, cond=True)
+    assert (report.num_classes, report.problems) == (4, [])
+    assert "2 of 4 classes have no images (0, 2)" in report.warnings[0]
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[name, 2**31 - 1] for name in names]}))
+    assert "labels go up to 2147483647" in check(folder, cond=True).problems[0]
+    report = check(folder)
+    assert report.problems == []
+    assert "labels go up to 2147483647" in report.warnings[0]
+
+
 def test_missing_labels_are_a_problem_only_when_wanted(folder):
     (folder / "dataset.json").unlink()
     assert check(folder).problems == []

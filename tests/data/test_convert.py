@@ -16,7 +16,7 @@ from PIL import Image
 from diffit.data import ImageArchive
 from diffit.data.convert import convert
 from diffit.data.pixels import eight_bit, gray_values
-from diffit.data.transforms import center_crop, center_crop_dhariwal, center_crop_letterbox
+from diffit.data.transforms import center_crop, center_crop_dhariwal, center_crop_letterbox, center_crop_wide, pad
 from diffit.errors import UserError
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "cifar10-train-jpeg.zip"
@@ -250,6 +250,36 @@ def test_center_crop_dhariwal_ends_with_bicubic_to_the_short_side():
     np.testing.assert_array_equal(np.asarray(center_crop_dhariwal(image, (16, 16))), expected)
 
 
+def test_center_crop_wide_keeps_the_columns_and_is_the_peers(tmp_path):
+    """All 12 columns and the middle 8 / 12 of the rows, stretched to 8 x 4; the whole image where it is 8 wide."""
+    pixels = random_pixels(0, 9, 12, 3) | 1
+    expected = np.asarray(Image.fromarray(pixels[1:7]).resize((8, 4), Image.Resampling.LANCZOS))  # 9 * 8 / 12 = 6 rows
+    result = np.asarray(center_crop_wide(Image.fromarray(pixels), (8, 4)))
+    assert result.shape == (8, 8, 3)
+    np.testing.assert_array_equal(result[2:6], expected)
+    assert not result[:2].any()
+    assert not result[6:].any()
+    same = random_pixels(1, 4, 8, 3)
+    np.testing.assert_array_equal(np.asarray(center_crop_wide(Image.fromarray(same), (8, 4)))[2:6], same)
+    save(random_pixels(0, 9, 7, 3), tmp_path / "in" / "narrow.png")
+    save(random_pixels(0, 9, 12, 3), tmp_path / "in" / "wide.png")
+    options = {"resolution": (8, 4), "transform": "center-crop-wide"}
+    with pytest.raises(UserError, match=r"'narrow.png' .*7x9, too small .*center-crop-letterbox enlarges"):
+        convert(tmp_path / "in", tmp_path / "out.zip", **options)
+    report = convert(tmp_path / "in", tmp_path / "out.zip", on_error="skip", **options)
+    assert (report.written, report.image_shape) == (1, (3, 8, 8))
+
+
+def test_pad_puts_digits_into_the_middle_of_black(tmp_path):
+    digit = random_pixels(0, 28, 28) | 1
+    save(digit, tmp_path / "in" / "a.png")
+    padded = only(tmp_path / "in", tmp_path, resolution=(32, 32), transform="pad")[..., 0]
+    np.testing.assert_array_equal(padded, np.pad(digit, 2))
+    assert pad(Image.new("L", (3, 4)), (8, 6)).size == (8, 6)
+    with pytest.raises(UserError, match=r"'a.png' .*28x28, too large to pad to 28x20; use a larger --resolution"):
+        convert(tmp_path / "in", tmp_path / "no.zip", resolution=(28, 20), transform="pad")
+
+
 def test_resolution_makes_mixed_sizes_equal_and_without_it_they_are_named(tmp_path):
     save(np.full((6, 8, 3), 50, np.uint8), tmp_path / "in" / "a.png")
     save(np.full((9, 9, 3), 60, np.uint8), tmp_path / "in" / "b.png")
@@ -274,12 +304,101 @@ def test_resolution_makes_mixed_sizes_equal_and_without_it_they_are_named(tmp_pa
         ({"max_images": 0}, "max_images is 0"),
         ({"on_error": "ignore"}, "'ignore' is not known"),
         ({"channels": "rgba"}, "'rgba' is not known"),
+        ({"class_order": "random"}, "'random' is not known"),
+        ({"frames": "last"}, "'last' is not known"),
+        ({"transform": "center-crop-letterbox", "resolution": (4, 8)}, "makes wide images, not 4x8"),
     ],
 )
 def test_impossible_options_are_refused_before_any_work(classes, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         convert(classes, tmp_path / "out.zip", **options)
     assert leftovers(tmp_path) == ["raw"]
+
+
+def test_an_option_that_convert_does_not_know_is_refused(classes, tmp_path):
+    with pytest.raises(TypeError, match="resolutoin"):
+        convert(classes, tmp_path / "out.zip", resolutoin=(4, 4))
+    assert leftovers(tmp_path) == ["raw"]
+
+
+# ---- labels ----
+
+
+def labelled(folder: Path, labels: list[int], **meta) -> Path:
+    names = [f"{i}.png" for i in range(len(labels))]
+    for i, name in enumerate(names):
+        save(random_pixels(i, 4, 4, 3), folder / name)
+    (folder / "dataset.json").write_text(json.dumps({"labels": list(zip(names, labels, strict=True))} | meta))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [
+        ([1, 2, 3, 1], [0, 1, 2, 0], ["1", "2", "3"]),
+        ([0, 5, 5, 9], [0, 1, 1, 2], ["0", "5", "9"]),
+        ([7, 2_000_000_000, 2**31 - 1, 7], [0, 1, 2, 0], ["7", "2000000000", "2147483647"]),
+        ([3, 10**30], [0, 1], ["3", str(10**30)]),
+    ],
+)
+def test_labels_with_gaps_are_numbered_densely_and_keep_their_originals_as_names(tmp_path, labels, numbers, names):
+    report = convert(labelled(tmp_path / "in", labels), tmp_path / "out.zip", cond=True)
+    archive = ImageArchive(tmp_path / "out.zip", cond=True)
+    assert (archive.labels.tolist(), archive.num_classes, archive.class_names) == (numbers, len(names), names)
+    assert len(report.notes) == 1
+    assert f"are numbered 0 to {len(names) - 1} in this order, and class_names keeps the originals" in report.notes[0]
+
+
+def test_dense_labels_stay_as_they_are_without_a_word(tmp_path):
+    report = convert(labelled(tmp_path / "in", [2, 0, 1]), tmp_path / "out.zip")
+    archive = ImageArchive(tmp_path / "out.zip", cond=True)
+    assert (archive.labels.tolist(), archive.class_names, report.notes) == ([2, 0, 1], None, [])
+
+
+def test_named_classes_without_images_are_left_out_and_named(tmp_path):
+    source = labelled(tmp_path / "in", [0, 2, 2], class_names=["cat", "dog", "owl", "yak"])
+    report = convert(source, tmp_path / "out.zip")
+    archive = ImageArchive(tmp_path / "out.zip", cond=True)
+    assert (archive.labels.tolist(), archive.class_names) == ([0, 1, 1], ["cat", "owl"])
+    assert "2 classes without images are left out (dog, yak)" in report.notes
+
+
+def test_a_subset_keeps_the_numbers_of_its_source_and_says_which_classes_it_lost(classes, tmp_path):
+    report = convert(classes, tmp_path / "out.zip", max_images=1)
+    archive = ImageArchive(tmp_path / "out.zip", cond=True)
+    assert archive.class_names == ["cat", "dog", "owl"]
+    assert archive.num_classes == 3
+    assert any(note.startswith("2 of 3 classes keep no image (") for note in report.notes)
+
+
+def test_class_folders_are_in_natural_or_plain_order_and_the_difference_is_said(tmp_path):
+    for i, name in enumerate(["0", "1", "2", "10"]):
+        save(np.full((4, 4), i, np.uint8), tmp_path / "in" / name / "a.png")
+    report = convert(tmp_path / "in", tmp_path / "natural.zip")
+    assert ImageArchive(tmp_path / "natural.zip").class_names == ["0", "1", "2", "10"]
+    assert [note for note in report.notes if "(0, 1, 10, 2), as --class-order plain does" in note]
+    report = convert(tmp_path / "in", tmp_path / "plain.zip", class_order="plain")
+    archive = ImageArchive(tmp_path / "plain.zip", cond=True)
+    assert archive.class_names == ["0", "1", "10", "2"]
+    by_gray = {int(image[0, 0, 0]): label for image, label in zip(archive, archive.labels.tolist(), strict=True)}
+    assert by_gray == {0: 0, 1: 1, 3: 2, 2: 3}
+    assert report.notes == []
+
+
+def test_numeric_identity_folders_are_classes_and_parts_of_a_collection_become_so_when_asked(tmp_path):
+    for name in ("0000045", "0000099", "0000100"):
+        save(random_pixels(0, 4, 4, 3), tmp_path / "ids" / name / "a.png")
+    convert(tmp_path / "ids", tmp_path / "ids.zip")
+    assert ImageArchive(tmp_path / "ids.zip", cond=True).class_names == ["0000045", "0000099", "0000100"]
+    for name in ("00000", "00001"):
+        save(random_pixels(0, 4, 4, 3), tmp_path / "parts" / name / "a.png")
+    report = convert(tmp_path / "parts", tmp_path / "parts.zip")
+    assert not report.labelled
+    assert report.notes == ["folders 00000, 00001 are parts of one collection; --cond makes them classes"]
+    with pytest.raises(UserError, match=r"has no labels: drop --cond, or make them .*--cond`"):
+        ImageArchive(tmp_path / "parts.zip", cond=True)
+    convert(tmp_path / "parts", tmp_path / "parts.zip", cond=True, overwrite=True)
+    assert ImageArchive(tmp_path / "parts.zip", cond=True).class_names == ["00000", "00001"]
 
 
 # ---- trouble ----

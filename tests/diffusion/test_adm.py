@@ -206,6 +206,13 @@ def test_noise_levels_beyond_the_table_are_its_ends():
     assert_close(ends, torch.tensor([0.0, 999.0], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+def test_timesteps_beyond_the_table_go_on_along_its_last_segment():
+    low, high = LINEAR.sigma[:2].log().tolist(), LINEAR.sigma[-2:].log().tolist()
+    found = LINEAR.sigma_of(torch.tensor([-0.5, 1000.0])).log()
+    expected = torch.tensor([low[0] - (low[1] - low[0]) / 2, 2 * high[1] - high[0]], dtype=torch.float64)
+    assert_close(found, expected, rtol=1e-10, atol=0)
+
+
 def test_continuous_samplers_get_falling_levels_and_zero():
     sigmas = LINEAR.respace(12).sigmas()
     assert sigmas.shape == (13,)
@@ -330,6 +337,36 @@ def test_clipping_holds_the_predicted_image_within_its_range():
         )  # fmt: skip
         assert max(x0.abs().max().item() for x0 in seen) == 1
         assert out.abs().max() <= 1
+
+
+def test_ddim_takes_the_noise_that_belongs_to_the_clipped_image():
+    """x₀ is clamped, and ε is then what leads from it to x: without clipping anything the same as with."""
+    walk, start = LINEAR.respace(9), randn(2, 1, 3, 3)
+    a = [1.0, *Tables(walk.betas.tolist()).alpha_bar]
+    x = start
+    for i in reversed(range(9)):
+        eps = -2 * x
+        x0 = ((x - math.sqrt(1 - a[i + 1]) * eps) / math.sqrt(a[i + 1])).clamp(-1, 1)
+        eps = (x - math.sqrt(a[i + 1]) * x0) / math.sqrt(1 - a[i + 1])
+        x = math.sqrt(a[i]) * x0 + math.sqrt(1 - a[i]) * eps
+    assert_close(ddim(lambda x, t: -2 * x, start, walk, clip=True), x, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_clipped_unless_asked_for():
+    x, step = 3 * randn(2, 1, 3, 3), torch.tensor(500)
+    output = torch.zeros_like(x)
+    assert LINEAR.p_step(output, x, step)[2].abs().max() > 3
+    for sampler in (ddpm, ddim):
+        seen: list[Tensor] = []
+        options = {"noise_source": torch.zeros_like, "callback": lambda i, t, x, x0, seen=seen: seen.append(x0)}
+        sampler(lambda x, t: torch.zeros_like(x), x, LINEAR.respace(5), **options)
+        assert max(x0.abs().max().item() for x0 in seen) > 3
+    sigma = torch.tensor(2.0, dtype=torch.float64)
+    loose, clipped = (
+        denoiser(lambda x, t: torch.zeros_like(x), LINEAR, **clip)(x, sigma) for clip in ({}, {"clip": True})
+    )
+    assert_close(loose, x, rtol=0, atol=0)
+    assert_close(clipped, x.clamp(-1, 1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sampler", [ddpm, ddim])

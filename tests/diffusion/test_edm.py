@@ -137,6 +137,24 @@ def test_the_loss_reaches_the_networks_parameters():
     assert weight.grad
 
 
+def test_the_defaults_are_those_of_edm():
+    """CONTRACT §2."""
+    loss = EDMLoss()
+    assert (loss.P_mean, loss.P_std, loss.sigma_data) == (-1.2, 1.2, 0.5)
+    assert_close(edm_sigmas(18), edm_sigmas(18, sigma_min=0.002, sigma_max=80.0, rho=7.0), rtol=0, atol=0)
+    x, sigma = images(), torch.tensor(0.7)
+    out = denoiser(Recorder())(x, sigma)
+    assert_close(out, denoiser(Recorder(), sigma_data=0.5, dtype=torch.float32)(x, sigma), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("P_mean", "P_std"), [(-1.2, 1.2), (0.4, 1.0)])
+@pytest.mark.parametrize("bins", [1, 2, 5])
+def test_the_bins_are_visited_equally_often(bins, P_mean, P_std):
+    edges = EDMLoss(P_mean, P_std).bin_edges(bins)
+    shares = [i / bins for i in range(1, bins)]
+    assert_close(edges.log().double().numpy(), stats.norm(P_mean, P_std).ppf(shares), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 18, 40])
 @pytest.mark.parametrize(("low", "high", "rho"), [(0.002, 80.0, 7.0), (0.03, 3.0, 1.0)])
 def test_the_schedule_is_equation_5(steps, low, high, rho):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from diffit.diffusion.adm import Schedule
 from diffit.diffusion.edm import edm_sigmas
-from diffit.diffusion.samplers import euler, heun
+from diffit.diffusion.samplers import ddim, dpm_solver_pp, euler, heun
 from diffit.utils.randomness import PerSampleNoise
 
 MU, S = 0.3, 0.5
-samplers = pytest.mark.parametrize("sampler", [euler, heun])
+samplers = pytest.mark.parametrize("sampler", [euler, heun, dpm_solver_pp])
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2), (dpm_solver_pp, 2)])
 def test_the_error_falls_with_the_order_of_the_method(sampler, order):
     noise, counts = normal(16), [64, 128, 256, 512]
     errors = []
@@ -42,7 +43,7 @@ def test_the_error_falls_with_the_order_of_the_method(sampler, order):
     assert slope == pytest.approx(-order, abs=0.05)
 
 
-@pytest.mark.parametrize(("sampler", "tolerance"), [(euler, 0.02), (heun, 1e-3)])
+@pytest.mark.parametrize(("sampler", "tolerance"), [(euler, 0.02), (heun, 1e-3), (dpm_solver_pp, 3e-3)])
 def test_finely_sampled_it_has_the_moments_of_the_data(sampler, tolerance):
     quantiles = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)
     x = sampler(gaussian, quantiles, edm_sigmas(256))
@@ -69,6 +70,31 @@ def test_heun_is_algorithm_1_on_plain_numbers():
         x = x + (t_next - t) * (d + drift(guess, t_next)) / 2 if t_next else guess
     out = heun(lambda x, s: torch.tanh(x / (1 + s)), torch.tensor([0.8], dtype=torch.float64), torch.tensor(times))
     assert out.item() == pytest.approx(x, rel=1e-12)
+
+
+def test_dpm_solver_is_algorithm_2_on_plain_numbers():
+    """arXiv 2211.01095, Algorithm 2 with α = 1, on unequal steps in λ."""
+    times, x, before, h_before = [3.0, 1.0, 0.25, 0.2, 0.0], 3.0 * 0.8, 0.0, 0.0
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        image = math.tanh(x / (1 + t))
+        if not t_next:
+            x = image
+            break
+        h = math.log(t / t_next)
+        r = h_before / h
+        direction = (1 + 1 / (2 * r)) * image - 1 / (2 * r) * before if i else image
+        x = t_next / t * x - math.expm1(-h) * direction
+        before, h_before = image, h
+    start, sigmas = torch.tensor([0.8], dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
+    out = dpm_solver_pp(lambda x, s: torch.tanh(x / (1 + s)), start, sigmas)
+    assert out.item() == pytest.approx(x, rel=1e-12)
+
+
+@samplers
+def test_levels_may_end_above_zero(sampler):
+    """A part of a trajectory, whose last step is not onto the clean image."""
+    noise, sigmas = normal(4), torch.linspace(2, 1, 200, dtype=torch.float64)
+    assert_close(sampler(gaussian, noise, sigmas), exact(noise, 2, 1), rtol=0, atol=2e-3)
 
 
 def test_euler_takes_the_steps_of_ddim_at_eta_0():
@@ -119,6 +145,21 @@ def test_churn_adds_what_algorithm_2_says(S_churn, S_min, S_max, S_noise):
     assert_close(out, torch.full_like(out, expected), rtol=1e-12, atol=1e-12)
 
 
+def test_churn_is_on_at_all_levels_with_noise_of_one_unless_told_otherwise():
+    sigmas = torch.tensor([3.0, 0.5, 1e-9, 0.0], dtype=torch.float64)
+    churn = {"noise_source": torch.ones_like, "S_churn": 0.3}
+    out = heun(lambda x, sigma: x, torch.zeros(1, dtype=torch.float64), sigmas, **churn)
+    assert out.item() == pytest.approx(sum(sigma * math.sqrt(1.1**2 - 1) for sigma in sigmas.tolist()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("bounds", "churned"), [({"S_min": 0.5}, [3, 0.5]), ({"S_max": 0.5}, [0.5, 0.25])])
+def test_the_bounds_of_churn_belong_to_its_range(bounds, churned):
+    sigmas = torch.tensor([3.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    churn = {"noise_source": torch.ones_like, "S_churn": 0.3, **bounds}
+    out = heun(lambda x, sigma: x, torch.zeros(1, dtype=torch.float64), sigmas, **churn)
+    assert out.item() == pytest.approx(sum(sigma * math.sqrt(1.1**2 - 1) for sigma in churned), rel=1e-12)
+
+
 @pytest.mark.parametrize("source", ["torch.randn_like", "PerSampleNoise"])
 def test_churn_leaves_the_distribution_as_it_is(source):
     count = 300
@@ -140,12 +181,14 @@ def test_without_churn_no_noise_is_asked_for():
     heun(gaussian, normal(2), edm_sigmas(4), noise_source=source)
     heun(gaussian, normal(2), edm_sigmas(4), noise_source=source, S_churn=5, S_min=1e5)
     euler(gaussian, normal(2), edm_sigmas(4), noise_source=source)
+    dpm_solver_pp(gaussian, normal(2), edm_sigmas(4), noise_source=source)
+    ddim(lambda x, t: x.sin(), normal(2, 1, 1), Schedule.named("linear").respace(4), noise_source=source)
 
 
 # --- contract -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sampler", "evaluations"), [(euler, 7), (heun, 13)])
+@pytest.mark.parametrize(("sampler", "evaluations"), [(euler, 7), (heun, 13), (dpm_solver_pp, 7)])
 def test_it_evaluates_the_network_as_often_as_promised(sampler, evaluations):
     seen = []
     sampler(lambda x, sigma: seen.append(sigma) or gaussian(x, sigma), normal(2), edm_sigmas(7))

@@ -1,5 +1,7 @@
 """Metrics of networks and of runs, as a user gets them."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -18,12 +20,12 @@ from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
-from diffit.metrics.record import read_cards
+from diffit.metrics.record import read_records
 from diffit.metrics.suite import Suite
+from diffit.sampling import load
 from diffit.sampling.labels import training_labels
 from diffit.training.loop import train
 from diffit.utils.distributed import Processes
-from diffit.weights.file import load_network
 from helpers import command, run_processes, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -43,23 +45,23 @@ def run(pets, outdir, **options):
 
 
 def curve(run_dir, name="metric-fd80_full-pixels.jsonl"):
-    return [(card["images"], card["results"]) for card in read_cards(run_dir / name)]
+    return [(record["images"], record["results"]) for record in read_records(run_dir / name)]
 
 
-def test_a_run_leaves_cards_a_report_and_its_best_weights(pets, tmp_path):
+def test_a_run_leaves_records_a_report_and_its_best_weights(pets, tmp_path):
     outcome = run(pets, tmp_path, metrics=("fd80_full:pixels", "kd30:pixels"), metrics_ticks=2, kimg=0.16)
-    cards = read_cards(outcome.run_dir / "metric-fd80_full-pixels.jsonl")
-    assert [card["images"] for card in cards] == [80, 160]
-    assert cards[0]["metric"] == "fd80_full:pixels"
-    assert cards[0]["labels"] == "drawn from the labels of the training set"
-    assert cards[0]["seeds"] == "0-79"
-    assert cards[0]["sampling"]["steps"] == 4
-    best = min(cards, key=lambda card: card["results"]["fd"])
-    net, config = load_network(outcome.run_dir / "network-best-fd80_full-pixels.safetensors")
-    # What stands in the card can be computed again from the file alone.
+    records = read_records(outcome.run_dir / "metric-fd80_full-pixels.jsonl")
+    assert [record["images"] for record in records] == [80, 160]
+    assert records[0]["metric"] == "fd80_full:pixels"
+    assert records[0]["labels"] == "drawn from the labels of the training set"
+    assert records[0]["seeds"] == "0-79"
+    assert records[0]["sampling"]["steps"] == 4
+    best = min(records, key=lambda record: record["results"]["fd"])
+    model = load(outcome.run_dir / "network-best-fd80_full-pixels.safetensors", device="cpu")
+    # What stands in the record can be computed again from the file alone.
     suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
     labels = ImageArchive(pets, cond=True).labels
-    (again,) = evaluate_network(suite, net, config, ONE, real_labels=labels, batch=16)
+    (again,) = evaluate_network(suite, model, real_labels=labels, batch=16)
     assert again["weights_sha256"] == best["weights_sha256"]
     assert_close(again["results"], best["results"], rtol=1e-5, atol=0)
     report = (outcome.run_dir / "report.html").read_text()
@@ -128,19 +130,19 @@ def calc(capsys, *arguments):
 
 
 def test_calc_prints_a_complete_record_a_metric(network, pets, capsys):
-    cards, text = calc(
+    records, text = calc(
         capsys, "--network", network, "--ref", pets, "--metrics", "fd100_full,kd20", "--metrics", "kd30_full",
         "--detector", "pixels", "--repeats", 2, "--steps", 2,
     )  # fmt: skip
-    assert [card["metric"] for card in cards] == ["fd100_full:pixels", "kd20:pixels", "kd30_full:pixels"]
-    card = cards[0]
-    assert card["sampling"]["steps"] == 2
-    assert card["repeats"]["seeds"] == ["0-99", "100-199"]
-    summary = card["repeats"]["numbers"]["fd"]
-    assert summary["minimum"] == min(summary["values"]) == card["results"]["fd"]
-    assert card["reference"]["images"] == {"moments_pool": 90}
+    assert [record["metric"] for record in records] == ["fd100_full:pixels", "kd20:pixels", "kd30_full:pixels"]
+    record = records[0]
+    assert record["sampling"]["steps"] == 2
+    assert record["repeats"]["seeds"] == ["0-99", "100-199"]
+    summary = record["repeats"]["numbers"]["fd"]
+    assert summary["minimum"] == min(summary["values"]) == record["results"]["fd"]
+    assert record["reference"]["images"] == {"moments_pool": 90}
     assert {"network", "weights_sha256", "seeds", "labels", "precision", "detector", "versions", "processes",
-            "seconds", "date", "notes"} <= card.keys()  # fmt: skip
+            "seconds", "date", "notes"} <= record.keys()  # fmt: skip
     assert "100 samples, published figures have 50000" in text
     assert "min" in text
     assert "±" in text
@@ -161,25 +163,49 @@ def test_samples_from_disk_give_the_number_that_those_from_the_sampler_give(netw
 
 
 def test_samples_that_are_not_finite_are_an_error_and_not_a_number(network, pets):
-    net, config = load_network(network)
-    next(net.parameters()).fill_(float("nan"))
+    model = load(network, device="cpu")
+    next(model.net.parameters()).fill_(float("nan"))
     suite = Suite(["fd80_full:pixels"], pets, (3, 16, 16), ONE)
     with pytest.raises(UserError, match="samples of seeds 0 to 15 are not finite"):
-        evaluate_network(suite, net, config, ONE, batch=16)
+        evaluate_network(suite, model, batch=16)
 
 
 def test_show_prints_what_calc_said_and_what_a_run_recorded(network, pets, tmp_path, capsys):
-    cards, _ = calc(capsys, "--images", pets, "--ref", pets, "--metrics", "fd90_full:pixels")
-    (tmp_path / "cards.jsonl").write_text("".join(json.dumps(card) + "\n" for card in cards))
-    cli(["metrics", "show", str(tmp_path / "cards.jsonl")], standalone_mode=False)
+    records, _ = calc(capsys, "--images", pets, "--ref", pets, "--metrics", "fd90_full:pixels")
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cli(["metrics", "show", str(tmp_path / "records.jsonl")], standalone_mode=False)
     assert "fd90_full:pixels" in capsys.readouterr().out
     for path, message in (
         (tmp_path / "none", "no such run or file"),
         (network.parent, "no metrics in it"),
-        (network, "not a text of `diffit metrics calc` records"),
+        (network, "not a text file; expected one JSON object on each line"),
     ):
         with pytest.raises(UserError, match=message):
             cli(["metrics", "show", str(path)], standalone_mode=False)
+
+
+def test_show_sets_runs_next_to_each_other_with_the_settings_that_differ(network, pets, tmp_path, capsys):
+    for steps in (2, 3):
+        records, _ = calc(
+            capsys, "--network", network, "--ref", pets, "--metrics", "fd80_full:pixels", "--steps", steps
+        )
+        (tmp_path / f"{steps}.jsonl").write_text(json.dumps(records[0]) + "\n")
+    files = [str(tmp_path / f"{steps}.jsonl") for steps in (2, 3)]
+    cli(["metrics", "show", *files, "--format", "csv"], standalone_mode=False)
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["run", "metric", "fd", "steps"]
+    assert [row[0] for row in rows] == ["2.jsonl", "3.jsonl"]
+    assert [row[3] for row in rows] == ["2", "3"]
+    assert float(rows[1][2]) == records[0]["results"]["fd"]
+
+
+@pytest.mark.parametrize("command", ["calc", "copies"])
+def test_sampling_options_with_images_are_refused(pets, tmp_path, command):
+    how = {"calc": ["--ref", pets, "--metrics", "fd90_full:pixels", "--steps", 4, "--cfg-scale", 2],
+           "copies": ["--data", pets, "--dest", tmp_path / "copies.html"]}[command]  # fmt: skip
+    said = "--steps, --cfg-scale, --vae with --images" if command == "calc" else "--vae with --images"
+    with pytest.raises(UserError, match=f"{said}: they exist already"):
+        cli(["metrics", command, "--images", str(pets), "--vae", "x", *map(str, how)], standalone_mode=False)
 
 
 def test_what_gives_no_number_is_refused(pets, tmp_path):
@@ -249,7 +275,7 @@ def test_two_processes_train_and_judge_as_one_does(pets, tmp_path):
     for processes in (1, 2):
         command("train", "--outdir", tmp_path / str(processes), *words, processes=processes)
         (run_dir,) = (tmp_path / str(processes)).iterdir()
-        assert read_cards(run_dir / "metric-fd80_full-pixels.jsonl")[0]["processes"] == processes
+        assert read_records(run_dir / "metric-fd80_full-pixels.jsonl")[0]["processes"] == processes
         curves.append(curve(run_dir))
     assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
 

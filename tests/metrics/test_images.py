@@ -39,12 +39,13 @@ def test_every_chosen_image_comes_once_and_at_its_position(tmp_path, batch, proc
 
 
 def test_a_choice_is_random_but_begins_with_every_smaller_one():
-    chosen = choose(1000, 100, 10)
+    chosen = choose(1000, 100)
     assert len(set(chosen.tolist())) == 100
     assert chosen[:10].max() > 200  # not the first images, which would be of one class
-    for counts in ((1000,), (1000, 10), (2000,)):
-        assert (choose(1000, *counts)[:100] == chosen).all()
-        assert sorted(choose(1000, *counts).tolist()) == list(range(1000))
+    for count in (1000, 2000):
+        assert (choose(1000, count)[:100] == chosen).all()
+        assert sorted(choose(1000, count).tolist()) == list(range(1000))
+    assert (choose(1000, 100, seed=1) != chosen).any()
 
 
 def test_a_folder_and_its_zip_have_one_fingerprint_and_other_pixels_another(tmp_path):
@@ -57,7 +58,7 @@ def test_a_folder_and_its_zip_have_one_fingerprint_and_other_pixels_another(tmp_
     assert ImageArchive(tmp_path / "folder").content_hash() != one
 
 
-def test_images_of_several_sizes_come_in_a_batch_a_size(tmp_path):
+def test_images_of_several_sizes_come_in_one_batch_for_each_size(tmp_path):
     for i in range(9):
         Image.new("RGB", (4 + i % 3, 5), (i, i, i)).save(tmp_path / f"{i}.png")
     batches = list(stream(ArchiveImages(ImageArchive(tmp_path)), torch.arange(9), 9, ONE))

@@ -44,7 +44,7 @@ def fake(tmp_path_factory):
 def numbers(fake, real, names, detector, batch=64):
     images = open_images(fake)
     suite = Suite(names, real, images.shape, ONE, detector=str(detector), batch=batch)
-    return {card["metric"].split(":")[0]: card["results"] for card in evaluate_images(suite, images, ONE, batch=batch)}
+    return {record["metric"].split(":")[0]: record["results"] for record in evaluate_images(suite, images, batch=batch)}
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,13 @@ def numbers(fake, real, names, detector, batch=64):
         ("pr1500_3_full", "pr", 1500, True, 3),
         ("pr1500_10", "pr", 1500, False, 10),
         ("adm50k", "adm", 50_000, False, 3),
+        ("adm10k_fp64", "adm", 10_000, False, 3),
     ],
 )
 def test_names(text, kind, samples, full, neighbours):
     metric = parse_metric(text)
-    assert (metric.kind, metric.samples, metric.full, metric.neighbours) == (kind, samples, full, neighbours)
+    assert (metric.kind, metric.samples, metric.full) == (kind, samples, full)
+    assert getattr(metric, "neighbours", 3) == neighbours
     assert parse_metric(f"{text}:pixels").spec == parse_metric(text, "pixels").spec == "pixels"
 
 
@@ -75,7 +77,7 @@ def test_a_name_says_whose_features_it_compares():
     assert parse_metric("fid10k_full:pixels").name(official) == "fd10k_full:pixels"
     assert parse_metric("kid500:pixels").name(official) == "kd500:pixels"
     assert parse_metric("pr2k3:pixels").name(official) == "pr2k3:pixels"
-    for text in ("pr1500_3_full:pixels", "pr1500_10:pixels", "pr3k10_full:pixels"):
+    for text in ("pr1500_3_full:pixels", "pr1500_10:pixels", "pr3k10_full:pixels", "adm5k_fp64:pixels", "is5k:pixels"):
         assert parse_metric(text).name(official) == text
 
 
@@ -92,7 +94,7 @@ def test_numbers_are_those_of_the_functions_on_all_features(fake, real, torchscr
     detector = make_detector(str(torchscript), ONE)
     x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
     found = numbers(fake, real, ["fd60_full", "kd60_full", "fd40"], torchscript)
-    chosen = choose(60, 60, 40)
+    chosen = choose(60, 60)
     assert_close(found["fd60_full"]["fd"], frechet_distance(*moments(x), *moments(y)), rtol=1e-8, atol=0)
     assert_close(found["fd60_full"]["fd_bias"], finite_sample_bias(moments(y)[1], 60, 101), rtol=1e-8, atol=0)
     assert_close(found["kd60_full"]["kd"], kid(x[chosen], y[choose(101, 101)])[0], rtol=1e-8, atol=0)
@@ -106,10 +108,10 @@ def test_the_bias_is_stated_only_where_the_images_suffice_for_an_estimate(tmp_pa
     for fake, real, stated in ((many, many, True), (few, many, False), (many, few, False)):
         images = open_images(fake)
         suite = Suite([f"fd{len(images)}_full"], real, images.shape, ONE, detector="pixels")
-        (card,) = evaluate_images(suite, images, ONE)
-        assert ("fd_bias" in card["results"]) == stated
+        (record,) = evaluate_images(suite, images)
+        assert ("fd_bias" in record["results"]) == stated
         said = "of the distance is the bias" if stated else "too few samples for an estimate of the bias; compare"
-        assert said in card["notes"][0]
+        assert said in record["notes"][0]
 
 
 def test_precision_and_recall_use_the_neighbours_of_the_name(real, tmp_path, torchscript):
@@ -153,9 +155,9 @@ def test_two_processes_and_uneven_shards_change_nothing(fake, real, torchscript,
             "--detector", torchscript, "--batch", batch, processes=processes,
             DIFFIT_CACHE=str(tmp_path / f"{processes}-{batch}"),
         )  # fmt: skip
-        cards = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        assert [card["processes"] for card in cards] == [processes] * 3
-        runs.append([card["results"] for card in cards])
+        records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert [record["processes"] for record in records] == [processes] * 3
+        runs.append([record["results"] for record in records])
     for other in runs[1:]:
         assert_close(other, runs[0], rtol=1e-5, atol=1e-9)
 
@@ -198,15 +200,18 @@ def test_an_adm_reference_batch_gives_statistics_and_images(inception_weights, t
     official = detector.__class__("inception", detector.key, detector.extract, detector.device, any_size=True)
     found = open_reference(tmp_path / "adm.npz", official)
     assert len(found.images) == 6
-    metric = parse_metric("adm50k")
-    needs = metric.real_needs(found)
-    found.prepare(needs.values(), ONE)
-    assert found.moments(needs["moments", "pool"])[1].shape == (2048, 2048)
-    assert float(found.moments(needs["moments", "spatial"])[0].sum()) == 2023
+    moments_pool, moments_spatial, features = needs = real_needs("adm50k")
+    held = found.get(needs, ONE)
+    assert held[moments_pool].cov.shape == (2048, 2048)
+    assert float(held[moments_spatial].mean.sum()) == 2023
     pool = official(torch.from_numpy(array).movedim(3, 1))["pool"]
-    assert_close(found.features(needs["rows", "pool"]), pool[choose(6, 6)])
+    assert_close(held[features], pool[choose(6, 6)])
     # The statistics in it are not those of another detector, whose own it takes from the images.
     assert open_reference(tmp_path / "adm.npz", detector).stored == {}
+
+
+def real_needs(name):
+    return [part.real_need for part in parse_metric(name).parts if part.compares]
 
 
 def complete(images):
@@ -224,33 +229,56 @@ def stand_in(monkeypatch, extract):
     return detector
 
 
-def score(p):
-    """The Inception score by loops over ten splits: mean, standard deviation."""
+def score(parts):
+    """The Inception score by loops over the splits: mean, standard deviation."""
     scores = []
-    for part in (p[i * len(p) // 10 : (i + 1) * len(p) // 10] for i in range(10)):
+    for part in parts:
         kl = [float((row * (row / part.mean(0)).log()).sum()) for row in part]
         scores.append(np.exp(np.mean(kl)))
     return np.mean(scores), np.std(scores)
 
 
+def tenths(p):
+    return [p[i * len(p) // 10 : (i + 1) * len(p) // 10] for i in range(10)]
+
+
 def test_all_numbers_of_the_adm_suite_and_the_inception_score_are_those_of_the_functions(fake, real, monkeypatch):
+    monkeypatch.setattr("diffit.metrics.adm.SPLIT_SIZE", 25)  # 60 images: splits of 25, 25 and 10
+    monkeypatch.setattr("diffit.metrics.adm.REAL_FEATURES", 90)
     detector = stand_in(monkeypatch, complete)
     x, y = (detector(ImageArchive(path).load_all()) for path in (fake, real))
-    found = numbers(fake, real, ["adm60", "is60", "is40"], "inception")
+    found = numbers(fake, real, ["adm60", "adm60_fp64", "is60", "is40"], "inception")
     chosen = choose(60, 60)
-    precision, recall = precision_recall(x["pool"].float(), y["pool"].float(), 3)
     expected = {
         "fid": frechet_distance(*moments(x["pool"]), *moments(y["pool"])),
         "sfid": frechet_distance(*moments(x["spatial"]), *moments(y["spatial"])),
-        "is": score(x["probabilities"][chosen])[0],
-        "precision": precision,
-        "recall": recall,
+        "is": score(x["probabilities"][chosen].split(25))[0],
     }
-    assert 0 < recall < 1 or 0 < precision < 1
-    assert_close({name: found["adm60"][name] for name in expected}, expected, rtol=1e-8, atol=0)
+    for name, precision in (("adm60", "float16"), ("adm60_fp64", "float64")):
+        some = y["pool"][choose(101, 90)].float()
+        pair = precision_recall(x["pool"][chosen].float(), some, 3, precision=precision)
+        assert 0 < pair[0] < 1 or 0 < pair[1] < 1
+        every = expected | dict(zip(("precision", "recall"), pair, strict=True))
+        assert_close({key: found[name][key] for key in every}, every, rtol=1e-8, atol=0)
     for count in (40, 60):
         pair = tuple(found[f"is{count}"].values())
-        assert_close(pair, score(x["probabilities"][chosen[:count]]), rtol=1e-8, atol=1e-12)
+        assert_close(pair, score(tenths(x["probabilities"][chosen[:count]])), rtol=1e-8, atol=1e-12)
+
+
+def test_the_record_says_by_which_protocol_the_numbers_are(fake, real, monkeypatch):
+    stand_in(monkeypatch, complete)
+    images = open_images(fake)
+    suite = Suite(["adm60", "adm60_fp64", "is60", "pr60_5_full", "fid60_full"], real, images.shape, ONE)
+    records = {record["metric"]: record for record in evaluate_images(suite, images, seed=3)}
+    assert {name: record.get("protocol") for name, record in records.items()} == {
+        "adm60": {"split_size": 5000, "neighbours": 3, "distances": "float16"},
+        "adm60_fp64": {"split_size": 5000, "neighbours": 3, "distances": "float64"},
+        "is60": {"splits": 10},
+        "pr60_5_full": {"neighbours": 5, "distances": "float64"},
+        "fid60_full": None,
+    }
+    assert records["adm60"]["reference"]["images"] == {"moments_pool": 101, "moments_spatial": 101, "rows_pool": 101}
+    assert records["fid60_full"]["images"]["seed"] == 3
 
 
 def test_the_inception_score_of_sorted_images_is_one_number_alone_and_in_company(tmp_path, monkeypatch):
@@ -296,11 +324,11 @@ def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
     pixels = make_detector("pixels", ONE)
     official = pixels.__class__("inception", "key", pixels.extract, pixels.device)
     found = open_reference(tmp_path / "edm.npz", official)
-    parse_metric("fid50k_full").real_needs(found)
-    with pytest.raises(UserError, match="statistics but no images"):
-        parse_metric("kid50k_full").real_needs(found)
-    with pytest.raises(UserError, match="no spatial statistics"):
-        parse_metric("adm50k").real_needs(found)
+    (need,) = real_needs("fid50k_full")
+    assert found.count(need, 2048) is None
+    for name, message in (("kid50k_full", "statistics but no images"), ("adm50k", "no spatial statistics")):
+        with pytest.raises(UserError, match=message):
+            found.get(real_needs(name), ONE)
     with pytest.raises(UserError, match="statistics of Inception features; detector pixels needs the images"):
         open_reference(tmp_path / "edm.npz", pixels)
 
@@ -308,13 +336,13 @@ def test_edm_statistics_serve_fid_and_nothing_else(tmp_path):
 def test_as_few_images_as_the_message_says_are_enough(tmp_path, monkeypatch):
     """Of 1×1 pixels a covariance is 3×3: two images; the score takes ten splits."""
     paths = {n: write_archive(tmp_path / f"{n}.zip", n, side=1) for n in (1, 2, 10)}
-    with pytest.raises(UserError, match="1 images are too few for a 3×3 covariance; take 2 or more"):
+    with pytest.raises(UserError, match="1 images are too few for a 3×3 covariance; use 2 or more"):
         numbers(paths[1], paths[2], ["fd1_full"], "pixels")
     with pytest.raises(UserError, match="1 images are too few"):
         numbers(paths[2], paths[1], ["fd2_full"], "pixels")
     assert math.isfinite(numbers(paths[2], paths[2], ["fd2_full"], "pixels")["fd2_full"]["fd"])
     stand_in(monkeypatch, complete)
-    with pytest.raises(UserError, match="9 images are too few for the 10 splits of the Inception score; take 10 or"):
+    with pytest.raises(UserError, match="9 images are too few for the 10 splits of the Inception score; use 10 or"):
         numbers(paths[10], None, ["is9"], "inception")
     assert math.isfinite(numbers(paths[10], None, ["is10"], "inception")["is10"]["is"])
 
@@ -327,6 +355,22 @@ def test_a_header_that_claims_more_than_the_memory_holds_is_named(tmp_path):
             file.writestr(name, header.getvalue())
     with pytest.raises(UserError, match=r"large\.npz: not read as statistics"):
         read_arrays(tmp_path / "large.npz")
+
+
+def test_only_the_adm_suite_has_two_precisions():
+    with pytest.raises(UserError, match="_fp64 is for adm"):
+        parse_metric("pr50k3_full_fp64")
+
+
+def test_the_seed_chooses_the_subset_of_images(fake, real, torchscript):
+    images = open_images(fake)
+    suite = Suite(["fd20_full"], real, images.shape, ONE, detector=str(torchscript))
+    values = [evaluate_images(suite, images, seed=seed)[0]["results"]["fd"] for seed in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]
+    detector = make_detector(str(torchscript), ONE)
+    x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
+    expected = frechet_distance(*moments(x[choose(60, 20, seed=1)]), *moments(y))
+    assert_close(values[2], expected, rtol=1e-8, atol=0)
 
 
 def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchscript, monkeypatch):
@@ -344,9 +388,9 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
     empty = tmp_path / "empty"
     empty.mkdir()
     for images, ref, names, detector, message in (
-        (fake, real, ["fd10_full"], "pixels", "10 images are too few for a 768×768 covariance; take 77 or more"),
+        (fake, real, ["fd10_full"], "pixels", "10 images are too few for a 768×768 covariance; use 77 or more"),
         (fake, real, ["fd70_full"], torchscript, "is of 70 images, fake.zip holds 60"),
-        (fake, None, ["fd60_full"], torchscript, "compares with real images: give them with --ref"),
+        (fake, None, ["fd60_full"], torchscript, "compares with real images: name them with --ref"),
         (fake, other, ["fd60_full"], torchscript, "reference other.zip of 8×8×3; they must be of one size"),
         (fake, objects, ["fd60_full"], torchscript, "Python objects, which could run code"),
         (fake, shapes, ["fd60_full"], torchscript, r"mu \(3,\) and sigma \(2, 2\) differ"),
@@ -364,4 +408,4 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
 
 def numbers_of(images, ref, names, detector):
     opened = open_images(images)
-    evaluate_images(Suite(names, ref, opened.shape, ONE, detector=str(detector)), opened, ONE)
+    evaluate_images(Suite(names, ref, opened.shape, ONE, detector=str(detector)), opened)

@@ -23,7 +23,12 @@ def test_half_of_the_average_is_gone_after_one_half_life():
     assert_close(share, 0.5)
 
 
-def test_young_average_looks_back_on_a_share_of_the_images_seen():
+def test_a_half_life_may_be_shorter_than_an_image_or_nothing():
+    assert ema_beta(1, images_seen=10**9, halflife_kimg=0.0005, rampup_ratio=0.05) == 0.25
+    assert ema_beta(1, images_seen=10**9, halflife_kimg=0, rampup_ratio=0.05) == 0
+
+
+def test_during_warm_up_the_half_life_is_a_share_of_the_images_seen():
     assert_close(ema_beta(100, images_seen=2000, halflife_kimg=500, rampup_ratio=0.05), 0.5)
     assert ema_beta(100, images_seen=0, halflife_kimg=500, rampup_ratio=0.05) == 0
 

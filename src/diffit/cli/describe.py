@@ -1,6 +1,5 @@
 """What a preset or a network file is, as text for a person."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.cost import Work, count_work, estimate
 from diffit.sampling.model import Model
+from diffit.training.plan import fit_batch
+from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
 from diffit.weights.file import locate, read_header
 
@@ -127,33 +128,43 @@ def _amount(macs: int) -> str:
     return f"{macs / unit:,.4g} {name} multiply-accumulates ({2 * macs / unit:,.4g} {name}FLOP)"
 
 
-def describe_run(config: Config, processes: int, archive: Archive | None) -> str:
-    """Several lines of text for a person; the configuration in them is the JSON of ``training_options.json``."""
+def describe_run(config: Config, procs: Processes, archive: Archive | None) -> str:
+    """``--dry-run``: what would be trained and what it takes, in eight lines."""
     training = config.training
-    batch_gpu, rounds = accumulation(training.batch, training.batch_gpu, processes)
-    cost = estimate(config, batch_gpu, training.precision)
+    batch_gpu, _ = accumulation(training.batch, training.batch_gpu, procs.count)
+    refusal = None
+    try:
+        batch_gpu = fit_batch(config, procs)
+    except UserError as error:  # here; the machine that is to train may have more
+        refusal = str(error)
+    _, rounds = accumulation(training.batch, batch_gpu, procs.count)
+    cost, work = estimate(config, batch_gpu, training.precision, procs.device.type), count_work(config)
     channels, height, width = config.image_shape
+    # Only the data knows how many classes --cond will have.
+    classes = config.model.num_classes or ("no" if not config.data.cond else "the data's")
+    data, epochs = "not given", ""
     if archive is not None:
         data = f"{len(archive)} images: {archive.path}"
         epochs = f", {training.steps * training.batch / len(archive):.3g} epochs"
-    else:
-        data = (
-            f"{config.data.path} is not there: size and channels are the preset's" if config.data.path else "not given"
-        )
-        epochs = ""
-    # Only the data knows how many classes --cond will have.
-    classes = config.model.num_classes or ("no" if not config.data.cond else "the data's")
+    elif config.data.path:
+        data = f"{config.data.path} is not there: size and channels are the preset's"
+    length = f"{training.kimg:,g} kimg, {training.steps:,} steps{epochs}"
+    if training.minutes is not None and "kimg" in training.chosen:
+        length = f"{training.minutes:g} minutes; how many images that is, is measured first"
+    here = [] if refusal is None else [f"warning     not on this machine: {refusal}"]
     lines = [
-        json.dumps(config.model_dump(mode="json"), indent=2),
         f"preset      {config.preset}, {width}×{height}×{channels}, {classes} classes",
         f"data        {data}",
-        f"parameters  {cost.parameters:,}",
-        f"compute     {cost.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",
-        f"batch       {training.batch} = {batch_gpu} per GPU × {processes} processes × {rounds} accumulated",
-        f"duration    {training.kimg:,g} kimg, {training.steps:,} steps{epochs}",
+        f"parameters  {work.parameters:,}; {_shape_of(config)}",
+        f"compute     {work.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",
+        f"batch       {training.batch} = {batch_gpu} per GPU × {procs.count} processes × {rounds} accumulated, "
+        f"learning rate {training.lr:g}",
+        f"duration    {length}",
         f"memory      about {cost.training_bytes / 2**30:.2f} GiB a process: {cost.state_bytes / 2**30:.2f} for "
         f"weights, gradients, moments and average, {cost.activation_bytes / 2**30:.2f} for activations",
-        f"sampling    {config.sampling.sampler}, {steps_text(config.sampling)} steps",
-        "dry run: nothing was written",
+        f"sampling    {config.sampling.sampler}, {steps_text(config.sampling)} steps, "
+        f"guidance {config.sampling.cfg_scale:g}",
+        *here,
+        "dry run: nothing was written; --json prints the whole configuration",
     ]
     return "\n".join(lines)

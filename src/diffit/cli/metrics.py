@@ -1,115 +1,127 @@
 """``diffit metrics``."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffit.cli.options import Steps
+from diffit.cli.options import with_options
+from diffit.cli.sample import PRECISIONS, SETTINGS
+from diffit.configs.schema import Sampling
 from diffit.errors import UserError
 
-DETECTOR_HELP = "inception, pixels, or a file: TorchScript, or of `train-detector`.  [default: inception]"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffit.utils.distributed import Processes
+
 FILE = click.Path(path_type=Path)
+BATCH = click.option(
+    "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images that are processed together."
+)
+VAE = click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]")
+DETECTOR = click.option(
+    "--detector", metavar="NAME|FILE", default="inception", show_default=True,
+    help="Features: inception, pixels, or a file (TorchScript, or of `train-detector`).",
+)  # fmt: skip
 
 
 @click.group()
 def metrics() -> None:
-    """Judge samples: FID, sFID, Inception score, precision, recall, KID, near-copies."""
+    """Evaluate samples: FID, sFID, Inception score, precision, recall, KID, near-copies."""
+
+
+CALC: list[Callable[..., Any]] = [
+    click.option("--network", metavar="FILE|RUN|ID",
+                 help="Evaluate samples of this snapshot, run (its newest snapshot) or Hub id; or use --images."),
+    click.option("--images", type=FILE, help="Evaluate these images: folder, zip, or npz with arr_0."),
+    click.option("--ref", type=FILE,
+                 help="Real images (archive), or an npz of statistics: EDM's, ADM's, or of `ref`."),
+    click.option("--metrics", "names", required=True, multiple=True, metavar="NAMES",
+                 help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k (adm50k_fp64: exact distances); any number "
+                 "for 50k (pr1500_3_full); joined by commas."),
+    DETECTOR,
+    click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Evaluate so many times with new seeds: the best, and minimum, mean and standard deviation."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                 help="First seed of the samples, one per sample; with --images the seed that chooses among them."),
+    *SETTINGS,
+    VAE,
+    BATCH,
+    click.option("--precision", type=click.Choice(PRECISIONS),
+                 help="Precision of the network; detectors are fp32.  [default: fp32]"),
+]  # fmt: skip
 
 
 @metrics.command()
-@click.option("--network", metavar="FILE|ID", help="Judge the samples of this network file, or …")
-@click.option("--images", type=FILE, help="… these images: folder, zip, or npz with arr_0.")
-@click.option("--ref", type=FILE, help="Real images (archive), or an npz of statistics: EDM's, ADM's, or of `ref`.")
-@click.option(
-    "--metrics",
-    "names",
-    required=True,
-    multiple=True,
-    metavar="NAMES",
-    help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k; any number for 50k (pr1500_3_full); joined by commas.",
-)
-@click.option("--detector", metavar="NAME|FILE", help=DETECTOR_HELP)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Draw new samples so many times: the best, and minimum, mean and spread.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="First seed; one a sample.")
-@click.option("--sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]), help="Default: the file's.")
-@click.option("--steps", type=Steps(), metavar="N|ddimN", help="Steps of the solver. Default: the file's.")
-@click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the file's.")
-@click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none. Default: the file's.")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="Of the sampled network; detectors are fp32.",
-)
-def calc(
-    network: str | None,
-    images: Path | None,
-    ref: Path | None,
-    names: tuple[str, ...],
-    detector: str | None,
-    repeats: int,
-    seed: int,
-    batch: int,
-    precision: str,
-    vae: str | None,
-    **changes: Any,
-) -> None:
+@with_options(CALC)
+def calc(**options: Any) -> None:
     """Compute metrics of a network or of images.
 
-    Prints a JSON record a metric, complete with all that the number depends on, and the number itself on stderr.
+    Prints one JSON record for each metric, with all that the number depends on, and the number itself on stderr.
     Under torchrun the same command uses several GPUs. Nothing is written to disk but cached statistics of --ref.
     """
-    from diffit.metrics.evaluate import evaluate_images, evaluate_network
-    from diffit.metrics.images import open_images
-    from diffit.metrics.record import summarise_repeats
-    from diffit.metrics.suite import Suite
     from diffit.utils.distributed import processes
 
-    if (network is None) == (images is None):
-        raise UserError("give either --network or --images: what is to be judged")
-    asked = [name for text in names for name in text.split(",") if name]
+    require_one(options)
+    options["names"] = [name for text in options["names"] for name in text.split(",") if name]
+    if options["images"] is not None and options["repeats"] > 1:
+        raise UserError("--repeats generates new samples: it needs --network")
     with processes() as procs:
-        if images is not None:
-            if repeats > 1:
-                raise UserError("--repeats draws new samples: it needs --network")
-            pictures = open_images(images)
-            suite = Suite(asked, ref, pictures.shape, procs, detector=detector, batch=batch)
-            cards = evaluate_images(suite, pictures, procs, batch=batch, progress=True)
-        else:
-            from diffit.sampling.model import load
-            from diffit.weights import load_network, state_hash
-
-            assert network is not None
-            model = load(network, device=procs.device, precision=precision, vae=vae).with_sampling(**changes)
-            suite = Suite(asked, ref, model.config.image_shape, procs, detector=detector, batch=batch)
-            digest = state_hash(load_network(network)[0].state_dict())  # of the file, not of what precision makes of it
-            runs = [
-                evaluate_network(
-                    suite, model, procs, first_seed=seed + i * suite.samples,
-                    real_labels=labels_of(ref, model.config.model.num_classes), batch=batch, progress=True,
-                    network=Path(network).name, weights_sha256=digest,
-                )
-                for i in range(repeats)
-            ]  # fmt: skip
-            cards = runs[0] if repeats == 1 else [summarise_repeats(cards) for cards in zip(*runs, strict=True)]
+        evaluate = evaluate_folder if options["network"] is None else evaluate_file
+        records = evaluate(options, procs)
         if procs.is_first:
-            report(cards)
+            report(records)
 
 
-def labels_of(ref: Path | None, classes: int) -> Any:
-    """The labels of a reference that has the model's classes; None where classes are drawn evenly."""
+def require_one(options: dict[str, Any]) -> None:
+    """Either a network or images, and with images no option of how samples are generated."""
+    if (options["network"] is None) == (options["images"] is None):
+        raise UserError("pass either --network or --images: what is to be evaluated")
+    of_networks = {*Sampling.model_fields, "vae", "precision"}
+    params = click.get_current_context().command.params
+    given = [param.opts[0] for param in params if param.name in of_networks and options[param.name] is not None]
+    if options["images"] is not None and given:
+        raise UserError(f"{', '.join(given)} with --images: they exist already; leave it out, or use --network")
+
+
+def evaluate_folder(options: dict[str, Any], procs: "Processes") -> list[dict[str, Any]]:
+    from diffit.metrics.evaluate import evaluate_images
+    from diffit.metrics.images import open_images
+    from diffit.metrics.suite import Suite
+
+    batch, images = options["batch"], open_images(options["images"])
+    suite = Suite(options["names"], options["ref"], images.shape, procs, detector=options["detector"], batch=batch)
+    return evaluate_images(suite, images, seed=options["seed"], batch=batch, progress=True)
+
+
+def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str, Any]]:
+    from diffit.metrics.evaluate import evaluate_network
+    from diffit.metrics.record import summarise_repeats
+    from diffit.metrics.suite import Suite
+    from diffit.sampling import load
+    from diffit.weights import load_network, state_hash
+
+    network, batch, repeats = options["network"], options["batch"], options["repeats"]
+    model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
+    model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
+    shape = model.config.image_shape
+    suite = Suite(options["names"], options["ref"], shape, procs, detector=options["detector"], batch=batch)
+    digest = state_hash(load_network(network)[0].state_dict())  # of the file, whatever the precision
+    facts = {"network": Path(network).name, "weights_sha256": digest}
+    labels = labels_of(options["ref"], model.config.model.num_classes)
+    seeds = range(options["seed"], options["seed"] + repeats * suite.samples, suite.samples)
+    runs = [
+        evaluate_network(suite, model, first_seed=seed, real_labels=labels, batch=batch, progress=True, facts=facts)
+        for seed in seeds
+    ]
+    return runs[0] if repeats == 1 else [summarise_repeats(records) for records in zip(*runs, strict=True)]
+
+
+def labels_of(ref: Path | None, classes: int) -> "Tensor | None":
+    """The labels of a reference that has the model's classes; None where classes are chosen evenly."""
     from diffit.data.archive import ImageArchive
 
     if not classes or ref is None or ref.suffix == ".npz":
@@ -118,67 +130,64 @@ def labels_of(ref: Path | None, classes: int) -> Any:
     return ImageArchive(ref, cond=True).labels if archive.has_labels and archive.num_classes == classes else None
 
 
-def report(cards: list[dict[str, Any]]) -> None:
+def report(records: list[dict[str, Any]]) -> None:
     from diffit.metrics.record import format_numbers
 
-    for card in cards:
-        click.echo(json.dumps(card))
-        click.echo(f"{card['metric']}: {format_numbers(card['results'])}", err=True)
-        for name, r in card.get("repeats", {}).get("numbers", {}).items():
+    for record in records:
+        click.echo(json.dumps(record))
+        click.echo(f"{record['metric']}: {format_numbers(record['results'])}", err=True)
+        for name, r in record.get("repeats", {}).get("numbers", {}).items():
             over = f"min {r['minimum']:.5g}, mean {r['mean']:.5g} ± {r['spread']:.2g}"
             click.echo(f"  {name} over {len(r['values'])} repeats: {over}", err=True)
-        for note in card["notes"]:
+        for note in record["notes"]:
             click.echo(f"  note: {note}", err=True)
 
 
 @metrics.command()
 @click.option("--data", type=FILE, required=True, help="Image archive.")
 @click.option("--dest", type=FILE, required=True, help="NAME.npz to write.")
-@click.option("--detector", metavar="NAME|FILE", default="inception", help=DETECTOR_HELP)
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@DETECTOR
+@BATCH
 def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
     """Write the statistics of an archive: mu, sigma, and for Inception mu_s, sigma_s."""
-    from diffit.metrics.detectors import make_detector
-    from diffit.metrics.images import open_images
-    from diffit.metrics.reference import FIELDS, Reference, write_reference
+    from diffit.metrics.reference import write_statistics
     from diffit.utils.distributed import processes
 
     if dest.suffix != ".npz":
         raise UserError(f"--dest {dest}: statistics go into a file NAME.npz")
     with processes() as procs:
-        images = open_images(data)
-        if len(images) < 2:
-            raise UserError(f"{data}: {len(images)} image has no covariance; take two or more")
-        found = make_detector(detector, procs)
-        reference = Reference(images.name, found, images)
-        outputs = FIELDS if found.official else ["pool"]
-        needs = {output: reference.need("moments", output, None) for output in outputs}
-        reference.prepare(needs.values(), procs, batch=batch, progress=True)
+        text = write_statistics(data, dest, detector, procs, batch=batch, progress=True)
         if procs.is_first:
-            moments = {output: reference.moments(need) for output, need in needs.items()}
-            write_reference(dest, reference, moments, len(images))
-            click.echo(f"{dest}: statistics of {len(images)} images, detector {found.name}")
+            click.echo(text)
 
 
 @metrics.command()
-@click.argument("path", metavar="RUN|FILE", type=FILE)
-def show(path: Path) -> None:
-    """Print the metrics of a run, or of a file of `calc` records, as a table; write a run's report.html anew."""
-    from diffit.metrics.record import format_numbers, read_cards
+@click.argument("paths", metavar="RUN|FILE...", type=FILE, nargs=-1, required=True)
+@click.option("--format", "format_", type=click.Choice(["table", "md", "csv", "latex"]), default="table",
+              show_default=True, help="How the table is written; csv has all digits.")  # fmt: skip
+def show(paths: tuple[Path, ...], format_: str) -> None:
+    """Print the metrics of runs, or of files of `calc` records, as one table with the settings that differ.
+
+    Also writes the report.html of each run again.
+    """
+    from diffit.metrics.record import read_records
+    from diffit.metrics.table import FORMATS, compare
     from diffit.training.report import write_report
 
-    files = sorted(path.glob("metric-*.jsonl")) if path.is_dir() else [path]
-    if not path.exists():
-        raise UserError(f"{path}: no such run or file; check the spelling")
-    cards = [card for file in files for card in read_cards(file)]
-    if not cards:
-        raise UserError(f"{path}: no metrics in it; `diffit metrics calc --network …` makes some")
-    width = max(len(card["metric"]) for card in cards)
-    for card in cards:
-        kimg = f"{card['kimg']:10.2f}" if "kimg" in card else f"{'':10}"
-        click.echo(f"{card['metric']:<{width}}  {kimg}  {format_numbers(card['results'])}")
-    if path.is_dir():
-        click.echo(f"report      {write_report(path)}")
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such run or file; check the spelling")
+        files = sorted(path.glob("metric-*.jsonl")) if path.is_dir() else [path]
+        records = [record for file in files for record in read_records(file)]
+        if not records:
+            raise UserError(f"{path}: no metrics in it; `diffit metrics calc --network …` makes some")
+        name = path.resolve().name
+        sources[str(path) if name in sources else name] = records
+    click.echo(FORMATS[format_](*compare(sources, exact=format_ == "csv")))
+    for path in paths:
+        if path.is_dir():
+            click.echo(f"report      {write_report(path)}", err=True)
 
 
 @metrics.command("train-detector")
@@ -191,67 +200,59 @@ def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
     from diffit.data.archive import ImageArchive
     from diffit.metrics.classifier import train_classifier
     from diffit.utils.distributed import pick_device
+    from diffit.utils.progress import progress
 
     if dest.suffix != ".safetensors":
         raise UserError(f"--dest {dest}: a detector is a file NAME.safetensors")
     archive = ImageArchive(data, cond=True)
-    with _progress("training") as progress:
-        accuracy = train_classifier(archive, dest, epochs=epochs, seed=seed, device=pick_device(), progress=progress)
+    with progress("training") as show:
+        accuracy = train_classifier(archive, dest, epochs=epochs, seed=seed, device=pick_device(), progress=show)
     click.echo(f"{dest}: {accuracy:.1%} right on held-out images; next: --detector {dest}")
 
 
+COPIES: list[Callable[..., Any]] = [
+    click.option("--network", metavar="FILE|RUN|ID",
+                 help="Look at samples of this snapshot, run (its newest snapshot) or Hub id; or use --images."),
+    click.option("--images", type=FILE, help="Look at these images: folder, zip, or npz with arr_0."),
+    click.option("--data", type=FILE, required=True, help="The images that the network was trained on."),
+    click.option("--heldout", type=FILE,
+                 help="Real images that it was not trained on.  [default: each of --data against the others]"),
+    click.option("--dest", type=FILE, required=True, help="NAME.html to write."),
+    click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, help="Samples to look at."),
+    VAE,
+    DETECTOR,
+    BATCH,
+]  # fmt: skip
+
+
 @metrics.command()
-@click.option("--network", metavar="FILE|ID", help="Look at samples of this network file, or …")
-@click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model. Default: the file's.")
-@click.option("--images", type=FILE, help="… at these images.")
-@click.option("--data", type=FILE, required=True, help="The images that it was trained on.")
-@click.option("--heldout", type=FILE, help="Real images that it was not. Default: each of --data against the others.")
-@click.option("--dest", type=FILE, required=True, help="NAME.html to write.")
-@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, help="Samples to look at.")
-@click.option("--detector", metavar="NAME|FILE", default="inception", help=DETECTOR_HELP)
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-def copies(
-    network: str | None,
-    vae: str | None,
-    images: Path | None,
-    data: Path,
-    heldout: Path | None,
-    dest: Path,
-    count: int,
-    detector: str,
-    batch: int,
-) -> None:
+@with_options(COPIES)
+def copies(**options: Any) -> None:
     """Find the training images nearest to samples: a report with pictures, and the share of near-copies.
 
     A near-copy is closer to a training image than 99 % of real images that were not trained on.
     """
-    from diffit.metrics.copies import find_copies, samples_from, write_copies
+    from diffit.metrics.copies import find_copies, some_of, write_copies
     from diffit.metrics.detectors import make_detector
     from diffit.metrics.images import open_images
+    from diffit.sampling import load
     from diffit.utils.distributed import processes
 
-    if (network is None) == (images is None):
-        raise UserError("give either --network or --images: what is to be looked at")
+    require_one(options)
+    dest, batch, heldout = options["dest"], options["batch"], options["heldout"]
     with processes() as procs:
         if procs.count > 1:
             raise UserError("copies runs in one process; start it without torchrun")
-        found = make_detector(detector, procs)
-        samples = samples_from(network, images, count, batch, procs, vae)
-        result = find_copies(
-            samples, open_images(data), found, procs, heldout=open_images(heldout) if heldout else None, batch=batch
-        )
+        detector = make_detector(options["detector"], procs)
+        if options["images"] is not None:
+            samples = some_of(open_images(options["images"]), options["count"])
+        else:
+            model = load(options["network"], device=procs.device, precision="fp32", vae=options["vae"])
+            parts = model.generate(range(options["count"]), batch=batch, progress=True)
+            samples = [image for _, images in parts for image in images]
+        unseen = None if heldout is None else open_images(heldout)
+        result = find_copies(samples, open_images(options["data"]), detector, procs, heldout=unseen, batch=batch)
         write_copies(dest, result)
         click.echo(json.dumps(result.facts))
         share, usual = result.facts["near_copies"], result.facts["near_copies_among_real"]
         click.echo(f"{dest}: {share:.2%} near-copies, {usual:.2%} of real images are", err=True)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,10 +1,12 @@
 """Values as people type them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+
+from diffit.errors import UserError
 
 
 class Size(click.ParamType):
@@ -61,17 +63,74 @@ class Interval(click.ParamType):
         return low, high
 
 
-def with_options(options: list[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+class Images(click.ParamType):
+    """A number of images as edm2 writes it: ``200Mi``, ``512Ki``, or a plain number in millions; in kimg."""
+
+    name = "MIMG"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d*)?)(Ki|Mi)?", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a number of images; write 200 (millions), or 200Mi", param, ctx)
+        return float(match[1]) * {"Ki": 2**10 / 1000, "Mi": 2**20 / 1000, None: 1000}[match[2]]
+
+
+Options = dict[str, list[Callable[..., Any]]]
+"""Title of a group -> its options."""
+
+
+class GroupedCommand(click.Command):
+    """Options under titles; the spellings of other projects are understood, and not listed.
+
+    ``aliases`` maps a spelling to ours; ``refused`` maps an option that has no counterpart here to what to do instead.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        aliases: Mapping[str, str] | None = None,
+        refused: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.aliases, self.refused = dict(aliases or {}), dict(refused or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self._ours(arg) for arg in args])
+
+    def _ours(self, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        spelled = name.replace("_", "-")
+        if spelled in self.refused:
+            raise UserError(f"{name}: {self.refused[spelled]}")
+        return self.aliases.get(spelled, name) + equals + value
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(param, "group", "Options"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def with_options(groups: Options) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command these options, in this order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
+        for title, options in reversed(groups.items()):
+            for option in reversed(options):
+                command = option(command)
+                command.__click_params__[-1].group = title  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-def switch(*names: str, help: str, default: bool | None = None) -> Any:
+def switch(*names: str, help: str = "", hidden: bool = False) -> Any:
     """A flag that also takes ``=True`` and ``=False``, as EDM's options do."""
-    return click.option(*names, type=bool, is_flag=False, flag_value=True, default=default, metavar="[BOOL]", help=help)
+    return click.option(
+        *names, type=bool, is_flag=False, flag_value=True, default=None, metavar="[BOOL]", help=help, hidden=hidden
+    )

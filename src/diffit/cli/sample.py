@@ -2,13 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffit.cli.options import Interval, Numbers, Size, Steps, switch, with_options
+from diffit.cli.options import GroupedCommand, Interval, Numbers, Options, Size, Steps, switch, with_options
 from diffit.configs.schema import steps_text
 from diffit.errors import UserError
 
@@ -19,13 +19,13 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 SAMPLERS = ["heun", "euler", "dpm++", "ddpm", "ddim"]
 
 # Settings of the solver and of guidance; fields of `Sampling`, whose defaults come from the file.
-SETTINGS: list[Callable[..., Any]] = [
-    click.option("--sampler", "--solver", type=click.Choice(SAMPLERS),
+SETTINGS = [
+    click.option("--sampler", type=click.Choice(SAMPLERS),
                  help="Solver; ddpm and ddim are for discrete schedules.  [default: the file's]"),
-    click.option("--steps", "--num-sampling-steps", type=Steps(), metavar="N|ddimN",
+    click.option("--steps", type=Steps(), metavar="N|ddimN",
                  help="Steps of the solver.  [default: the file's]"),
     click.option("--eta", type=float, help="Noise of ddim, 0 to 1; 0 is deterministic.  [default: 0]"),
-    click.option("--cfg-scale", "--guidance", type=float, help="Guidance scale, 1 for none.  [default: the file's]"),
+    click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none.  [default: the file's]"),
     click.option("--scale-pow", "cfg_power", type=float,
                  help="Exponent of the power-cosine guidance scale; 0 for a constant scale.  [default: the file's]"),
     click.option("--cfg-interval", type=Interval(), metavar="LO,HI",
@@ -45,8 +45,9 @@ SETTINGS: list[Callable[..., Any]] = [
                  help="To the nearest level, or down as the official implementation does.  [default: the file's]"),
 ]  # fmt: skip
 
-OPTIONS: list[Callable[..., Any]] = [
-    click.option("--network", "--ckpt", "--net", required=True, metavar="FILE|RUN|ID",
+OPTIONS: Options = {
+  "Model and images": [
+    click.option("--network", required=True, metavar="FILE|RUN|ID",
                  help="Snapshot, run folder (its newest snapshot), NVIDIA's official weights, or a Hub id."),
     click.option("--outdir", type=click.Path(path_type=Path), required=True,
                  help="Folder for the images; one that holds samples of other settings is refused."),
@@ -56,11 +57,11 @@ OPTIONS: list[Callable[..., Any]] = [
                  help="Class of the images; several take turns.  [default: as --labels says]"),
     click.option("--labels", "policy", type=click.Choice(["random", "balanced"]), default="random", show_default=True,
                  help="Classes chosen at random by each seed, or in turn."),
-    switch("--class-grid",
-           help="Write OUTDIR-class-grid.png instead: a row per class (all, or --class), a column per seed."),
+    switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per class, a column per seed."),
     click.option("--grid", type=Size(), metavar="WxH", help="Also write OUTDIR-grid.png with the first images."),
-    *SETTINGS,
-    # Machine and output
+  ],
+  "Solver and guidance": SETTINGS,
+  "Machine and output": [
     click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]"),
     click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images sampled together."),
     click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
@@ -69,10 +70,24 @@ OPTIONS: list[Callable[..., Any]] = [
     click.option("--format", "format_", type=click.Choice(["png", "npz"]), default="png", show_default=True,
                  help="PNG files, or one array as the ADM evaluation reads it."),
     switch("--subdirs", help="Put every thousand PNG files into a folder of their own."),
-]  # fmt: skip
+  ],
+}  # fmt: skip
+
+ALIASES = {
+    "--ckpt": "--network", "--net": "--network", "--solver": "--sampler", "--num-sampling-steps": "--steps",
+    "--guidance": "--cfg-scale", "--max-batch-size": "--batch", "--num-fid-samples": "--num-samples",
+    "--per-proc-batch-size": "--batch", "--sample-dir": "--outdir", "--scale-power": "--scale-pow",
+}  # fmt: skip
+REFUSED = {
+    "--disc": "EDM's choice of a discretisation; the noise levels here are EDM's own (--sigma-min, --sigma-max, --rho)",
+    "--schedule": "EDM's choice of a noise schedule; the model's own is used",
+    "--scaling": "EDM's choice of a scaling; the model's own is used",
+    "--trunc": "StyleGAN's truncation; use --cfg-scale",
+    "--gnet": "edm2's guiding network; use --cfg-scale",
+}
 
 
-@click.command()
+@click.command(cls=GroupedCommand, aliases=ALIASES, refused=REFUSED)
 @with_options(OPTIONS)
 def sample(network: str, outdir: Path, **options: Any) -> None:
     """Sample images from a trained model.

@@ -1,155 +1,267 @@
 """``diffit train`` and ``train.py``."""
 
+import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffit.cli.options import Numbers, Size, switch, with_options
+from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Size, switch, with_options
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import resolve
+from diffit.configs.schema import Config
 from diffit.errors import UserError
 
+if TYPE_CHECKING:
+    from diffit.data.open import Archive
+    from diffit.models.autoencoder import Autoencoder
+
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
+MINUTES = 10.0  # of a run whose network and length are left to us
 
-OPTIONS: list[Callable[..., Any]] = [
-    click.option("--outdir", "--results-dir", type=click.Path(path_type=Path), help="Where run folders go."),
-    click.option("--data", "--data-path", help="Image archive: folder or zip (see `diffit data convert`)."),
-    click.option("--preset", metavar="NAME", help=f"Recipe: {', '.join(PRESETS)}. Default: chosen by image size."),
-    click.option("--vae", metavar="PATH|ID",
-                 help="Autoencoder of a latent model. Default: the latents' own, or the preset's."),
-    click.option("--diffusion", type=click.Choice(["edm", "cosine", "linear"]), help="Default: the preset's."),
-    switch("--cond", help="Class-conditional, with the labels of the archive."),
-    click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
-    # Network
-    click.option("--resolution", "--image-size", type=Size(), help="Size of the images. Default: that of the data."),
-    click.option("--base-dim", type=int, help="Width of the first stage."),
-    click.option("--hidden-dim", type=int, help="Width of the others."),
-    click.option("--num-heads", type=int, help="Attention heads in every stage."),
-    click.option("--num-blocks", "--depth", type=Numbers(),
-                 help="ResBlocks a stage: one number, or one a stage (2,4,4). Latent model: its depth."),
-    click.option("--window-size", type=int, help="Side of the attention windows, in tokens."),
-    click.option("--dropout", type=float, help="Dropout in the MLPs."),
-    # Recipe
-    click.option("--batch", "--batch-size", "--global-batch-size", type=int, help="Images a step, over all processes."),
-    click.option("--batch-gpu", type=int, help="Images a forward pass; accumulation makes up the rest of --batch."),
-    click.option("--kimg", type=float, help="Length of the training in thousands of images."),
-    click.option("--duration", type=float, metavar="MIMG", help="The same in millions of images."),
-    click.option("--epochs", type=float, help="The same in passes over the data."),
-    click.option("--lr", type=float, help="Learning rate."),
-    click.option("--lr-rampup-kimg", type=float, help="Length of its linear ramp-up."),
-    click.option("--ema", type=float, metavar="MIMG", help="Half-life of the moving average in millions of images."),
-    click.option("--label-drop", type=float, help="Probability of training without the label, for guidance."),
-    click.option("--augment", type=float, help="Probability of each augmentation; 0 for none."),
-    switch("--mirror", "--xflip", help="Flip half of the images left to right."),
-    click.option("--init-from", "--transfer", metavar="FILE", help="Begin with the weights of a network file."),
-    click.option("--cfg-scale", type=float, help="Guidance scale that the file will sample with by default."),
-    click.option("--seed", "--global-seed", type=int, help="Seed of everything random."),
-    # Machine
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-                 help="auto: bf16 on GPUs, else fp32."),
-    switch("--fp16", help="Same as --precision fp16."),
-    switch("--grad-ckpt", help="Recompute activations: less memory, more time."),
-    switch("--compile", help="torch.compile the network."),
-    click.option("--workers", "--num-workers", type=int, help="Processes that decode what does not fit in memory."),
-    # Run
-    click.option("--tick", type=float, metavar="KIMG", help="Images between lines of statistics."),
-    click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots and grids; 0: at the end only."),
-    click.option("--dump", type=int, metavar="TICKS", help="Ticks between training states; 0: at the end only."),
-    click.option("--grid", type=Size(), help="Images in a grid of samples.  [default: 8x8]"),
-    click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
-    click.option("--metrics-ref", metavar="ARCHIVE|NPZ", help="What they compare with. Default: the training images."),
-    click.option("--metrics-ticks", type=int, help="Ticks between them; default: at the end only."),
-    click.option("--desc", help="Text to put into the run's name."),
-    click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
-                 help="auto: go on with the newest run in --outdir that has the same options."),
-    click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and what it takes."),
-]  # fmt: skip
+OPTIONS: Options = {
+    "Data and result": [
+        click.option("--data", help="Image archive or latent cache: folder or zip (see `diffit data convert`)."),
+        click.option("--outdir", type=click.Path(path_type=Path), help="Folder that the run's own folder goes into."),
+        click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
+        switch("--cond", help="Class-conditional, with the labels of the archive.  [default: no, or the preset's]"),
+        switch("--mirror", help="Flip images left to right, each with probability ½.  [default: no]"),
+        click.option("--desc", help="Text to put into the name of the run's folder."),
+        click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
+                     help="auto: go on with the newest run in --outdir that has the same options."),
+        click.option("--init-from", metavar="FILE", help="Begin with the weights of a network file."),
+        click.option("--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+                     help="Options from a JSON or YAML file, or a run's training_options.json; options given here win."),
+    ],
+    "Length": [
+        click.option("--minutes", type=click.FloatRange(min=0.1),
+                     help=f"Length by the clock, for this machine.  [default: {MINUTES:g}, unless something says otherwise]"),
+        click.option("--hours", type=click.FloatRange(min=0.01), help="Length by the clock, in hours."),
+        click.option("--kimg", type=float, help="Length in thousands of images.  [default: the preset's]"),
+        click.option("--duration", type=Images(), metavar="MIMG", help="Length in millions of images."),
+        click.option("--epochs", type=float, help="Length in passes over the data."),
+    ],
+    "Network": [
+        click.option("--preset", metavar="NAME", help=f"Recipe: {', '.join(PRESETS)}.  [default: a small one for the images]"),
+        click.option("--resolution", type=Size(), help="Size of the images.  [default: that of the data]"),
+        click.option("--base-dim", type=int, help="Width of the first stage.  [default: the preset's]"),
+        click.option("--hidden-dim", type=int, help="Width of the other stages.  [default: the preset's]"),
+        click.option("--num-heads", type=int, help="Attention heads in every stage.  [default: the preset's]"),
+        click.option("--num-blocks", type=Numbers(), metavar="N[,N…]",
+                     help="ResBlocks per stage, one number or one each; depth of a latent model.  [default: the preset's]"),
+        click.option("--window-size", type=int, help="Side of the attention windows, in tokens.  [default: the preset's]"),
+        click.option("--patch-size", type=int, help="Side of a latent model's patches.  [default: 2]"),
+        click.option("--mlp-ratio", type=float, help="Width of the MLPs in multiples of the stage's.  [default: 4]"),
+        click.option("--dropout", type=float, help="Dropout in the MLPs.  [default: the preset's]"),
+        click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the latents' own]"),
+    ],
+    "Recipe": [
+        click.option("--batch", type=int, help="Images per step, over all processes.  [default: the preset's]"),
+        click.option("--lr", type=float, help="Learning rate.  [default: the preset's]"),
+        click.option("--lr-rampup-kimg", type=float,
+                     help="Length of the learning rate's linear ramp-up.  [default: the preset's, 5 % of a shorter run]"),
+        click.option("--ema", type=float, metavar="MIMG",
+                     help="Exponential moving average half-life, in millions of images.  [default: the preset's]"),
+        click.option("--label-drop", type=float,
+                     help="Probability of training without the label, for guidance.  [default: 0.1]"),
+        click.option("--augment", type=float, help="Probability of each augmentation; 0 for none.  [default: the preset's]"),
+        click.option("--diffusion", type=click.Choice(["edm", "cosine", "linear"]),
+                     help="EDM, or a discrete schedule.  [default: the preset's]"),
+        click.option("--P-mean", "P_mean", type=float, help="Mean of ln sigma in training (EDM).  [default: -1.2]"),
+        click.option("--P-std", "P_std", type=float, help="Standard deviation of ln sigma (EDM).  [default: 1.2]"),
+        click.option("--cfg-scale", type=float, help="Guidance scale that the file will be sampled with by default."),
+        click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
+    ],
+    "Machine": [
+        click.option("--batch-gpu", type=int,
+                     help="Images per forward pass; accumulation makes up --batch.  [default: the most that fits]"),
+        click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+                     help="Of the network's arithmetic; auto is bf16 on GPUs that have it, else fp32.  [default: auto]"),
+        switch("--fp16", hidden=True),
+        switch("--grad-ckpt", help="Recompute activations: less memory, more time.  [default: no]"),
+        switch("--compile", help="torch.compile the network.  [default: no]"),
+        click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),
+        click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and what it takes."),
+        click.option("--json", "as_json", is_flag=True, help="With --dry-run, print the configuration as JSON."),
+    ],
+    "What a run prints and writes": [
+        click.option("--tick", type=float, metavar="KIMG", help="Images between lines of statistics.  [default: the preset's]"),
+        click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots; 0: by time only.  [default: 50]"),
+        click.option("--snap-minutes", type=float, help="Minutes between snapshots; 0: by ticks only.  [default: 10]"),
+        click.option("--dump", type=int, metavar="TICKS", help="Ticks between states to resume from; 0: by time only.  [default: 50]"),
+        click.option("--dump-minutes", type=float, help="Minutes between states; 0: by ticks only.  [default: 10]"),
+        click.option("--keep", type=int, help="Newest snapshots to keep, next to the best; 0: all.  [default: 10]"),
+        click.option("--grid", type=Size(), help="Images in a grid of samples.  [default: 8x8]"),
+        click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
+        click.option("--metrics-ref", metavar="ARCHIVE|NPZ", help="What metrics compare with.  [default: the training images]"),
+        click.option("--metrics-ticks", type=int, help="Ticks between metrics.  [default: at the end only]"),
+        click.option("--metrics-sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
+                     help="Solver of the samples for metrics.  [default: the model's]"),
+        click.option("--metrics-steps", type=click.IntRange(min=1), help="Steps of that solver.  [default: the model's]"),
+    ],
+}  # fmt: skip
+
+ALIASES = {
+    "--results-dir": "--outdir", "--data-path": "--data", "--image-size": "--resolution", "--depth": "--num-blocks",
+    "--batch-size": "--batch", "--global-batch-size": "--batch", "--xflip": "--mirror", "--transfer": "--init-from",
+    "--global-seed": "--seed", "--num-workers": "--workers", "--ref-lr": "--lr", "--guidance": "--cfg-scale",
+    "--snapshot": "--snap", "--checkpoint": "--dump",
+}  # fmt: skip
+REFUSED = {
+    "--arch": "EDM's choice of a U-Net; the network here is DiffiT: choose it with --preset, or --num-blocks and --hidden-dim",
+    "--precond": "EDM's choice of a preconditioning; use --diffusion edm, cosine or linear",
+    "--cbase": "EDM's channel multiplier; use --base-dim and --hidden-dim",
+    "--cres": "EDM's channels per resolution; use --base-dim and --hidden-dim",
+    "--ls": "EDM's loss scaling; no loss is scaled by hand here: leave it out",
+    "--channels": "edm2's width; use --base-dim and --hidden-dim",
+    "--decay": "edm2's learning-rate decay; the rate here is constant after its ramp: leave it out",
+    "--bench": "EDM's cuDNN switch; leave it out",
+    "--cache": "EDM's cache of decoded images; they are kept in memory where they fit: leave it out",
+    "--nosubdir": "EDM's switch; a run always gets a folder of its own below --outdir",
+    "--gpus": "StyleGAN's number of GPUs; use torchrun --nproc_per_node=N train.py …",
+    "--cfg": "StyleGAN's base configuration; use --preset",
+    "--gamma": "StyleGAN's regularisation; a diffusion model has none",
+}  # fmt: skip
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})  # also for train.py, which has no group
+@click.command(
+    cls=GroupedCommand, aliases=ALIASES, refused=REFUSED,
+    context_settings={"help_option_names": ["-h", "--help"]},  # also for train.py, which has no group
+)  # fmt: skip
 @with_options(OPTIONS)
 def train(**options: Any) -> None:
     """Train DiffiT on an image archive.
 
-    Starting the same command again resumes it. Under torchrun the same command uses several GPUs.
+    With --data and --outdir alone, a small network for the images is trained for ten minutes. Starting the same command
+    again resumes it. Under torchrun the same command uses several GPUs.
     """
-    outdir, dry_run, resume = (options.pop(key) for key in ("outdir", "dry_run", "resume"))
-    options["grid"] = options["grid"] and options["grid"][::-1]
-    preset, epochs = options.pop("preset"), options.pop("epochs")
-    normalise(options)
+    given, preset = read_options(options)
+    outdir, resume, dry_run, as_json = (given.pop(key) for key in ("outdir", "resume", "dry_run", "as_json"))
+    if not dry_run and (given.get("data") is None or outdir is None):
+        raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.cli.describe import describe_run
-    from diffit.data.latents import LatentArchive
-    from diffit.data.open import facts_of, open_data, open_val
+    from diffit.data.open import facts_of, open_val
     from diffit.metrics.suite import parse_metrics
-    from diffit.models.autoencoder import autoencoder_of
-    from diffit.training.loop import train as run_training
+    from diffit.training import train as run_training
     from diffit.utils.distributed import processes
 
-    if not dry_run and (options["data"] is None or outdir is None):
-        raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
     with processes(join=not dry_run) as procs:
-        archive = val = None
-        if options["data"] is not None and not (dry_run and not Path(options["data"]).exists()):
-            archive = open_data(options["data"], options["cond"], preset)
-            options["data"] = str(archive.path.resolve())
-            if options["vae"] is None and isinstance(archive, LatentArchive):
-                options["vae"] = archive.header.vae
-        if options["vae"] is not None and Path(options["vae"]).is_dir():
-            options["vae"] = str(Path(options["vae"]).resolve())  # the file will be sampled from elsewhere
+        archive = open_archive(given, preset, dry_run)
+        epochs = given.pop("epochs", None)
         if epochs is not None:
-            options["kimg"] = kimg_of(epochs, options["kimg"], archive)
-        config = resolve(preset, options, facts_of(archive), processes=procs.count)
+            if archive is None:
+                raise UserError("--epochs counts passes over the data: give --data too, or --kimg")
+            given["kimg"] = epochs * len(archive) / 1000
+        config = resolve(preset, given, facts_of(archive), processes=procs.count)
         parse_metrics(config.training.metrics)
         if dry_run:
             if procs.is_first:
-                click.echo(describe_run(config, procs.count, archive))
+                click.echo(config.model_dump_json(indent=2) if as_json else describe_run(config, procs, archive))
             return
         assert archive is not None
-        if options["val"] is not None:
-            val = open_val(options["val"], archive, config)
-        try:
-            autoencoder = autoencoder_of(config, device=procs.device)
-        except UserError as error:
-            raise UserError(f"the model's autoencoder: {error} (--vae PATH|ID names another)") from None
-        if autoencoder is not None:
-            for latents in (archive, val):
-                if isinstance(latents, LatentArchive):
-                    latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
+        val = None if config.data.val is None else open_val(config.data.val, archive, config)
+        autoencoder = open_autoencoder(config, [archive, val], procs.device)
         outcome = run_training(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
         if outcome.snapshot is None and procs.is_first:
             click.echo(
-                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; "
-                "a longer --kimg goes on, --resume none begins again"
+                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg or --minutes goes "
+                "on, --resume none begins again"
             )
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
 
 
-def normalise(options: dict[str, Any]) -> None:
-    """Other projects' spellings to ours, in place."""
-    for ours, theirs, factor in (("kimg", "duration", 1000), ("ema_halflife_kimg", "ema", 1000)):
-        value = options.pop(theirs)
-        if value is not None:
-            if options.get(ours) is not None:
-                raise UserError(f"--{ours} and --{theirs} say the same thing: give one")
-            options[ours] = value * factor
+def read_options(options: dict[str, Any]) -> tuple[dict[str, Any], str | Config | None]:
+    """The options as :func:`resolve` takes them, a file's among them, and the preset."""
+    preset, config_file = options.pop("preset"), options.pop("config_file")
+    options["grid"] = options["grid"] and options["grid"][::-1]  # columns first
+    if options["num_blocks"] is not None:
+        options["num_blocks"] = tuple(options["num_blocks"])
+    if options["metrics"] is not None:
+        options["metrics"] = tuple(name for name in options["metrics"].split(",") if name and name != "none")
     if options.pop("fp16"):
         if options["precision"] not in (None, "fp16"):
             raise UserError(f"--fp16 and --precision {options['precision']} say different things: give one")
         options["precision"] = "fp16"
-    if options["metrics"] is not None:
-        options["metrics"] = tuple(name for name in options["metrics"].split(",") if name and name != "none")
-    if options["num_blocks"] is not None:
-        options["num_blocks"] = tuple(options["num_blocks"])
+    lengths = {name: options.pop(name) for name in ("minutes", "hours", "kimg", "duration", "epochs")}
+    given = {f"--{name}": value for name, value in lengths.items() if value is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} say the same thing, how long to train: give one")
+    if lengths["hours"] is not None:
+        lengths["minutes"] = lengths["hours"] * 60
+    options["minutes"], options["epochs"] = lengths["minutes"], lengths["epochs"]
+    options["kimg"] = lengths["kimg"] if lengths["duration"] is None else lengths["duration"]
+    ema = options.pop("ema")
+    options["ema_halflife_kimg"] = None if ema is None else ema * 1000
+    found = {key: value for key, value in options.items() if value is not None or key == "outdir"}
+    if config_file is not None:
+        file_preset, from_file = options_of(config_file)
+        preset = preset or file_preset
+        if given:
+            from_file = {key: value for key, value in from_file.items() if key not in ("kimg", "minutes")}
+        found = from_file | found
+    elif preset is None and not given and not spelled_out(found):
+        found["minutes"] = MINUTES
+    return found, preset
 
 
-def kimg_of(epochs: float, kimg: float | None, archive: Any) -> float:
-    if kimg is not None:
-        raise UserError("--epochs says the same thing as --kimg and --duration: give one")
-    if archive is None:
-        raise UserError("--epochs counts passes over the data: give --data too, or --kimg")
-    return epochs * len(archive) / 1000
+def spelled_out(options: dict[str, Any]) -> bool:
+    from diffit.configs.resolve import NETWORK
+
+    return any(name in options for name in NETWORK)
+
+
+def options_of(path: Path) -> tuple[str | Config | None, dict[str, Any]]:
+    """Preset (or whole configuration) and options of a file: flat, as on the command line, or a run's ``training_options.json``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml  # type: ignore[import-untyped]
+
+            content = yaml.safe_load(text)
+        else:
+            content = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: cannot be read as JSON or YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: holds no options; write a JSON object or a YAML mapping")
+    if "model" in content and "training" in content:
+        config = Config.from_json(text, f"--config {path}")
+        data = {"cond": config.data.cond, "data": config.data.path, "val": config.data.val}
+        return config, {key: value for key, value in data.items() if value is not None}
+    flat = {str(key).replace("-", "_"): value for key, value in content.items()}
+    flat = {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+    return flat.pop("preset", None), flat
+
+
+def open_archive(options: dict[str, Any], preset: str | Config | None, dry_run: bool) -> "Archive | None":
+    """The data, with its absolute path in the options; a latent cache brings its VAE."""
+    from diffit.data.latents import LatentArchive
+    from diffit.data.open import open_data
+
+    archive, path = None, options.get("data")
+    if path is not None and not (dry_run and not Path(path).exists()):
+        archive = open_data(path, options.get("cond"), preset if isinstance(preset, str) else None)
+        options["data"] = str(archive.path.resolve())
+        if isinstance(archive, LatentArchive):
+            options.setdefault("vae", archive.header.vae)
+    if options.get("vae") is not None and Path(options["vae"]).is_dir():
+        options["vae"] = str(Path(options["vae"]).resolve())  # the file will be sampled from elsewhere
+    return archive
+
+
+def open_autoencoder(config: Config, archives: "list[Archive | None]", device: Any) -> "Autoencoder | None":
+    """The VAE of a latent model, which must be that of cached latents."""
+    from diffit.data.latents import LatentArchive
+    from diffit.models.autoencoder import autoencoder_of
+
+    try:
+        autoencoder = autoencoder_of(config, device=device)
+    except UserError as error:
+        raise UserError(f"the model's autoencoder: {error} (--vae PATH|ID names another)") from None
+    for latents in archives:
+        if autoencoder is not None and isinstance(latents, LatentArchive):
+            latents.check_vae(autoencoder.sha256, autoencoder.scale, autoencoder.id)
+    return autoencoder

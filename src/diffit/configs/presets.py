@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffit.configs.schema import (
+    AUGMENT_LABELS,
     ADMDiffusion,
     AutoencoderSpec,
     Config,
@@ -19,8 +20,6 @@ from diffit.configs.schema import (
     Training,
 )
 from diffit.errors import UserError
-
-AUGMENT_LABELS = 9  # what diffit.data.augment tells of its transforms
 
 
 def cifar10() -> Config:
@@ -89,6 +88,41 @@ def digits() -> Config:
             workers=0,
         ),
     )
+
+
+def _small(preset: str, side: int, *widths: int, batch: int, lr: float) -> Config:
+    """Ours, for the machine at hand: the deepest stage attends globally, the others in windows of 4.
+
+    The length is the machine's: see :mod:`diffit.training.plan`. ``kimg`` is only that of a run of unknown speed.
+    """
+    stages = [StageSpec(blocks=1, width=width, heads=max(width // 32, 1), window=4) for width in widths[:-1]]
+    last = StageSpec(blocks=2, width=widths[-1], heads=max(widths[-1] // 32, 1), window=None)
+    return Config(
+        preset=preset,
+        model=ImageModel(image_size=(side, side), stages=(*stages, last), cond_dim=128),
+        sampling=Sampling(steps=18),
+        training=Training(batch=batch, kimg=50, lr=lr, lr_rampup_kimg=2.5, ema_halflife_kimg=2.5, tick=1, mirror=False),
+    )
+
+
+def small8() -> Config:
+    """8×8, for minutes on a CPU."""
+    return _small("small8", 8, 32, 96, batch=64, lr=2e-3)
+
+
+def small16() -> Config:
+    """16×16, for minutes on a CPU."""
+    return _small("small16", 16, 32, 96, batch=32, lr=2e-3)
+
+
+def small32() -> Config:
+    """32×32, for minutes on a CPU."""
+    return _small("small32", 32, 32, 64, 128, batch=32, lr=2e-3)
+
+
+def small64() -> Config:
+    """64×64, for minutes on a CPU."""
+    return _small("small64", 64, 32, 64, 96, 128, batch=16, lr=1e-3)
 
 
 def debug() -> Config:
@@ -170,7 +204,8 @@ def latent_debug() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
-        cifar10, ffhq64, digits, debug, imagenet256, imagenet512, latent_s, latent_b, latent_l, latent_debug,
+        small8, small16, small32, small64, cifar10, ffhq64, imagenet256, imagenet512, latent_s, latent_b, latent_l,
+        digits, debug, latent_debug,
     )
 }  # fmt: skip
 

@@ -1,14 +1,33 @@
-"""From a preset, the command line's options and the data's facts to one complete configuration."""
+"""From a preset, options and what the data says of itself to one complete configuration."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from diffit.configs.presets import AUGMENT_LABELS, get_preset
-from diffit.configs.schema import ADMDiffusion, Config, ImageModel, LatentModel, Sampling, StageSpec, Training, explain
+from diffit.configs.presets import get_preset
+from diffit.configs.schema import (
+    AUGMENT_LABELS,
+    ADMDiffusion,
+    Config,
+    ImageModel,
+    LatentModel,
+    Sampling,
+    StageSpec,
+    Training,
+    explain,
+)
 from diffit.errors import UserError
+
+NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "window_size", "dropout", "patch_size",
+           "mlp_ratio")  # fmt: skip
+"""Options that spell out a network: with one of them and no preset, the published recipe of that size is meant."""
+NOISE = ("P_mean", "P_std", "sigma_data")
+OTHER = ("diffusion", "vae", "data", "val", "cond")
+SHARE = 0.05  # of a run that shorter than its preset's: the learning-rate ramp, and the EMA half-life
+LINES = 50  # a run prints so many ticks
 
 
 @dataclass(frozen=True)
@@ -25,10 +44,167 @@ class DataFacts:
     """(C, h, w) of cached latents."""
 
 
-def preset_for(image_size: tuple[int, int]) -> str:
-    """The published recipe nearest in size, for a command that spells out its numbers."""
-    side = max(image_size)
-    return "cifar10" if side <= 32 else "ffhq64" if side < 128 else "imagenet256" if side < 512 else "imagenet512"
+def resolve(
+    preset: str | Config | None,
+    options: Mapping[str, Any],
+    facts: DataFacts | None = None,
+    *,
+    processes: int = 1,
+) -> Config:
+    """Options that are absent or None leave the values of ``preset``, a name or a whole configuration.
+
+    Keys are the fields of :class:`Training` and :class:`Sampling`, ``P_mean``, ``P_std``, ``sigma_data``, and
+    ``resolution`` (H, W), ``base_dim``, ``hidden_dim``, ``num_heads``, ``num_blocks`` (a tuple, one per stage or one
+    for all), ``window_size``, ``dropout``, ``patch_size``, ``mlp_ratio``, ``diffusion`` (edm, cosine or linear),
+    ``vae``, ``data``, ``val``, ``cond``. Without a preset, options that spell out a network choose the published recipe
+    for the size of the images, and the batch is ``batch_gpu`` × processes; without such options a small network of
+    ours is chosen. What follows from the length is put in proportion to it.
+
+    Raises :class:`UserError` for unknown keys, and for values that do not fit together.
+    """
+    options = _known({key: value for key, value in options.items() if value is not None})
+    size = _image_size(options, facts)
+    base = preset if isinstance(preset, Config) else get_preset(preset or _preset_for(options, size, facts))
+    if preset is None and "batch_gpu" in options and _spelled_out(options):
+        options.setdefault("batch", options["batch_gpu"] * processes)
+    changed = base.model_dump()
+    changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
+    _in_proportion(changed["training"], base.training, options)
+    _change_diffusion(changed, options)
+    changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}
+    # A recipe that was not asked for does not ask for labels.
+    cond = options.get("cond", preset is not None and base.data.cond)
+    changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond}
+    if isinstance(base.model, ImageModel):
+        adapt_depth = preset is None or "resolution" in options
+        _change_image_model(changed, base, options, size or base.model.image_size, facts, adapt_depth)
+    else:
+        _change_latent_model(changed, base, options, size or base.image_shape[1:], facts)
+    _change_classes(changed, options, facts, cond)
+    try:
+        return Config.model_validate(changed)
+    except ValidationError as error:
+        raise UserError(f"the options do not fit together: {explain(error)}") from None
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    known = [*NETWORK, *NOISE, *OTHER, *Training.model_fields, *Sampling.model_fields]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"unknown option {key!r}" + (f": did you mean {near[0]}?" if near else ""))
+    return options
+
+
+def _image_size(options: Mapping[str, Any], facts: DataFacts | None) -> tuple[int, int] | None:
+    """(H, W): that of the data, or else the one asked for."""
+    size: tuple[int, int] | None = options.get("resolution") or (facts.image_size if facts else None)
+    if facts and size and size != facts.image_size:
+        asked, found = (f"{s[1]}x{s[0]}" for s in (size, facts.image_size))
+        raise UserError(
+            f"--resolution {asked}, but the images are {found}: "
+            f"leave it out, or resize them: diffit data convert --resolution {asked} --source … --dest …"
+        )
+    return size
+
+
+def _spelled_out(options: Mapping[str, Any]) -> bool:
+    return any(name in options for name in NETWORK)
+
+
+def _preset_for(options: Mapping[str, Any], size: tuple[int, int] | None, facts: DataFacts | None) -> str:
+    """The published recipe nearest in size where a network is spelled out, else a small one of ours."""
+    latents = facts is not None and facts.latent_scale is not None
+    if size is None:
+        raise UserError("nothing says what to train: give --preset, or --data, or --resolution")
+    side = max(size)
+    if _spelled_out(options):
+        if latents:
+            return "imagenet512" if side > 256 else "imagenet256"
+        return "cifar10" if side <= 32 else "ffhq64" if side < 128 else "imagenet256" if side < 512 else "imagenet512"
+    if latents or side >= 128:
+        return "latent-s"
+    return next((f"small{small}" for small in (8, 16, 32) if side <= small), "small64")
+
+
+def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[str, Any]) -> None:
+    """For a run shorter than the preset's: ramp and half-life as its share of the run, ticks so that it prints some.
+
+    ``chosen`` names what was put in, so that a run whose length is changed later keeps what it began with.
+    """
+    kimg = training["kimg"]
+    chosen = ["kimg"] if "minutes" in options and "kimg" not in options else []
+    if kimg != preset.kimg or chosen:
+        for name in ("lr_rampup_kimg", "ema_halflife_kimg"):
+            if name not in options:
+                own = getattr(preset, name)
+                training[name] = min(own, max(SHARE, own / preset.kimg) * kimg)
+                chosen.append(name)
+        if "tick" not in options:
+            training["tick"] = min(preset.tick, kimg / LINES)
+    if "batch_gpu" not in options and preset.batch_gpu is not None:
+        chosen.append("batch_gpu")  # a smaller one will do where that does not fit
+    training["chosen"] = tuple(chosen)
+
+
+def with_length(training: Training, kimg: float) -> Training:
+    """``training`` for a length that was measured: what was ``chosen`` in proportion to it follows."""
+    changes: dict[str, Any] = {"kimg": kimg, "tick": kimg / LINES}
+    for name in ("lr_rampup_kimg", "ema_halflife_kimg"):
+        if name in training.chosen:
+            changes[name] = SHARE * kimg
+    return training.model_copy(update=changes)
+
+
+def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Put the named diffusion in, and a sampler that suits it; or another noise distribution of EDM's."""
+    name, was_edm = options.get("diffusion"), changed["diffusion"]["kind"] == "edm"
+    if name == "edm" and not was_edm:
+        raise UserError("--diffusion edm: the latent model predicts noise on a discrete schedule; use linear or cosine")
+    if name not in (None, "edm"):
+        changed["diffusion"] = ADMDiffusion(schedule=name, clip=was_edm).model_dump()
+        if was_edm:
+            changed["sampling"] |= {"sampler": "ddim", "steps": 50}
+    noise = {key: options[key] for key in NOISE if key in options}
+    if noise and changed["diffusion"]["kind"] != "edm":
+        given = ", ".join(f"--{key} {value:g}" for key, value in noise.items())
+        raise UserError(f"{given}: of EDM's noise distribution, and this model has a discrete schedule; leave it out")
+    changed["diffusion"] |= noise
+
+
+def _change_image_model(
+    changed: dict[str, Any],
+    base: Config,
+    options: Mapping[str, Any],
+    size: tuple[int, int],
+    facts: DataFacts | None,
+    adapt_depth: bool,
+) -> None:
+    """What options and data change of an image-space model."""
+    model = base.model
+    assert isinstance(model, ImageModel)
+    if facts and facts.latent_scale:
+        raise UserError(
+            f"the data are latents, preset {base.preset} is an image-space model: use latent-s, imagenet256 …"
+        )
+    if "vae" in options:
+        raise UserError(f"--vae {options['vae']}: preset {base.preset} is an image-space model; leave it out")
+    if "patch_size" in options:
+        raise UserError(f"--patch-size {options['patch_size']}: preset {base.preset} has no patches; leave it out")
+    blocks = options.get("num_blocks", ())
+    count = len(model.stages)
+    if len(blocks) > 1:
+        count = len(blocks)
+    elif adapt_depth and size != model.image_size:
+        count = stage_count(size)
+    changed["model"] |= {
+        "image_size": tuple(size),
+        "stages": edit_stages(model.stages, count, options),
+        "dropout": options.get("dropout", model.dropout),
+        "mlp_ratio": options.get("mlp_ratio", model.mlp_ratio),
+        "augment_dim": AUGMENT_LABELS if changed["training"]["augment"] else 0,
+        "channels": facts.channels if facts else model.channels,
+    }
 
 
 def stage_count(image_size: tuple[int, int]) -> int:
@@ -41,9 +217,11 @@ def edit_stages(stages: tuple[StageSpec, ...], count: int, options: Mapping[str,
     blocks = options.get("num_blocks")
     if isinstance(blocks, tuple) and len(blocks) == 1:
         blocks = blocks[0]
+    # Of fewer stages the last stays the last: it is the one that attends globally in the small presets.
+    kept = [*stages[: count - 1], stages[-1]] if count < len(stages) else stages
     edited = []
     for level in range(count):
-        stage = stages[min(level, len(stages) - 1)].model_dump()
+        stage = kept[min(level, len(kept) - 1)].model_dump()
         width = options.get("base_dim") if level == 0 else options.get("hidden_dim")
         changes = {
             "width": width,
@@ -55,118 +233,9 @@ def edit_stages(stages: tuple[StageSpec, ...], count: int, options: Mapping[str,
     return tuple(edited)
 
 
-def resolve(
-    preset: str | None,
-    options: Mapping[str, Any],
-    facts: DataFacts | None = None,
-    *,
-    processes: int = 1,
-) -> Config:
-    """Options that are absent or None leave the preset's values.
-
-    Keys are the fields of :class:`Training` and :class:`Sampling`, and ``resolution`` (H, W), ``base_dim``,
-    ``hidden_dim``, ``num_heads``, ``num_blocks`` (a tuple, one a stage or one for all), ``window_size``, ``dropout``,
-    ``diffusion`` (edm, cosine or linear), ``vae``, ``data``, ``val``, ``cond``. Without a preset the size of the images
-    chooses one, and the batch is ``batch_gpu`` × processes.
-
-    Raises :class:`UserError` for values that do not fit together.
-    """
-    options = {key: value for key, value in options.items() if value is not None}
-    named = preset is not None  # a recipe that was not asked for does not ask for labels
-    size: tuple[int, int] | None = options.get("resolution") or (facts.image_size if facts else None)
-    if facts and size and size != facts.image_size:
-        asked, found = (f"{s[1]}x{s[0]}" for s in (size, facts.image_size))
-        raise UserError(
-            f"--resolution {asked}, but the images are {found}: "
-            f"leave it out, or resize them: diffit data convert --resolution {asked} --source … --dest …"
-        )
-    if preset is None:
-        if facts and facts.latent_scale:
-            preset = "imagenet512" if max(facts.image_size) > 256 else "imagenet256"
-        elif size is None:
-            raise UserError("nothing says what to train: give --preset, or --data, or --resolution")
-        else:
-            preset = preset_for(size)
-        if "batch_gpu" in options:
-            options.setdefault("batch", options["batch_gpu"] * processes)
-        adapt_depth = True
-    else:
-        adapt_depth = "resolution" in options
-    base = get_preset(preset)
-    if facts and facts.latent_scale and isinstance(base.model, ImageModel):
-        raise UserError(
-            f"the data are latents, preset {base.preset} is an image-space model: take latent-s, imagenet256 …"
-        )
-    changed = base.model_dump()
-    changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
-    if "diffusion" in options:
-        change_diffusion(changed, options["diffusion"])
-    changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}
-    cond = options.get("cond", named and base.data.cond)
-    changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond}
-    if isinstance(base.model, ImageModel):
-        if "vae" in options:
-            raise UserError(f"--vae {options['vae']}: preset {base.preset} is an image-space model; leave it out")
-        changed["model"] |= image_changes(base, options, size or base.model.image_size, facts, adapt_depth)
-        changed["model"]["augment_dim"] = AUGMENT_LABELS if changed["training"]["augment"] else 0
-    else:
-        changed["model"] |= latent_changes(base, options, size or base.image_shape[1:])
-        if "vae" in options:
-            changed["autoencoder"]["vae"] = options["vae"]
-        if facts and facts.latent_scale:
-            changed["autoencoder"]["scale"] = facts.latent_scale
-        if facts and facts.latent_shape:
-            channels, height, width = facts.latent_shape
-            changed["model"] |= {"in_channels": channels, "input_size": (height, width)}
-            changed["autoencoder"]["factor"] = facts.image_size[0] // height
-    if not cond:
-        changed["model"]["num_classes"] = 0
-        if "cfg_scale" not in options:
-            changed["sampling"] |= {"cfg_scale": 1.0, "cfg_power": None}
-    elif facts:
-        changed["model"]["num_classes"] = facts.num_classes
-        changed["data"]["class_names"] = facts.class_names
-    if cond and not changed["training"]["label_drop"] and "cfg_scale" not in options:
-        changed["sampling"] |= {"cfg_scale": 1.0, "cfg_power": None}  # guidance needs a null class that was trained
-    try:
-        return Config.model_validate(changed)
-    except ValidationError as error:
-        raise UserError(f"the options do not fit together: {explain(error)}") from None
-
-
-def change_diffusion(changed: dict[str, Any], name: str) -> None:
-    """Put the named diffusion in, and a sampler that suits it."""
-    if name == "edm":
-        if changed["diffusion"]["kind"] != "edm":
-            raise UserError(
-                "--diffusion edm: the latent model predicts noise on a discrete schedule; take linear or cosine"
-            )
-        return
-    was_edm = changed["diffusion"]["kind"] == "edm"
-    changed["diffusion"] = ADMDiffusion(schedule=name, clip=was_edm).model_dump()  # type: ignore[arg-type]
-    if was_edm:
-        changed["sampling"] |= {"sampler": "ddim", "steps": 50}
-
-
-def image_changes(
-    base: Config, options: Mapping[str, Any], size: tuple[int, int], facts: DataFacts | None, adapt_depth: bool
-) -> dict[str, Any]:
-    """What options and data change of an image-space model."""
-    assert isinstance(base.model, ImageModel)
-    blocks = options.get("num_blocks", ())
-    if len(blocks) > 1:
-        count = len(blocks)
-    else:
-        count = stage_count(size) if adapt_depth and size != base.model.image_size else len(base.model.stages)
-    changes = {
-        "image_size": tuple(size),
-        "stages": edit_stages(base.model.stages, count, options),
-        "dropout": options.get("dropout", base.model.dropout),
-    }
-    return changes | ({"channels": facts.channels} if facts else {})
-
-
-def latent_changes(base: Config, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def _change_latent_model(
+    changed: dict[str, Any], base: Config, options: Mapping[str, Any], size: tuple[int, int], facts: DataFacts | None
+) -> None:
     """What options and data change of a latent model. ``base_dim`` has no place in it: all tokens are of one width."""
     model = base.model
     assert isinstance(model, LatentModel)
@@ -177,29 +246,54 @@ def latent_changes(base: Config, options: Mapping[str, Any], size: tuple[int, in
     blocks, factor = options.get("num_blocks", ()), base.autoencoder.factor
     if len(blocks) > 1:
         raise UserError(f"--num-blocks {','.join(map(str, blocks))}: the latent model has one depth; give one number")
-    unit = factor * model.patch_size
+    patch = options.get("patch_size", model.patch_size)
+    unit = factor * patch
     if any(side % unit for side in size):
         raise UserError(
             f"images of {size[1]}x{size[0]}: the latent model takes sides that are multiples of {unit}; "
             f"diffit data convert --resolution {size[1] // unit * unit}x{size[0] // unit * unit} …"
         )
-    changes = {"hidden_size": "hidden_dim", "num_heads": "num_heads"}
-    return {
+    fields = {
+        "hidden_size": "hidden_dim",
+        "num_heads": "num_heads",
+        "patch_size": "patch_size",
+        "mlp_ratio": "mlp_ratio",
+    }
+    changed["model"] |= {field: options[option] for field, option in fields.items() if option in options}
+    changed["model"] |= {
         "input_size": tuple(side // factor for side in size),
         "depth": blocks[0] if blocks else model.depth,
-        **{field: options[option] for field, option in changes.items() if option in options},
     }
+    if "vae" in options:
+        changed["autoencoder"]["vae"] = options["vae"]
+    if facts and facts.latent_scale:
+        changed["autoencoder"]["scale"] = facts.latent_scale
+    if facts and facts.latent_shape:
+        channels, height, width = facts.latent_shape
+        changed["model"] |= {"in_channels": channels, "input_size": (height, width)}
+        changed["autoencoder"]["factor"] = facts.image_size[0] // height
+
+
+def _change_classes(changed: dict[str, Any], options: Mapping[str, Any], facts: DataFacts | None, cond: bool) -> None:
+    """The data's classes where they are asked for; no guidance where nothing would train its null class."""
+    if not cond:
+        changed["model"]["num_classes"] = 0
+    elif facts:
+        changed["model"]["num_classes"] = facts.num_classes
+        changed["data"]["class_names"] = facts.class_names
+    if "cfg_scale" not in options and not (cond and changed["training"]["label_drop"]):
+        changed["sampling"] |= {"cfg_scale": 1.0, "cfg_power": None}
 
 
 def accumulation(batch: int, batch_gpu: int | None, processes: int) -> tuple[int, int]:
     """``(batch_gpu, rounds)`` with ``batch = batch_gpu × processes × rounds``, or a :class:`UserError`."""
     if batch % processes:
-        raise UserError(f"--batch {batch} does not divide among {processes} processes; take a multiple of {processes}")
+        raise UserError(f"--batch {batch} does not divide among {processes} processes; use a multiple of {processes}")
     batch_gpu = min(batch_gpu or batch, batch // processes)
     if batch % (batch_gpu * processes):
         above = -(-batch // (batch_gpu * processes)) * batch_gpu * processes
         raise UserError(
             f"--batch {batch} is not a multiple of --batch-gpu {batch_gpu} × {processes} processes; "
-            f"take --batch {above}, or a --batch-gpu that divides"
+            f"use --batch {above}, or a --batch-gpu that divides"
         )
     return batch_gpu, batch // (batch_gpu * processes)

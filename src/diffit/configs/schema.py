@@ -129,6 +129,9 @@ class ADMDiffusion(Frozen):
     """Clamp the predicted clean image to [−1, 1] while sampling: for pixels, not for latents."""
 
 
+AUGMENT_LABELS = 9
+"""What :mod:`diffit.data.augment` tells the network of its transforms."""
+
 DISCRETE = ("ddpm", "ddim")
 """Samplers on the schedule's own timesteps."""
 
@@ -195,6 +198,8 @@ class Training(Frozen):
     batch_gpu: Count | None = None
     """Images a forward pass; None fits the whole share of a process in one."""
     kimg: Positive
+    minutes: Positive | None = None
+    """The length by the clock, from which kimg was measured; None where kimg was asked for."""
     lr: Positive
     lr_rampup_kimg: NonNegative = 10_000.0
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -222,9 +227,15 @@ class Training(Frozen):
     tick: Positive = 50.0
     """kimg between lines of statistics."""
     snap: Annotated[int, Field(ge=0)] = 50
-    """Ticks between snapshots and grids; 0: at the end only."""
+    """Ticks between snapshots and grids; 0: not by ticks."""
+    snap_minutes: NonNegative = 10.0
+    """Minutes after which a snapshot and a grid are due whatever the tick; 0: not by time."""
     dump: Annotated[int, Field(ge=0)] = 50
-    """Ticks between training states; 0: at the end only."""
+    """Ticks between training states; 0: not by ticks."""
+    dump_minutes: NonNegative = 10.0
+    """Minutes after which a training state is due whatever the tick; 0: not by time."""
+    keep: Annotated[int, Field(ge=0)] = 10
+    """Newest snapshots that are kept, next to the best ones; 0 keeps all."""
     grid: tuple[Count, Count] = (8, 8)
     """Columns and rows of the grids of samples."""
     desc: str | None = None
@@ -234,6 +245,11 @@ class Training(Frozen):
     """Images or statistics to compare with; None is the training data."""
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
+    metrics_sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] | None = None
+    metrics_steps: Count | None = None
+    """How the samples for metrics are made; None is as the model samples by default."""
+    chosen: tuple[str, ...] = ()
+    """Fields that follow from the length, the data or the machine: a resumed run keeps those that it began with."""
 
     @field_validator("desc")
     @classmethod

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, safe_name, subset
 from diffit.data.formats import FORMATS, IMAGE_SUFFIXES, unread
+from diffit.data.pixels import is_sixteen_bit_color, orientation
 from diffit.errors import UserError
 
 META = "dataset.json"
@@ -50,13 +51,17 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
         return image
 
 
-def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; 1 as well when the EXIF block is missing or damaged."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # photographs with a malformed EXIF block are common, and their pixels are fine
-        return 1
-    return value if value in range(1, 9) else 1
+def open_plain(data: bytes, name: str) -> tuple[Image.Image, str | None]:
+    """The decoded image, and what keeps it from being read as it is, or None. Raises BrokenImageError."""
+    image = open_image(data, name, header_only=True)
+    deep = is_sixteen_bit_color(image)
+    with decoding(name):
+        image.load()
+    if deep:
+        return image, "has 16 bits a channel"
+    if image.mode not in ("L", "RGB"):
+        return image, f"has Pillow mode {image.mode}"
+    return image, "is stored rotated (EXIF)" if orientation(image) != 1 else None
 
 
 def read_labels(files: FileTree) -> tuple[dict[str, int] | None, list[str] | None]:
@@ -152,9 +157,8 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         return f"diffit data convert --source {self.path} --dest NEW.zip"
 
     def _decode(self, name: str) -> torch.Tensor:
-        image = open_image(self._files.read(name), f"{self.path}: {name}")
-        fault = f"has Pillow mode {image.mode}" if image.mode not in ("L", "RGB") else "is stored rotated (EXIF)"
-        if image.mode not in ("L", "RGB") or orientation(image) != 1:
+        image, fault = open_plain(self._files.read(name), f"{self.path}: {name}")
+        if fault:
             raise UserError(
                 f"{self.path}: '{name}' {fault}, and only upright 8-bit gray or RGB images are read: "
                 f"`{self._convert_command}` makes them so"
@@ -194,7 +198,7 @@ def require_images(files: FileTree) -> list[str]:
     if files.images:
         return files.images
     if known := unread(files.names):
-        raise UserError(f"{files.path} holds no image that is read: {'; '.join(known)}")
+        raise UserError(f"{files.path} holds no image that can be read: {'; '.join(known)}")
     found = f"found {name_some(files.names)}" if files.names else "it is empty"
     raise UserError(f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}): {found}; check the path")
 

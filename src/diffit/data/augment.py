@@ -1,19 +1,19 @@
 """Augmentation that does not leak into what the model generates (Karras et al., arXiv 2206.00364, Appendix F.2).
 
 Every transform is told to the network in its label; the label of an untouched image is 0, and that is what a sampler
-asks for. The labels are drawn first and :func:`transform` sees nothing else, so that they tell all there is to know.
+asks for. The labels are sampled first and :func:`transform` sees nothing else, so that they tell all there is to know.
 
-| label | transform | drawn |
+| label | transform | random |
 |---|---|---|
-| 0 | mirror left and right | with probability ½, always |
-| 1 | mirror up and down | by coin |
-| 2 | enlarge by 2^(0.2·n) | n |
-| 3, 4 | turn by φ, from x to y: cos φ − 1, sin φ | φ uniform on the circle |
-| 5, 6 | stretch by 2^(0.2·n) along an axis at θ/2, shrink as much across: n·cos θ, n·sin θ | n; θ uniform or 0 |
-| 7, 8 | move by n_x·W/8 right, n_y·H/8 down | n_x, n_y |
+| 0 | flip left and right | with probability ½, always |
+| 1 | flip up and down | with probability ½ |
+| 2 | scale by 2^(0.2·n) | n |
+| 3, 4 | rotate by φ, from x to y: cos φ − 1, sin φ | φ uniform on the circle |
+| 5, 6 | scale by 2^(0.2·n) along an axis at θ/2, by 2^(−0.2·n) across: n·cos θ, n·sin θ | n; θ uniform or 0 |
+| 7, 8 | translate by n_x·W/8 right, n_y·H/8 down | n_x, n_y |
 
-They are done in this order; each but the first happens with the augmentation probability. n is standard normal, a coin
-is fair, and θ is 0 by coin.
+They are applied in this order, each but the first with the augmentation probability. n is standard normal, and θ is 0
+with probability ½.
 θ is *twice* the angle of the axis because (n, θ) and (−n, θ + 180°), which have one label, are then one stretch;
 with the axis at θ itself they would be opposite ones, and the label would not tell which.
 """
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffit.configs.presets import AUGMENT_LABELS
+from diffit.configs.schema import AUGMENT_LABELS
 
 SYM6 = torch.tensor([
     0.0154041093270274, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
@@ -36,10 +36,10 @@ SYM6 = torch.tensor([
 
 TAPS = len(SYM6)
 DELAY = 5
-"""Sample m of a doubled axis is taken to lie at pixel (m − DELAY) / 2.
+"""Sample m of a doubled axis lies at pixel (m − DELAY) / 2.
 
 sym6 is not quite symmetric: it delays the smooth parts of an image by 5.10 samples and the finest by 4.83. On CIFAR-10
-(as JPEG) turned and moved at random, 5 is nearest to a quintic spline: rms 0.020, against 0.028 with 5.10 and 0.091
+(as JPEG) rotated and moved at random, 5 is nearest to a quintic spline: rms 0.020, against 0.028 with 5.10 and 0.091
 with the 5.5 of a symmetric filter.
 """
 
@@ -61,11 +61,11 @@ class Augment:
         self.probability = probability
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        labels = self.draw_labels(len(images), generator).to(images.device, non_blocking=True)
+        labels = self.sample_labels(len(images), generator).to(images.device, non_blocking=True)
         apply = transform if self.probability > 0 else mirror  # the same picture, without the cost of resampling
         return apply(images, labels), labels
 
-    def draw_labels(self, batch: int, generator: torch.Generator) -> Tensor:
+    def sample_labels(self, batch: int, generator: torch.Generator) -> Tensor:
         """Labels ``(batch, 9)``, float32, on the generator's device."""
         uniform = torch.rand(batch, 10, generator=generator, device=generator.device)
         n, n_stretch, n_x, n_y = torch.randn(batch, 4, generator=generator, device=generator.device).unbind(1)
@@ -109,7 +109,7 @@ def warp(images: Tensor, labels: Tensor) -> Tensor:
 
     Beyond its border the image goes on as its mirror image, about the centres of the border pixels. This continuation
     is periodic, so one period of it holds all that a transform can reach, and coordinates wrap. Padding would need a
-    width that depends on the draw.
+    width that depends on the labels.
     """
     height, width = images.shape[-2:]
     (up_y, down_y), (up_x, down_x) = (

@@ -14,13 +14,13 @@ from diffit.data.archive import (
     META,
     count_classes,
     describe_shape,
-    open_image,
-    orientation,
+    open_plain,
     read_labels,
     require_classes,
     require_images,
 )
 from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, subset
+from diffit.data.pixels import has_other_profile
 from diffit.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
@@ -72,41 +72,46 @@ def check(
     chosen = set(subset(len(names), samples, seed))
     picked: list[Pixels] = []
 
-    def read(name: str) -> Pixels | BrokenImageError:
+    def read(name: str) -> tuple[Pixels, bool] | BrokenImageError:
         try:
             return _pixels(files, name)
         except BrokenImageError as error:
             return error
 
     small = report.num_bytes < 8192 * len(names)  # images for which threads cost more than they gain
-    good = 0
+    good = profiles = 0
     for i, result in enumerate(map_ordered(read, names, workers or int(small))):
         if isinstance(result, BrokenImageError):
             report.damaged.append((names[i], str(result)))
         else:
-            height, width, channels = result.shape
+            pixels, other_profile = result
+            height, width, channels = pixels.shape
             report.shapes[channels, height, width] += 1
             for channel in range(channels):
-                histograms[channels][channel] += np.bincount(result[..., channel].ravel(), minlength=256)
-            digests[good] = int.from_bytes(blake2b(result.tobytes(), digest_size=8).digest(), "little")
+                histograms[channels][channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
+            digests[good] = int.from_bytes(blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
             good += 1
+            profiles += other_profile
             if i in chosen:
-                picked.append(result)
+                picked.append(pixels)
         if progress is not None:
             progress(i + 1, len(names))
     report.duplicates = good - len(np.unique(digests[:good]))
+    if profiles:
+        report.warnings.append(
+            f"{profiles} images have a colour profile other than sRGB, which training does not look at: "
+            f"`diffit data convert --source {report.path} --dest NEW.zip` converts them"
+        )
     _summarise(report, histograms, picked)
     return report
 
 
-def _pixels(files: FileTree, name: str) -> Pixels:
-    """uint8 (H, W, C), under the same conditions as :class:`ImageArchive`."""
-    image = open_image(files.read(name), name)
-    if image.mode not in ("L", "RGB"):
-        raise BrokenImageError(f"'{name}' has Pillow mode {image.mode}, not 8-bit gray or RGB")
-    if orientation(image) != 1:
-        raise BrokenImageError(f"'{name}' is stored rotated (EXIF)")
-    return np.asarray(image).reshape(image.height, image.width, -1)
+def _pixels(files: FileTree, name: str) -> tuple[Pixels, bool]:
+    """uint8 (H, W, C), under the same conditions as :class:`ImageArchive`, and whether they are of another space."""
+    image, fault = open_plain(files.read(name), name)
+    if fault:
+        raise BrokenImageError(f"'{name}' {fault}, and only upright 8-bit gray or RGB images are read")
+    return np.asarray(image).reshape(image.height, image.width, -1), has_other_profile(image)
 
 
 def _check_labels(report: CheckReport, files: FileTree, cond: bool) -> None:

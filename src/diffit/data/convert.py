@@ -14,7 +14,7 @@ from typing import TypedDict, Unpack
 from diffit.data.archive import META
 from diffit.data.files import BrokenImageError, map_ordered, name_some, subset
 from diffit.data.pixels import WHITE, Color, color
-from diffit.data.png import PngEncoder, value_range_of
+from diffit.data.png import Look, PngEncoder, value_range_of
 from diffit.data.sources import CLASS_ORDERS, Source, open_source
 from diffit.data.transforms import resizer
 from diffit.errors import UserError
@@ -115,7 +115,7 @@ def convert(
     """
     settings = Settings(**options)
     source, dest = Path(source), Path(dest)
-    encoder = PngEncoder(
+    look = Look(
         resizer(settings.resolution, settings.transform),
         settings.channels,
         value_range_of(settings.value_range),
@@ -128,13 +128,13 @@ def convert(
     if settings.cond:
         _require_labels(source, raw)
     indices = subset(len(raw.names), settings.max_images, settings.seed)
-    encode = encoder.of(raw, indices, workers)
+    encoder = PngEncoder(raw, indices, look, workers)
     report = ConvertReport(raw.kind, dest, len(raw.names), raw.ignored, list(raw.notes))
     labels: list[tuple[str, int | None]] = []
     done = Counter[str]()
 
     with _writing(dest) as write:
-        for index, image in zip(indices, map_ordered(encode, indices, workers), strict=True):
+        for index, image in zip(indices, map_ordered(encoder, indices, workers), strict=True):
             name = raw.names[index]
             if isinstance(image, BrokenImageError):
                 if settings.on_error == "stop":
@@ -221,7 +221,7 @@ def _is_archive_folder(folder: Path) -> bool:
 
 @contextmanager
 def _writing(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
-    """Gives ``write(name, data)``; what it wrote takes the name ``dest`` at the end, and vanishes on any exception."""
+    """Yields ``write(name, data)``; what it wrote takes the name ``dest`` at the end, and vanishes on any exception."""
     try:
         if dest.suffix.lower() == ".zip":
             with whole_file(dest) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:

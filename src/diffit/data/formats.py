@@ -52,6 +52,6 @@ def suffix_of(name: str) -> str:
 
 
 def unread(names: Sequence[str]) -> list[str]:
-    """One line for each kind of image among ``names`` that is not read, with the remedy."""
+    """``313 HEIC photographs (pip install pillow-heif)``, for each kind of image among ``names`` that is not read."""
     kinds = Counter(UNREAD[suffix] for suffix in map(suffix_of, names) if suffix in UNREAD)
-    return [f"{count} {kind} are not read: {remedy}" for (kind, remedy), count in kinds.most_common()]
+    return [f"{count} {kind} ({remedy})" for (kind, remedy), count in kinds.most_common()]

@@ -85,7 +85,7 @@ def shard_path(path: Path, shard: int) -> Path:
 
 
 def open_shard(path: Path, header: Header, shard: int) -> Any:
-    """A shard's memory map. UserError if it is absent, cut short, or of other shapes than the header says."""
+    """A shard's memory map. UserError if it is absent, truncated, or of other shapes than the header says."""
     file = shard_path(path, shard)
     expected = [len(header.shard_range(shard)), *header.latent_shape]
     try:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts
 from diffit.configs.schema import Config
 from diffit.data.archive import ImageArchive
+from diffit.data.files import name_some
 from diffit.data.latents import LatentArchive, is_latents
 from diffit.errors import UserError
 
@@ -37,6 +40,22 @@ def open_val(path: str | Path, archive: Archive, config: Config) -> Archive:
     shapes = [tuple(a[0].shape) for a in (val, archive)]
     if shapes[0] != shapes[1]:
         raise UserError(f"--val {path}: holds {shapes[0]}, the training data {shapes[1]}; convert both alike")
-    if config.data.cond and val.num_classes > config.model.num_classes:
-        raise UserError(f"--val {path}: {val.num_classes} classes, the training images have {archive.num_classes}")
+    if config.data.cond:
+        if val.num_classes > config.model.num_classes:
+            raise UserError(f"--val {path}: {val.num_classes} classes, the training images have {archive.num_classes}")
+        _number_alike(path, val, archive)
     return val
+
+
+def _number_alike(path: str | Path, val: Archive, archive: Archive) -> None:
+    """Give ``val`` the class numbers of ``archive`` where both name their classes: one may lack some."""
+    names = val.class_names or []
+    assert val.labels is not None
+    labels: list[int] = val.labels.tolist()
+    if not archive.class_names or names == archive.class_names or max(labels) >= len(names):
+        return
+    number = {name: i for i, name in enumerate(archive.class_names)}
+    if unknown := sorted({names[label] for label in labels} - set(number)):
+        raise UserError(f"--val {path}: the training images have no class {name_some(unknown)}; leave those images out")
+    val.labels = torch.tensor([number[names[label]] for label in labels], dtype=torch.int64)
+    val.class_names, val.num_classes = archive.class_names, archive.num_classes

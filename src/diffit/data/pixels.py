@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageColor, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile
 
-from diffit.data.archive import orientation
 from diffit.errors import UserError
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
@@ -29,6 +28,15 @@ _OTHER_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "li
 
 Values = npt.NDArray[Any]
 Color = tuple[int, int, int]
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 as well when the EXIF block is missing or damaged."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # photographs with a malformed EXIF block are common, and their pixels are fine
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def color(text: str | Color) -> Color:
@@ -89,7 +97,7 @@ def gray_values(image: Image.Image, defined: bool = False) -> Values | None:
 def scale(values: Values, value_range: tuple[float, float]) -> Image.Image:
     """8 bits of values of which the lower and everything below becomes 0, the higher and all above 255."""
     low, high = value_range
-    levels = np.rint((values.astype(np.float64) - low) * (255 / (high - low)))
+    levels = np.rint((values.astype(np.float64) - low) * 255 / (high - low))
     return Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
 
 
@@ -132,6 +140,12 @@ def eight_bit(
     except ValueError as error:
         raise ValueError(f"it has the colour mode {image.mode}, which cannot be converted") from error
     return (image if turn is None else image.transpose(turn)), done
+
+
+def has_other_profile(image: Image.Image) -> bool:
+    """Whether an embedded profile says that the pixels are not sRGB."""
+    profile = image.info.get("icc_profile")
+    return bool(profile) and _to_srgb(profile, image.mode == "CMYK", image.mode in GRAY_MODES) is not None
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -53,62 +54,59 @@ def value_range_of(asked: str | Range) -> Range | None:
     raise UserError(f"range {asked!r} is not possible: use auto, full, or LOW,HIGH such as 0,4095")
 
 
-class PngEncoder:
-    """Encodes images alike. ``channels`` is gray, rgb or auto; ``value_range`` None finds one that fits all."""
+@dataclass(frozen=True)
+class Look:
+    """What all images are made to look like."""
 
-    def __init__(
-        self,
-        to_size: Callable[[Image.Image], Image.Image],
-        channels: str,
-        value_range: Range | None,
-        background: Color,
-    ) -> None:
-        self.to_size, self.channels, self.asked, self.background = to_size, channels, value_range, background
+    to_size: Callable[[Image.Image], Image.Image]
+    channels: str
+    """``gray``, ``rgb``, or ``auto``: gray if every image is."""
+    value_range: Range | None
+    """Black and white of more than 8 bits; None: the fewest bits that hold all values."""
+    background: Color
+
+
+class PngEncoder:
+    """``encoder(i)`` is the i-th image of a source as a PNG, or the error if it is broken, so that threads go on."""
+
+    def __init__(self, raw: Source, indices: Sequence[int], look: Look, workers: int) -> None:
+        self.raw, self.indices, self.look, self.workers = raw, indices, look, workers
+        self.mode = {"gray": "L", "rgb": "RGB"}.get(look.channels) or _mode_of_all(raw, indices)
         self._found: tuple[Range, str] | None = None
         self._finding = threading.Lock()
 
-    def of(self, raw: Source, indices: Sequence[int], workers: int) -> Callable[[int], Encoded | BrokenImageError]:
-        """What encodes the i-th image of ``raw``: a broken one comes back as its error, so that threads go on."""
-        mode = {"gray": "L", "rgb": "RGB"}.get(self.channels) or _mode_of_all(raw, indices)
-        return partial(self._encode, raw, mode, partial(self._range, raw, indices, workers))
-
-    def _encode(
-        self, raw: Source, mode: str, range_of_all: Callable[[], Range], index: int
-    ) -> Encoded | BrokenImageError:
-        name = raw.names[index]
+    def __call__(self, index: int) -> Encoded | BrokenImageError:
+        look = self.look
         try:
-            with decoding(name):
-                image = raw.open(index)
+            with decoding(self.raw.names[index]):
+                image = self.raw.open(index)
                 several = frame_count(image) > 1
-                values = _values(raw, index, image, self.asked is not None)
-                value_range = FULL if values is None else range_of_all()
-                image, done = eight_bit(image, mode, values=values, value_range=value_range, background=self.background)
-                image = self.to_size(image)
+                values = _values(self.raw, index, image, look.value_range is not None)
+                span = FULL if values is None else look.value_range or self._range_of_all()
+                image, done = eight_bit(image, self.mode, values=values, value_range=span, background=look.background)
+                image = look.to_size(image)
         except BrokenImageError as error:
             return error
-        if several and raw.frames is None:
+        if several and self.raw.frames is None:
             done.add("frames")
         # Pixels only: comments, colour profiles and EXIF of the source must not end up in the archive.
         image.info.clear()
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=LEVEL)
-        return Encoded(buffer.getvalue(), (1 if mode == "L" else 3, image.height, image.width), done)
+        return Encoded(buffer.getvalue(), (1 if self.mode == "L" else 3, image.height, image.width), done)
 
-    def _range(self, raw: Source, indices: Sequence[int], workers: int) -> Range:
+    def _range_of_all(self) -> Range:
         """Found when the first image with more than 8 bits turns up: most sources have none."""
-        if self.asked is not None:
-            return self.asked
         with self._finding:
             if self._found is None:
-                peaks = [peak for peak in map_ordered(partial(_peak, raw), indices, workers) if peak is not None]
-                bits = next(bits for bits in BITS if max(peaks) < 2**bits)
-                self._found = (
-                    (0.0, 2.0**bits - 1),
-                    (
-                        f"{len(peaks)} images have 16 bits, and values up to {max(peaks)}: 0 to {2**bits - 1} became "
-                        f"0 to 255 (--range full|LOW,HIGH)"
-                    ),
+                peaks = map_ordered(partial(_peak, self.raw), self.indices, self.workers)
+                known = [peak for peak in peaks if peak is not None]
+                bits = next(bits for bits in BITS if max(known) < 2**bits)
+                note = (
+                    f"{len(known)} images have 16 bits, and values up to {max(known)}: 0 to {2**bits - 1} became "
+                    "0 to 255 (--range full|LOW,HIGH)"
                 )
+                self._found = (0.0, 2.0**bits - 1), note
             return self._found[0]
 
     def notes(self, done: Counter[str]) -> list[str]:
@@ -116,7 +114,7 @@ class PngEncoder:
         lines = [self._found[1]] if self._found else []
         for mark, text in {
             "profile": "images had the colour profile of another space and were converted to sRGB",
-            "transparent": f"images are transparent: laid on {color_name(self.background)} (--background COLOUR)",
+            "transparent": f"images are transparent: laid on {color_name(self.look.background)} (--background COLOUR)",
             "frames": "files hold several images, of which the first was used (--frames all uses every one)",
         }.items():
             if done[mark]:

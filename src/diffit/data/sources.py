@@ -127,7 +127,7 @@ def _tree(path: Path, cond: bool, class_order: str) -> Source:
         kind, labels = f"with {META}", [table.get(name) for name in names]
     else:
         labels, class_names, notes = labels_from_folders(names, cond, class_order)
-        kind = "of class folders" if class_names else "of images"
+        kind = "of class folders" if class_names and None not in labels else "of images"
     images = set(names)
     ignored = [name for name in files.names if name not in images and name != META]
     kind = f"{'zip' if files.is_zip else 'folder'} {kind}"

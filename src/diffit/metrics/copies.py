@@ -1,4 +1,4 @@
-"""Samples beside the training images nearest to them in feature space, and how near real images lie."""
+"""Samples next to the training images nearest to them in feature space, and how near real images lie."""
 
 import html
 import io
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from diffit.errors import UserError
 from diffit.metrics.detectors import Detector
-from diffit.metrics.features import Need, Rows, gather
-from diffit.metrics.images import Batches, Images, by_size, choose, open_images, stream
+from diffit.metrics.features import gather, pooled
+from diffit.metrics.images import Batches, Images, by_size, choose, stream
 from diffit.metrics.precision_recall import nearest
-from diffit.sampling.model import load
 from diffit.utils.distributed import Processes
 from diffit.utils.files import whole_file
 from diffit.utils.html import page, picture
@@ -37,17 +36,9 @@ class Copies:
     """(shown, NEIGHBOURS) of the pictures."""
 
 
-def samples_from(
-    network: str | None, images: Path | None, count: int, batch: int, procs: Processes, vae: str | None = None
-) -> list[Tensor]:
-    """``count`` uint8 images (C, H, W), drawn by seeds 0 to count − 1 or chosen from a folder."""
-    if network is None:
-        assert images is not None
-        source = open_images(images)
-        return list(source.rows(sorted(choose(len(source), count).tolist())))
-    model = load(network, device=procs.device, precision="fp32", vae=vae)
-    drawn = model.generate(range(count), procs=procs, batch=batch, progress=True)
-    return [image for _, part in drawn for image in part]
+def some_of(images: Images, count: int) -> list[Tensor]:
+    """``count`` of the ``images`` at random, or all: uint8 (C, H, W)."""
+    return list(images.rows(sorted(choose(len(images), count).tolist())))
 
 
 def find_copies(
@@ -66,9 +57,9 @@ def find_copies(
                 f"{training.name}: images of {training.shape}, what they are compared with of {tuple(other)} (C, H, W)"
             )
     real = features(stream(training, torch.arange(len(training)), batch, procs, progress=True), detector, procs)
-    parts = torch.arange(len(samples)).split(batch)
+    parts = torch.split(torch.arange(len(samples)), batch)
     batches = (group for i in parts for group in by_size(i, [samples[j] for j in i.tolist()]))
-    drawn = features(batches, detector, procs)
+    generated = features(batches, detector, procs)
     if heldout is None:
         if len(real) < 2:
             raise UserError(f"{training.name}: one image; without --heldout at least two are needed")
@@ -78,7 +69,7 @@ def find_copies(
         chosen = choose(len(heldout), min(REAL, len(heldout)))
         unseen = features(stream(heldout, chosen, batch, procs), detector, procs)
         yardstick = nearest(unseen, real, device=procs.device)[0][:, 0]
-    distances, indices = nearest(drawn, real, min(NEIGHBOURS, len(real)), device=procs.device)
+    distances, indices = nearest(generated, real, min(NEIGHBOURS, len(real)), device=procs.device)
     # Duplicates among the real images have distance 0 but for rounding, and so have exact copies.
     threshold = yardstick.quantile(QUANTILE).clamp(min=ROUNDING * float(yardstick.median()))
     order = distances[:, 0].argsort()[:SHOWN]
@@ -101,23 +92,26 @@ def find_copies(
 
 def features(batches: Batches, detector: Detector, procs: Processes) -> Tensor:
     """(N, d) of all images of a stream, in the order of their positions."""
-    need = Need(detector.name, "rows", "pool", 2**62)
-    rows = gather([need], batches, {detector.name: detector}, procs)[need]
-    assert isinstance(rows, Rows)
-    return rows.features
+    need = pooled(None)
+    found: Tensor = gather({detector: [need]}, batches, procs)[detector][need]
+    return found
 
 
 def write_copies(dest: Path, copies: Copies) -> None:
-    """The samples closest to training images, each beside its nearest ones."""
-    rows = []
+    """The samples closest to training images, each next to its nearest ones."""
+    table = []
     for images, distances in zip(copies.pictures, copies.distances.tolist(), strict=True):
         cells = []
         for image, text in zip(images, ["sample", *(f"training, {d:.4g} away" for d in distances)], strict=True):
             data = io.BytesIO()
             make_grid(image[None]).save(data, "PNG")
             cells.append(f"<td>{picture(data.getvalue(), text)}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+        table.append(f"<tr>{''.join(cells)}</tr>")
     facts = html.escape(json.dumps(copies.facts, indent=2))
-    body = [f"<pre>{facts}</pre>", "<h2>The samples nearest to training images</h2>", f"<table>{''.join(rows)}</table>"]
+    body = [
+        f"<pre>{facts}</pre>",
+        "<h2>The samples nearest to training images</h2>",
+        f"<table>{''.join(table)}</table>",
+    ]
     with whole_file(dest) as part:
         part.write_text(page("Near-copies", body))

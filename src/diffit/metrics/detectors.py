@@ -1,7 +1,7 @@
 """Detectors: what turns images into the features that metrics compare.
 
-``inception`` is FID's. Any other one lends its name to the metric (``fd10k_full:pixels``), so that nobody takes the
-number for an FID.
+``inception`` is FID's. Any other one lends its name to the metric (``fd10k_full:pixels``), so that its
+number is not read as an FID.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Detector:
     name: str
     """``inception``, ``pixels``, or the name of a file with the start of its hash."""
     key: str
-    """SHA-256 of the weights: what statistics of other detectors are told apart by."""
+    """SHA-256 of the weights: it tells statistics of different detectors apart."""
     extract: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
     any_size: bool = False
@@ -100,7 +100,7 @@ def load_torchscript(path: Path, device: torch.device) -> Callable[[Tensor], dic
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            net = torch.jit.load(str(path), map_location=device).eval()
+            net = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
     except Exception as error:  # damaged and foreign files fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a TorchScript file ({reason})") from None

@@ -1,4 +1,4 @@
-"""From a network or a folder of images to cards: samples go straight from the sampler to the detectors."""
+"""From a network or a folder of images to records: samples go straight from the sampler to the detectors."""
 
 import time
 from collections.abc import Sequence
@@ -9,73 +9,72 @@ from torch import Tensor
 
 from diffit.errors import UserError
 from diffit.metrics.images import Images, choose, stream
-from diffit.metrics.record import describe_network, make_card
+from diffit.metrics.record import make_record
 from diffit.metrics.suite import Suite
 from diffit.sampling.labels import training_labels
 from diffit.sampling.model import Model
-from diffit.utils.distributed import Processes
 from diffit.weights.file import state_hash
 
 
 def evaluate_network(
     suite: Suite,
     model: Model,
-    procs: Processes,
     *,
     first_seed: int = 0,
     real_labels: Tensor | None = None,
     batch: int = 64,
     progress: bool = False,
-    **facts: Any,
+    facts: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Cards of as many samples as the metrics of the ``suite`` ask for, of the seeds from ``first_seed`` on.
+    """Records of as many samples as the metrics of the ``suite`` ask for, of the seeds from ``first_seed`` on.
 
-    ``real_labels`` are the classes of the training images; ``facts`` go into the cards. All processes call this
+    ``real_labels`` are the classes of the training images; ``facts`` go into the records. All processes call this
     together and return the same.
     """
     began = time.monotonic()
     seeds = range(first_seed, first_seed + suite.samples)
     labels, policy = training_labels(model.config, real_labels, seeds)
-    samples = model.generate(seeds, labels, procs=procs, batch=batch, progress=progress)
+    samples = model.generate(seeds, labels, procs=suite.procs, batch=batch, progress=progress)
     batches = ((torch.arange(start, start + len(images)), images) for start, images in samples)
     numbers = suite(batches, progress=progress)
-    facts |= {"precision": model.precision}
-    if "weights_sha256" not in facts:
-        facts["weights_sha256"] = state_hash(model.net.state_dict())
+    source: dict[str, Any] = (
+        {"preset": model.config.preset, "weights_sha256": None} | (facts or {}) | {"precision": model.precision}
+    )
+    source["weights_sha256"] = source["weights_sha256"] or state_hash(model.net.state_dict())
     if model.autoencoder is not None:
-        facts["vae_sha256"] = model.autoencoder.sha256
-    source = [describe_network(model.config, seeds[: metric.samples], policy, **facts) for metric in suite.metrics]
-    return _cards(suite, numbers, source, procs, began)
+        source["vae_sha256"] = model.autoencoder.sha256
+    source |= {"labels": policy, "sampling": model.config.sampling.model_dump(mode="json")}
+    sources = [source | {"seeds": f"{first_seed}-{first_seed + metric.samples - 1}"} for metric in suite.metrics]
+    return _records(suite, numbers, sources, began)
 
 
 def evaluate_images(
-    suite: Suite, images: Images, procs: Processes, *, batch: int = 64, progress: bool = False
+    suite: Suite, images: Images, *, seed: int = 0, batch: int = 64, progress: bool = False
 ) -> list[dict[str, Any]]:
-    """The same for images that are there already. UserError if they are fewer than a metric's number says."""
+    """The same for images that exist already; where a metric's number is smaller, for a random choice by the ``seed``.
+
+    UserError if they are fewer than the number says.
+    """
     began = time.monotonic()
-    for metric in suite.metrics:
+    for name, metric in zip(suite.names, suite.metrics, strict=True):
         if metric.samples > len(images):
             raise UserError(
-                f"{metric.name(suite.detectors[metric.spec])} is of {metric.samples} images, {images.name} holds "
-                f"{len(images)}: the number in a metric's name is the number used; ask for {len(images)} or fewer"
+                f"{name} is of {metric.samples} images, {images.name} holds {len(images)}: the number in a metric's "
+                f"name is the number used; ask for {len(images)} or fewer"
             )
-    chosen = choose(len(images), *(metric.samples for metric in suite.metrics))
-    numbers = suite(stream(images, chosen, batch, procs, progress=progress), progress=progress)
-    fingerprint = images.fingerprint() if procs.is_first else ""
-    source: dict[str, Any] = {"images": {"name": images.name, "sha256": fingerprint, "of": len(images)}}
-    return _cards(suite, numbers, [source] * len(numbers), procs, began)
+    chosen = choose(len(images), suite.samples, seed=seed)
+    numbers = suite(stream(images, chosen, batch, suite.procs, progress=progress), progress=progress)
+    fingerprint = images.fingerprint() if suite.procs.is_first else ""
+    source = {"images": {"name": images.name, "sha256": fingerprint, "of": len(images), "seed": seed}}
+    return _records(suite, numbers, [source] * len(numbers), began)
 
 
-def _cards(
-    suite: Suite,
-    numbers: list[dict[str, float]],
-    sources: Sequence[dict[str, Any]],
-    procs: Processes,
-    began: float,
+def _records(
+    suite: Suite, numbers: list[dict[str, float]], sources: Sequence[dict[str, Any]], began: float
 ) -> list[dict[str, Any]]:
-    cards: list[dict[str, Any]] = []
-    if procs.is_first:
-        seconds = time.monotonic() - began
-        for metric, values, source in zip(suite.metrics, numbers, sources, strict=True):
-            cards.append(make_card(suite, metric, values, source, procs, seconds))
-    return procs.broadcast(cards)
+    seconds = time.monotonic() - began
+    records: list[dict[str, Any]] = []
+    for metric, values, source in zip(suite.metrics, numbers, sources, strict=True) if suite.procs.is_first else ():
+        records.append(make_record(suite, metric, values, source, seconds))
+    everywhere: list[dict[str, Any]] = suite.procs.broadcast(records)
+    return everywhere

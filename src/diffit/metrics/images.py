@@ -9,8 +9,6 @@ from typing import IO, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from diffit.data.archive import ImageArchive
@@ -18,6 +16,7 @@ from diffit.data.files import map_ordered
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
+from diffit.utils.progress import progress as bar
 from diffit.utils.randomness import SUBSET, make_generator
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -119,16 +118,16 @@ def load_batch(archive: ImageArchive, indices: Tensor) -> Tensor:
     return torch.stack([archive[i] for i in indices.tolist()])
 
 
-def choose(total: int, *counts: int) -> Tensor:
-    """Indices of the most of ``counts`` of ``total`` images, or of all. Its first n are a random choice of n for every
-    count n: archives are sorted by class, and what depends on order, as the splits of the Inception score do, must not
-    depend on what else is asked.
+def choose(total: int, count: int, seed: int = 0) -> Tensor:
+    """Indices of ``count`` of ``total`` images at random, or of all where they are fewer. The first n are the
+    choice of n alone: archives are sorted by class, and what depends on order, as the splits of the Inception score
+    do, must not depend on what else is asked.
     """
-    return torch.randperm(total, generator=make_generator(0, SUBSET))[: max(counts)]
+    return torch.randperm(total, generator=make_generator(seed, SUBSET))[:count]
 
 
 def by_size(positions: Tensor, images: Sequence[Tensor]) -> Batches:
-    """Images (C, H, W) as one batch for every size among them."""
+    """Images (C, H, W) as one batch for each size among them."""
     sizes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         sizes.setdefault(tuple(image.shape), []).append(i)
@@ -139,14 +138,12 @@ def by_size(positions: Tensor, images: Sequence[Tensor]) -> Batches:
 def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, progress: bool = False) -> Batches:
     """The ``chosen`` images, read in the order of the file; batch j by process j mod their number.
 
-    Position p is the p-th of the ``chosen``. Images of several sizes come in a batch a size.
+    Position p is the p-th of the ``chosen``. Images of several sizes come in one batch for each size.
     """
     order = chosen.argsort()
-    mine = list(order.split(batch))[procs.rank :: procs.count]
+    mine = list(torch.split(order, batch))[procs.rank :: procs.count]
     rows = images.rows(chosen[torch.cat(mine)].tolist() if mine else [])
-    console = Console(quiet=not progress or not procs.is_first, stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(images.name, total=len(mine))
-        for positions in mine:
+    with bar(images.name, quiet=not progress or not procs.is_first) as show:
+        for done, positions in enumerate(mine, start=1):
             yield from by_size(positions, list(islice(rows, len(positions))))
-            bar.advance(task)
+            show(done, len(mine))

@@ -1,7 +1,6 @@
-"""The card of a number: a JSON record of everything that it depends on."""
+"""The record of a number: everything that it depends on, as JSON."""
 
 import importlib.metadata
-import json
 import re
 import statistics
 import time
@@ -12,57 +11,43 @@ from typing import Any
 import torch
 
 from diffit import __version__
-from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.metrics.suite import PUBLISHED, Metric, Suite, better, headline
-from diffit.utils.distributed import Processes
+from diffit.metrics.features import Metric
+from diffit.metrics.suite import Suite, better, headline
+from diffit.utils.files import read_jsonl
 
-TOO_FEW = "too few samples for an estimate of the bias"  # fewer than two a dimension, real or generated
+PUBLISHED = 50_000  # samples of the field's figures
+TOO_FEW = "too few samples for an estimate of the bias"  # fewer than two for each dimension, real or generated
 PACKAGES = ("torch", "numpy", "pillow", "torch-fidelity")
 
 
-def describe_network(config: Config, seeds: Sequence[int], labels: str, **facts: Any) -> dict[str, Any]:
-    """The part of a card that says how the samples were drawn."""
-    return {
-        "preset": config.preset,
-        **facts,
-        "seeds": f"{seeds[0]}-{seeds[-1]}",
-        "labels": labels,
-        "sampling": config.sampling.model_dump(mode="json"),
-    }
-
-
-def make_card(
-    suite: Suite,
-    metric: Metric,
-    numbers: dict[str, float],
-    source: dict[str, Any],
-    procs: Processes,
-    seconds: float,
+def make_record(
+    suite: Suite, metric: Metric, numbers: dict[str, float], source: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
+    """The record of the ``numbers`` of one ``metric``; ``source`` says what was judged."""
     detector, reference = suite.detectors[metric.spec], suite.references.get(metric.spec)
-    card: dict[str, Any] = {
+    record: dict[str, Any] = {
         "metric": metric.name(detector),
         "results": numbers,
         "samples": metric.samples,
         **source,
         "detector": {"name": detector.name, "sha256": detector.key},
     }
-    if reference is not None:
-        real = {
-            f"{what}_{output}": need.count or reference.stored_count or "not said by the file"
-            for (what, output), need in metric.real_needs(reference).items()
-        }
-        card["reference"] = {"name": reference.name, "sha256": reference.key, "images": real}
-    card |= {
+    if protocol := {key: value for part in metric.parts for key, value in part.protocol.items()}:
+        record["protocol"] = protocol
+    needs = [part.real_need for part in metric.parts if part.compares]
+    if reference is not None and needs:
+        real = {f"{need.what}_{need.output}": reference.count(need) or "not said by the file" for need in needs}
+        record["reference"] = {"name": reference.name, "sha256": reference.key, "images": real}
+    device = suite.procs.device
+    return record | {
         "notes": notes(metric, numbers, official=detector.official),
         "versions": {"diffit": __version__} | {name: _version(name) for name in PACKAGES},
-        "processes": procs.count,
-        "device": torch.cuda.get_device_name(procs.device) if procs.device.type == "cuda" else procs.device.type,
+        "processes": suite.procs.count,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seconds": round(seconds, 1),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    return card
 
 
 def notes(metric: Metric, numbers: dict[str, float], *, official: bool) -> list[str]:
@@ -90,25 +75,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def summarise_repeats(cards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best of several cards of different seeds, with minimum, mean and spread (standard deviation) of each number.
+def summarise_repeats(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best of several records of different seeds, with minimum, mean and standard deviation of each number.
 
     The best is that with the best main number, whether less of it or more is better.
     """
-    best = cards[0]
-    for card in cards[1:]:
-        (name, value), (_, known) = headline(card["results"]), headline(best["results"])
-        best = card if better(name, value, known) else best
+    best = records[0]
+    for record in records[1:]:
+        (name, value), (_, known) = headline(record["results"]), headline(best["results"])
+        best = record if better(name, value, known) else best
     numbers = {}
     for name in own_numbers(best["results"]):
-        values = [card["results"][name] for card in cards]
+        values = [record["results"][name] for record in records]
         numbers[name] = {
             "values": values,
             "minimum": min(values),
             "mean": statistics.fmean(values),
             "spread": statistics.stdev(values),
         }
-    return best | {"repeats": {"seeds": [card["seeds"] for card in cards], "numbers": numbers}}
+    return best | {"repeats": {"seeds": [record["seeds"] for record in records], "numbers": numbers}}
 
 
 def own_numbers(numbers: dict[str, float]) -> list[str]:
@@ -117,7 +102,7 @@ def own_numbers(numbers: dict[str, float]) -> list[str]:
 
 
 def format_numbers(numbers: dict[str, float]) -> str:
-    """``fid 12.35   is 7.02 ± 0.08``; what is only in the card is left out."""
+    """``fid 12.35   is 7.02 ± 0.08``; what only describes another is left out."""
     parts = []
     for name in own_numbers(numbers):
         spread = numbers.get(f"{name}_std", numbers.get(f"{name}_error"))
@@ -125,25 +110,20 @@ def format_numbers(numbers: dict[str, float]) -> str:
     return "   ".join(parts)
 
 
-def card_file(metric: str) -> str:
+def record_file(metric: str) -> str:
     """``metric-fd1k_full-pixels.jsonl``: file systems and copying tools read other things into a colon."""
     return f"metric-{re.sub(r'[^A-Za-z0-9_.-]', '-', metric)}.jsonl"
 
 
-def read_cards(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, none where there is none; a last line that a kill cut off is left out."""
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text of `diffit metrics calc` records; give such a file or a run") from None
-    cards = []
-    for i, line in enumerate(lines):
-        try:
-            card = json.loads(line)
-            if not (isinstance(card, dict) and isinstance(card["results"], dict) and isinstance(card["metric"], str)):
-                raise ValueError("not a card")
-            cards.append(card)
-        except (ValueError, KeyError):
-            if i < len(lines) - 1:
-                raise UserError(f"{path}: line {i + 1} is not a record of `diffit metrics calc`") from None
-    return cards
+    records = read_jsonl(path)
+    for number, record in enumerate(records, start=1):
+        if not (isinstance(record.get("results"), dict) and isinstance(record.get("metric"), str)):
+            raise UserError(
+                f"{path}: line {number} is not a record of `diffit metrics calc`; pass such a file or a run"
+            )
+    return records
+
+
+read_cards = read_records  # until training/report.py says records

@@ -1,14 +1,17 @@
 """How much arithmetic a network and a sampling run are, counted on tensors without memory: on any machine, at once."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.configs.schema import Config, ImageModel
 from diffit.models import build
+from diffit.models.attention import TMSA
 from diffit.utils.precision import autocast
 
 TIME = ("t_embedder", "augment_embedder", "qkv_temb")
@@ -50,20 +53,21 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Cost:
+    """What training takes of one process; sizes in bytes."""
+
     parameters: int
-    macs: int
-    """Multiply-accumulates of one forward pass of one image."""
     state_bytes: int
     """Weights, gradients, two moments and the moving average, float32."""
     activation_bytes: int
-    """What autograd keeps for one microbatch."""
+    """What autograd keeps for one microbatch, and what one step of the backward pass holds next to it."""
 
     @property
     def training_bytes(self) -> int:
         return self.state_bytes + self.activation_bytes
 
 
-def example_inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...]:
+def example_inputs(config: Config, batch: int) -> tuple[Tensor | None, ...]:
+    """Inputs of the network for ``batch`` images, all zero."""
     model = config.model
     labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
     inputs = (torch.zeros(batch, *model.sample_shape), torch.zeros(batch), labels)
@@ -72,19 +76,24 @@ def example_inputs(config: Config, batch: int) -> tuple[torch.Tensor | None, ...
     return inputs
 
 
-def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
-    """Parameters and multiply-accumulates are exact; memory leaves out workspaces and the allocator's waste."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net = build(config.model)
-        net(*example_inputs(config, 1))
-    parameters = sum(parameter.numel() for parameter in net.parameters())
+def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: str = "cpu") -> Cost:
+    """Memory of training with microbatches of ``batch_gpu`` on a ``device`` of type cpu or cuda, from any machine.
 
+    On a GPU attention is one kernel that keeps queries, keys, values, output and a number per query; on a CPU it keeps
+    the weights of all pairs. Left out are the program itself and what an allocator wastes.
+    """
     # Fake tensors pretend to be on the CPU, so that autocast has its effect on what is kept.
+    with torch.device("meta"):
+        net = build(config.model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu").set_grad_ckpt(config.training.grad_ckpt)
+        if device == "cuda":
+            for module in net.modules():
+                if isinstance(module, TMSA):
+                    module.attention = _FusedAttention.apply
         kept: dict[int, int] = {}  # storage -> bytes: a tensor and its views are kept once
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
             return tensor
@@ -93,6 +102,23 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32") -> Cost:
             output = net(*example_inputs(config, batch_gpu))  # held until the sum is made: storages must not be reused
         for parameter in net.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
-        activations = sum(kept.values())
+        # The backward pass holds the gradients of a block next to what the forward pass kept: of two of its widest.
+        working = 2 * max(kept.values(), default=0)
+        activations = sum(kept.values()) + working
+        parameters = sum(parameter.numel() for parameter in net.parameters())
         del output
-    return Cost(parameters, counter.get_total_flops() // 2, 5 * FLOAT * parameters, activations)
+    return Cost(parameters, 5 * FLOAT * parameters, activations)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps for the backward pass what the fused kernels of a GPU keep; its values do not matter."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, bias, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError("only the forward pass is traced")

@@ -75,8 +75,8 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
 
 def states(run_dir: Path) -> list[Path]:
     """The training states of a run, oldest first. Unfinished ones have other names."""
-    found = [path for path in run_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    found = [path for path in run_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+(\.\d+)?", path.name)]
+    return sorted(found, key=lambda path: float(path.name.removeprefix(PREFIX)))
 
 
 def prune_states(run_dir: Path) -> None:

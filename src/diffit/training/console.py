@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.metrics.record import format_numbers
-from diffit.models.cost import estimate
+from diffit.models.cost import count_work, estimate
 from diffit.training.run_dir import RunLog
 from diffit.training.step import Stepper
 
@@ -62,14 +62,14 @@ class Console:
         """The start-up lines: what is about to happen, and what it takes."""
         stepper, config, procs = self.stepper, self.stepper.config, self.stepper.procs
         training, (channels, height, width) = config.training, config.image_shape
-        cost = estimate(config, stepper.batch_gpu, stepper.precision)
+        cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type)
         images = self.total - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         for line in (
             f"run       {run_dir}{resumed_at}",
             f"data      {len(archive)} images of {width}×{height}×{channels}, {classes}: {archive.path}",
-            f"model     {config.preset}: {cost.parameters:,} parameters, {cost.macs / 1e9:.3g} G "
+            f"model     {config.preset}: {cost.parameters:,} parameters, {count_work(config).macs / 1e9:.3g} G "
             f"multiply-accumulates an image, {stepper.precision} on {procs.device.type}",
             f"batch     {training.batch} = {stepper.batch_gpu} per GPU × {procs.count} processes "
             f"× {stepper.rounds} accumulated",

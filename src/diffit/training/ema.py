@@ -2,21 +2,20 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def ema_beta(batch: int, images_seen: int, halflife_kimg: float, rampup_ratio: float) -> float:
     """Share of the average that stays after a step of ``batch`` images: ½^(batch / half-life).
 
-    The half-life is at most ``rampup_ratio`` of the images seen so far, so that a young average forgets the random
-    weights that it began with.
+    The half-life is at most ``rampup_ratio`` of the images seen so far, so that during warm-up the average forgets the
+    random weights that it began with.
     """
     halflife = min(halflife_kimg * 1000, images_seen * rampup_ratio)
     return 0.5 ** (batch / halflife) if halflife > 0 else 0.0
 
 
-@torch.no_grad()
 def update_ema(average: Iterable[Tensor], current: Iterable[Tensor], beta: float) -> None:
-    """average ← beta·average + (1 − beta)·current, in place."""
-    torch._foreach_lerp_(list(average), [tensor.detach() for tensor in current], 1 - beta)
+    """average ← beta·average + (1 − beta)·current, in place and outside autograd."""
+    get_ema_multi_avg_fn(beta)(tuple(average), tuple(current), None)

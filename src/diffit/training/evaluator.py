@@ -8,7 +8,7 @@ from diffit.data.archive import ImageArchive
 from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
-from diffit.metrics.record import card_file, read_cards
+from diffit.metrics.record import read_records, record_file
 from diffit.metrics.suite import Suite, better, headline
 from diffit.models.autoencoder import Autoencoder
 from diffit.sampling.model import Model
@@ -49,33 +49,32 @@ class Evaluator:
         """Whether a metric has no record of this moment yet. The first process looks, for all."""
         if self.suite is None:
             return False
-        names = [metric.name(self.suite.detectors[metric.spec]) for metric in self.suite.metrics]
         missing = self.procs.is_first and any(
-            all(card.get("images") != images_seen for card in read_cards(run_dir / card_file(name))) for name in names
+            all(record.get("images") != images_seen for record in read_records(run_dir / record_file(name)))
+            for name in self.suite.names
         )
         return bool(self.procs.broadcast(missing))
 
     def __call__(self, net: Any, images_seen: int, log: RunLog | None) -> list[dict[str, Any]]:
-        """Cards of the averaged weights ``net``, which go into the ``log`` of the first process.
+        """Records of the averaged weights ``net``, which go into the ``log`` of the first process.
 
         All processes call this together. Where a value is the best so far, the weights are kept as
         ``network-best-<metric>.safetensors``.
         """
         assert self.suite is not None
         kimg = images_seen / 1000
-        cards = evaluate_network(
-            self.suite, Model(net, self.config, self.autoencoder, self.precision), self.procs,
-            real_labels=self.archive.labels, batch=self.batch, images=images_seen, kimg=kimg,
-        )  # fmt: skip
-        for card in cards if log is not None else ():
+        model = Model(net, self.config, self.autoencoder, self.precision)
+        facts = {"images": images_seen, "kimg": kimg}
+        records = evaluate_network(self.suite, model, real_labels=self.archive.labels, batch=self.batch, facts=facts)
+        for record in records if log is not None else ():
             assert log is not None
-            path = log.run_dir / card_file(card["metric"])
-            name, value = headline(card["results"])
-            known = [old for old in read_cards(path) if isinstance(old.get("images"), int)]  # of this run
+            path = log.run_dir / record_file(record["metric"])
+            name, value = headline(record["results"])
+            known = [old for old in read_records(path) if isinstance(old.get("images"), int)]  # of this run
             earlier = [headline(old["results"])[1] for old in known if old["images"] < images_seen]
             if all(better(name, value, old) for old in earlier):
                 best = path.name.replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
                 save_network(log.run_dir / best, net.state_dict(), self.config, kimg=kimg)
             if all(old["images"] != images_seen for old in known):
-                log.metric(path, card)
-        return cards
+                log.metric(path, record)
+        return records

@@ -1,10 +1,11 @@
 """A training run from start-up line to the last snapshot. To resume, run the same command again."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -21,13 +22,22 @@ from diffit.training.checkpoint import PREFIX, prune_states
 from diffit.training.console import Console, duration
 from diffit.training.evaluator import Evaluator
 from diffit.training.pictures import save_fakes, save_reals
+from diffit.training.plan import plan
 from diffit.training.report import write_report
-from diffit.training.run_dir import RunLog, create_run, find_state, read_options, write_options
+from diffit.training.run_dir import (
+    RunLog,
+    create_run,
+    find_state,
+    kimg_number,
+    prune_snapshots,
+    read_options,
+    write_options,
+)
 from diffit.training.step import Stepper, build_network
 from diffit.training.validation import validate
 from diffit.utils.distributed import Processes, alone
 from diffit.utils.precision import check_precision
-from diffit.weights import load_into, read_network_file, save_network
+from diffit.weights import load_into, newest_snapshot, read_network_file, save_network
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,14 @@ def train(
     path of a state or a run. ``val`` holds images whose loss is reported. All processes call this together; the first
     one writes. Raises :class:`UserError` before any work where something does not fit.
     """
-    procs, training = procs or alone(), config.training
-    precision = check_precision(training.precision, procs.device)
+    began, procs = time.monotonic(), procs or alone()
+    precision = check_precision(config.training.precision, procs.device)
     state = procs.broadcast(find_state(config, Path(outdir), resume) if procs.is_first else None)
     with torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
-        net = build_network(config)
+        config = plan(
+            config, archive, procs, autoencoder, recorded=None if state is None else read_options(state.parent)
+        )
+        training, net = config.training, build_network(config)
         if training.init_from and state is None:
             load_into(net, read_network_file(training.init_from)[0], training.init_from)
         stepper = Stepper(config, procs, net, precision, autoencoder)
@@ -90,10 +103,9 @@ def train(
                 procs.rank, procs.count,
             )  # fmt: skip
             images = feed(archive, order, procs.device, resident=resident, workers=training.workers)
+            run = Run(stepper, run_dir, console, evaluator, val, log, began - stepper.seconds)
             if state is None and procs.is_first:
-                save_reals(stepper, archive, run_dir / "reals.png")
-                save_fakes(stepper, stepper.ema, run_dir / "fakes_init.png")
-            run = Run(stepper, run_dir, console, evaluator, val, log)
+                run.first_grids(archive)
             interrupted = run.steps(images, total, resumed=state is not None)
             return run.finish(interrupted)
 
@@ -109,20 +121,43 @@ class Run:
     val: Archive | None
     log: RunLog | None
     """None on all but the first process, which write nothing."""
+    began: float
+    """When the run began by the monotonic clock, less the time between its parts."""
+    grid_seconds: float = 20.0
+    """That a grid of samples takes; measured by the first."""
+    saved: dict[str, float] = field(default_factory=dict)
+    """When the last state (dump) and snapshot (snap) were written."""
+
+    def first_grids(self, archive: Archive) -> None:
+        """``reals.png`` and ``fakes_init.png``."""
+        self.console.say("grids     of training images and of the untrained network, for comparison")
+        save_reals(self.stepper, archive, self.run_dir / "reals.png")
+        began = time.monotonic()
+        save_fakes(self.stepper, self.stepper.ema, self.run_dir / "fakes_init.png")
+        self.grid_seconds = time.monotonic() - began
 
     def steps(self, images: Iterator[tuple[Tensor, Tensor | None]], total: int, *, resumed: bool) -> bool:
-        """Train until ``total`` images are seen; whether the run was asked to stop before."""
+        """Train until ``total`` images are seen or the time is up; whether the run was asked to stop before."""
         training, stepper = self.stepper.config.training, self.stepper
         done, stop = stepper.images_seen >= total, False
         with stop_signals() as received:
             if resumed and (done or self.crossed(training.metrics_ticks)):
                 self.evaluate()  # unless that was done before the run was stopped
             began, seen = time.monotonic(), stepper.images_seen
+            self.saved = {"dump": began, "snap": began}
             while not (done or stop):
                 stepper.step(images)
+                stepper.seconds = time.monotonic() - self.began
                 self.console.measured(stepper.images_seen, stepper.meter.last_loss)
-                done, stop = stepper.images_seen >= total, self.must_stop(received)
+                stop, time_is_up = self.must_stop(received)
+                done = stepper.images_seen >= total or time_is_up
                 end = done or stop
+                if time_is_up:
+                    self.end_here()
+                if not end and self.overdue("dump", training.dump_minutes):
+                    self.save_state()
+                if not end and self.overdue("snap", training.snap_minutes):
+                    self.save_snapshot()
                 if end or self.crossed(1):
                     self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
                     due = done or self.crossed(training.metrics_ticks)
@@ -144,8 +179,23 @@ class Run:
         period = ticks * training.tick * 1000
         return int(seen / period) > int((seen - training.batch) / period)
 
-    def must_stop(self, received: list[int]) -> bool:
-        """Whether to end here: on request, or because gradients stay non-finite. The same answer on all processes."""
+    def overdue(self, what: str, minutes: float) -> bool:
+        """Whether the first process has not saved this for so long; the others save nothing."""
+        return self.log is not None and 0 < minutes * 60 < time.monotonic() - self.saved[what]
+
+    def end_here(self) -> None:
+        """The time is up: what was trained is the whole length, for whoever runs the same command again."""
+        stepper = self.stepper
+        training = stepper.config.training.model_copy(update={"kimg": stepper.images_seen / 1000})
+        stepper.config = stepper.config.model_copy(update={"training": training})
+        if self.log is not None:
+            write_options(self.run_dir, stepper.config)
+
+    def must_stop(self, received: list[int]) -> tuple[bool, bool]:
+        """Whether to end here on request, and whether the time is up: the same answer on all processes.
+
+        Raises :class:`UserError` where gradients stay non-finite.
+        """
         stepper, limit, procs = self.stepper, self.stepper.config.training.max_skipped, self.stepper.procs
         steps = stepper.images_seen // stepper.config.training.batch
         if steps % limit == 0 and int(stepper.meter.skipped_in_a_row) >= limit:
@@ -158,8 +208,17 @@ class Run:
             )
         # With several processes asking costs a collective, so they ask every tenth step.
         if procs.count > 1 and steps % 10:
+            return False, False
+        answer = procs.max(2 if received else int(self.time_is_up()))
+        return answer == 2, answer == 1
+
+    def time_is_up(self) -> bool:
+        """Whether what is left of the minutes asked for is what the last grids and snapshot take."""
+        minutes = self.stepper.config.training.minutes
+        if minutes is None or "kimg" not in self.stepper.config.training.chosen:
             return False
-        return procs.any(bool(received))
+        grids = 2 if self.stepper.ema_warming_up else 1
+        return self.stepper.seconds + grids * self.grid_seconds + 2 >= minutes * 60
 
     def write_stats(self, images: int, seconds: float) -> None:
         """One line of statistics, of the ``images`` and ``seconds`` since the last."""
@@ -176,19 +235,23 @@ class Run:
 
     def save_state(self) -> None:
         if self.log is not None:
-            self.stepper.save(self.run_dir / f"{PREFIX}{self.stepper.images_seen // 1000:06d}")
+            self.stepper.save(self.run_dir / f"{PREFIX}{kimg_number(self.stepper.config, self.stepper.images_seen)}")
             prune_states(self.run_dir)
+            self.saved["dump"] = time.monotonic()
 
     def save_snapshot(self) -> None:
         """The averaged weights and a grid of them, and while the average is warming up a grid of the raw weights."""
-        stepper, kimg = self.stepper, self.stepper.images_seen // 1000
         if self.log is None:
             return
-        path = self.run_dir / f"network-snapshot-{kimg:06d}.safetensors"
+        stepper, number = self.stepper, kimg_number(self.stepper.config, self.stepper.images_seen)
+        path = self.run_dir / f"network-snapshot-{number}.safetensors"
+        self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
         save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
-        save_fakes(stepper, stepper.ema, self.run_dir / f"fakes{kimg:06d}.png")
+        save_fakes(stepper, stepper.ema, self.run_dir / f"fakes{number}.png")
         if stepper.ema_warming_up:
-            save_fakes(stepper, stepper.net, self.run_dir / f"fakes{kimg:06d}-raw.png")
+            save_fakes(stepper, stepper.net, self.run_dir / f"fakes{number}-raw.png")
+        prune_snapshots(self.run_dir, stepper.config.training.keep)
+        self.saved["snap"] = time.monotonic()
 
     def evaluate(self) -> None:
         """Metrics of the averaged weights, by all processes, where there is no record of them yet."""
@@ -201,7 +264,7 @@ class Run:
 
     def finish(self, interrupted: bool) -> Outcome:
         self.stepper.procs.barrier()
-        snapshot = max(self.run_dir.glob("network-snapshot-*.safetensors"), default=None)
+        snapshot = newest_snapshot(self.run_dir)
         if self.log is not None:
             write_report(self.run_dir)
             self.console.finish(interrupted, snapshot)
@@ -227,13 +290,16 @@ def load_resident(archive: Archive, procs: Processes, workers: int) -> tuple[Ten
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+    """A list that is filled by the first Ctrl-C or SIGTERM, which is acknowledged; a second one interrupts at once."""
     received: list[int] = []
+    first = os.environ.get("RANK", "0") == "0"
 
     def note(number: int, frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        if first:  # not by a logger or console, which may be at work right now
+            os.write(2, b"\nstopping after this step, and saving; once more leaves at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,6 +1,7 @@
 """The folder of a run: its name, its log, its statistics, and finding one to take up again."""
 
 import json
+import math
 import os
 import re
 import time
@@ -11,6 +12,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.training.checkpoint import states
 from diffit.utils.files import disk_errors, whole_file
+from diffit.weights import snapshots
 
 OPTIONS = "training_options.json"
 
@@ -18,16 +20,27 @@ OPTIONS = "training_options.json"
 FREE: Any = {
     "training": {
         "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
-        "max_skipped", "grid", "desc",
+        "max_skipped", "grid", "desc", "minutes", "snap_minutes", "dump_minutes", "keep", "metrics_sampler",
+        "metrics_steps", "chosen",
     },
     "sampling": True,
     "data": {"val"},
 }  # fmt: skip
 
 
-def same_run(a: Config, b: Config) -> bool:
-    """Whether two configurations differ at most in what may change on resuming."""
-    return a.model_dump(exclude=FREE) == b.model_dump(exclude=FREE)
+def same_run(asked: Config, recorded: Config) -> bool:
+    """Whether two configurations differ at most in what may change on resuming, or was not asked for."""
+    chosen = set(asked.training.chosen) | ({"batch_gpu"} if asked.training.batch_gpu is None else set())
+    free = FREE | {"training": FREE["training"] | chosen}
+    return asked.model_dump(exclude=free) == recorded.model_dump(exclude=free)
+
+
+def kimg_number(config: Config, images_seen: int) -> str:
+    """kimg in file names, ``000200``, with as many decimals as keep two saves apart."""
+    smallest = min(config.training.tick, config.training.batch / 1000)
+    decimals = 0 if config.training.tick >= 1 else max(math.ceil(-math.log10(smallest)), 0)
+    whole = images_seen // 1000 if not decimals else images_seen / 1000
+    return f"{whole:0{6 + (decimals and decimals + 1)}.{decimals}f}"
 
 
 def runs(outdir: Path) -> list[Path]:
@@ -87,6 +100,12 @@ def find_state(config: Config, outdir: Path, resume: str) -> Path | None:
     if resume == "none":
         return None
     return find_resumable(outdir, config) if resume == "auto" else locate_state(Path(resume))
+
+
+def prune_snapshots(run_dir: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest snapshots, where that is not 0; grids and the best weights stay."""
+    for old in snapshots(run_dir)[:-keep] if keep else ():
+        old.unlink()
 
 
 class RunLog:

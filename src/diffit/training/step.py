@@ -99,6 +99,7 @@ class Stepper:
         # Also without fp16: the fused optimiser then skips a step with a non-finite gradient without asking the CPU.
         self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
         self.images_seen = 0
+        self.seconds = 0.0  # that the run has taken, over all its parts
 
         if training.compile:
             self.net.compile(fullgraph=not training.grad_ckpt)
@@ -142,6 +143,7 @@ class Stepper:
         """Write all that training changes as a training state."""
         facts = {
             "images_seen": self.images_seen,
+            "seconds": round(self.seconds, 1),
             "scaler": self.scaler.state_dict(),
             "config": self.config.model_dump(mode="json"),
         }
@@ -155,7 +157,7 @@ class Stepper:
         load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
         if facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
-        self.images_seen = facts["images_seen"]
+        self.images_seen, self.seconds = facts["images_seen"], facts.get("seconds", 0.0)
 
     @property
     def ema_warming_up(self) -> bool:

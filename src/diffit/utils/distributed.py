@@ -43,13 +43,13 @@ class Processes:
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
+    def max(self, value: int) -> int:
+        """The largest of all processes' values."""
         if self.count == 1:
-            return flag
-        tensor = torch.tensor(float(flag), device=self.device)
+            return value
+        tensor = torch.tensor(value, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor.item())
+        return int(tensor)
 
     @contextmanager
     def together(self) -> Iterator[None]:

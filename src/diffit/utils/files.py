@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffit.errors import UserError
 
@@ -117,3 +119,27 @@ def _swap(new: Path, path: Path) -> None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none where there is no file; a last line that a kill cut off is left out.
+
+    Raises UserError for a file that is not text and, with its number, for a damaged line before the last.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; expected one JSON object on each line") from None
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif number < len(lines):
+            raise UserError(f"{path}: line {number} is not a JSON object; restore the file or remove that line")
+    return found

@@ -40,7 +40,7 @@ def save_grid(images: Tensor, path: str | Path, grid: tuple[int, int] | None = N
 
 
 def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:
-    """[−1, 1] to levels 0…255: the nearest, or with ``truncate`` the next below, as the released program does."""
+    """[−1, 1] to levels 0…255: the nearest, or with ``truncate`` the next below (official implementation)."""
     levels = (images.float() + 1) * 127.5
     return (levels.round() if rounding == "round" else levels).clamp(0, 255).to(torch.uint8)
 

@@ -1,5 +1,23 @@
 """Network files: ours, and NVIDIA's official one. Nothing is ever unpickled."""
 
-from diffit.weights.file import load_into, load_network, read_header, read_network_file, save_network, state_hash
+from diffit.weights.file import (
+    load_into,
+    load_network,
+    newest_snapshot,
+    read_header,
+    read_network_file,
+    save_network,
+    snapshots,
+    state_hash,
+)
 
-__all__ = ["load_into", "load_network", "read_header", "read_network_file", "save_network", "state_hash"]
+__all__ = [
+    "load_into",
+    "load_network",
+    "newest_snapshot",
+    "read_header",
+    "read_network_file",
+    "save_network",
+    "snapshots",
+    "state_hash",
+]

@@ -77,19 +77,25 @@ def locate(path: str | Path) -> Path:
         return path
     if path.is_dir():
         for folder in (path, *sorted(path.glob("[0-9]" * 5 + "-*"), reverse=True)):
-            snapshots = sorted(folder.glob("network-snapshot-*.safetensors"), key=_progress_of)
-            if snapshots:
-                return snapshots[-1]
+            if (newest := newest_snapshot(folder)) is not None:
+                return newest
     kind = "a folder without a network-snapshot file" if path.is_dir() else "not there"
     raise UserError(
         f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors, a run folder, or a Hub id"
     )
 
 
-def _progress_of(snapshot: Path) -> tuple[float, str]:
-    """kimg in the name of a snapshot, whatever its number of digits."""
-    kimg = snapshot.stem.removeprefix("network-snapshot-")
-    return (float(kimg) if re.fullmatch(r"\d+(\.\d+)?", kimg) else -1.0), kimg
+def snapshots(run_dir: Path) -> list[Path]:
+    """The snapshots of a run, by the kimg in their names, oldest first."""
+    found = {
+        path: path.stem.removeprefix("network-snapshot-") for path in run_dir.glob("network-snapshot-*.safetensors")
+    }
+    numbered = [(float(kimg), path) for path, kimg in found.items() if re.fullmatch(r"\d+(\.\d+)?", kimg)]
+    return [path for _, path in sorted(numbered)]
+
+
+def newest_snapshot(run_dir: Path) -> Path | None:
+    return next(reversed(snapshots(run_dir)), None)
 
 
 def read_header(path: str | Path) -> tuple[Config, float | None]:

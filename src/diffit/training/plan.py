@@ -1,0 +1,161 @@
+"""What a run takes on this machine, found out before it begins: the microbatch that fits, and a length by the clock."""
+
+import time
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from diffit.configs.resolve import accumulation, with_length
+from diffit.configs.schema import Config
+from diffit.data.open import Archive
+from diffit.errors import UserError
+from diffit.models.autoencoder import Autoencoder
+from diffit.models.cost import estimate
+from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import Processes
+from diffit.utils.precision import check_precision, resolve_precision
+
+GIB = 2**30
+SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
+PROGRAM = int(0.5 * GIB)  # torch itself
+MEASURED_SECONDS = 8.0  # of steps, for the rate
+
+
+def plan(
+    config: Config,
+    archive: Archive,
+    procs: Processes,
+    autoencoder: Autoencoder | None = None,
+    *,
+    recorded: Config | None = None,
+) -> Config:
+    """``config`` with the microbatch and the length that this machine allows, where they were not asked for.
+
+    A run that goes on keeps what it ``recorded``, but for the length where other ``minutes`` are asked for. All
+    processes call this together. Raises :class:`UserError` where training does not fit the memory.
+    """
+    timed = config.training.minutes is not None and "kimg" in config.training.chosen
+    if recorded is not None:
+        timed = timed and recorded.training.minutes != config.training.minutes
+        config = take_over(config, recorded)
+    chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
+    training = config.training.model_copy(update={"batch_gpu": fit_batch(config, procs), "chosen": chosen})
+    config = config.model_copy(update={"training": training})
+    if timed or (procs.device.type == "cuda" and recorded is None):
+        config, rate = measure(config, archive, procs, autoencoder)
+        if timed:
+            # A little more than fits: the clock ends the run, and a machine that gets faster does not idle.
+            assert training.minutes is not None
+            kimg = max(rate * training.minutes * 60, 2 * training.batch) / 1000
+            config = config.model_copy(update={"training": with_length(config.training, float(f"{kimg:.3g}"))})
+    return config
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that training may use now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE["cuda"])
+    return int(psutil.virtual_memory().available * SHARE["cpu"])
+
+
+def fit_batch(config: Config, procs: Processes) -> int:
+    """The microbatch: as asked for, or else the largest that fits.
+
+    Raises :class:`UserError` with what is needed, what is there, and an option that fits.
+    """
+    training, count = config.training, procs.count
+    precision = resolve_precision(training.precision, procs.device)
+    free = procs.broadcast(available_memory(procs.device) // (count if procs.device.type == "cpu" else 1))
+    asked = training.batch_gpu is not None and "batch_gpu" not in training.chosen
+    accumulation(training.batch, training.batch_gpu if asked else None, count)  # UserError where they do not divide
+    share = training.batch // count
+    sizes = _divisors(share, training.batch_gpu or share)
+
+    def need(batch: int) -> int:
+        return estimate(config, batch, precision, procs.device.type).training_bytes + PROGRAM
+
+    first = need(sizes[0])
+    if first <= free:
+        return sizes[0]
+    fitting = next((size for size in sizes[1:] if need(size) <= free), None)
+    if fitting is not None and not asked:
+        return fitting
+    have = f"needs about {first / GIB:.1f} GiB a process at --batch-gpu {sizes[0]}, {free / GIB:.1f} GiB are free"
+    if fitting is not None:
+        raise UserError(f"{config.preset} {have}: give --batch-gpu {fitting}, or leave it out")
+    raise UserError(
+        f"{config.preset} {have}, and one image alone takes {need(1) / GIB:.1f} GiB: give --grad-ckpt, smaller images, "
+        "or a smaller network (leave --preset out)"
+    )
+
+
+def _divisors(share: int, limit: int) -> list[int]:
+    """Microbatches that make up a process's ``share`` of the batch, at most ``limit``, the largest first."""
+    return [size for size in range(min(limit, share), 0, -1) if share % size == 0]
+
+
+def measure(
+    config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None
+) -> tuple[Config, float]:
+    """Steps of a network that is thrown away: images a second, and the microbatch halved until a step fits the GPU."""
+    while True:
+        try:
+            return config, _rate(config, archive, procs, autoencoder)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            size = config.training.batch_gpu or 1
+            smaller = _divisors(config.training.batch // procs.count, size - 1)
+            if not smaller or "batch_gpu" not in config.training.chosen:
+                raise UserError(
+                    f"--batch-gpu {size}: a step does not fit the GPU's memory; give a smaller one, --grad-ckpt or "
+                    "--precision bf16"
+                ) from None
+            fitting = next((n for n in smaller if n <= size // 2), smaller[-1])
+            training = config.training.model_copy(update={"batch_gpu": fitting})
+            config = config.model_copy(update={"training": training})
+
+
+def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None) -> float:
+    precision = check_precision(config.training.precision, procs.device)
+    stepper = Stepper(config, procs, build_network(config), precision, autoencoder)
+    size = stepper.batch_gpu
+    data = archive[0].expand(size, *archive[0].shape).to(procs.device)
+    labels = None if archive.labels is None else archive.labels[:1].expand(size).to(procs.device)
+
+    class Same:
+        """The same microbatch for ever."""
+
+        def __iter__(self) -> "Same":
+            return self
+
+        def __next__(self) -> tuple[Tensor, Tensor | None]:
+            return data, labels
+
+    steps, began = 0, time.monotonic()
+    stepper.step(Same())
+    float(stepper.meter.last_loss)  # the first step pays for compilation and caches
+    if config.training.minutes is None:
+        return 0.0
+    first, began = time.monotonic() - began, time.monotonic()
+    count = max(round(MEASURED_SECONDS / max(first, 1e-3)), 1)
+    for _ in range(int(procs.broadcast(min(count, 200)))):
+        stepper.step(Same())
+        steps += 1
+    float(stepper.meter.last_loss)
+    rate = steps * config.training.batch / (time.monotonic() - began)
+    return float(procs.broadcast(rate))
+
+
+def take_over(config: Config, recorded: Config) -> Config:
+    """``config`` for going on with a run: what was not asked for is as the run began with it.
+
+    A longer ``minutes`` is measured again.
+    """
+    old, new = recorded.training, config.training
+    names = {*new.chosen, "chosen"} | ({"batch_gpu"} if new.batch_gpu is None else set())
+    if "kimg" in new.chosen and new.minutes != old.minutes:
+        names -= {"kimg", "chosen"}
+    changes: dict[str, Any] = {name: getattr(old, name) for name in names}
+    return config.model_copy(update={"training": new.model_copy(update=changes)})
