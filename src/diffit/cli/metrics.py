@@ -56,7 +56,7 @@ CALC: list[Callable[..., Any]] = [
 
 
 @metrics.command()
-@with_options(CALC)
+@with_options({"Options": CALC})
 def calc(**options: Any) -> None:
     """Compute metrics of a network or of images.
 
@@ -226,7 +226,7 @@ COPIES: list[Callable[..., Any]] = [
 
 
 @metrics.command()
-@with_options(COPIES)
+@with_options({"Options": COPIES})
 def copies(**options: Any) -> None:
     """Find the training images nearest to samples: a report with pictures, and the share of near-copies.
 

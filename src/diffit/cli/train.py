@@ -32,25 +32,27 @@ OPTIONS: Options = {
                      help="auto: go on with the newest run in --outdir that has the same options."),
         click.option("--init-from", metavar="FILE", help="Begin with the weights of a network file."),
         click.option("--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-                     help="Options from a JSON or YAML file, or a run's training_options.json; options given here win."),
+                     help="Options from JSON or YAML, or a run's training_options.json; options given here win."),
     ],
     "Length": [
         click.option("--minutes", type=click.FloatRange(min=0.1),
-                     help=f"Length by the clock, for this machine.  [default: {MINUTES:g}, unless something says otherwise]"),
+                     help=f"Length by the clock.  [default: {MINUTES:g}, unless a preset or network is chosen]"),
         click.option("--hours", type=click.FloatRange(min=0.01), help="Length by the clock, in hours."),
         click.option("--kimg", type=float, help="Length in thousands of images.  [default: the preset's]"),
         click.option("--duration", type=Images(), metavar="MIMG", help="Length in millions of images."),
         click.option("--epochs", type=float, help="Length in passes over the data."),
     ],
     "Network": [
-        click.option("--preset", metavar="NAME", help=f"Recipe: {', '.join(PRESETS)}.  [default: a small one for the images]"),
+        click.option("--preset", metavar="NAME",
+                     help=f"Recipe: {', '.join(PRESETS)}.  [default: a small one for the images]"),
         click.option("--resolution", type=Size(), help="Size of the images.  [default: that of the data]"),
         click.option("--base-dim", type=int, help="Width of the first stage.  [default: the preset's]"),
         click.option("--hidden-dim", type=int, help="Width of the other stages.  [default: the preset's]"),
         click.option("--num-heads", type=int, help="Attention heads in every stage.  [default: the preset's]"),
         click.option("--num-blocks", type=Numbers(), metavar="N[,N…]",
-                     help="ResBlocks per stage, one number or one each; depth of a latent model.  [default: the preset's]"),
-        click.option("--window-size", type=int, help="Side of the attention windows, in tokens.  [default: the preset's]"),
+                     help="ResBlocks per stage, or depth of a latent model.  [default: the preset's]"),
+        click.option("--window-size", type=int,
+                     help="Side of the attention windows, in tokens.  [default: the preset's]"),
         click.option("--patch-size", type=int, help="Side of a latent model's patches.  [default: 2]"),
         click.option("--mlp-ratio", type=float, help="Width of the MLPs in multiples of the stage's.  [default: 4]"),
         click.option("--dropout", type=float, help="Dropout in the MLPs.  [default: the preset's]"),
@@ -60,12 +62,13 @@ OPTIONS: Options = {
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the preset's]"),
         click.option("--lr", type=float, help="Learning rate.  [default: the preset's]"),
         click.option("--lr-rampup-kimg", type=float,
-                     help="Length of the learning rate's linear ramp-up.  [default: the preset's, 5 % of a shorter run]"),
+                     help="Learning rate's linear ramp-up.  [default: the preset's, 5 % of a shorter run]"),
         click.option("--ema", type=float, metavar="MIMG",
                      help="Exponential moving average half-life, in millions of images.  [default: the preset's]"),
         click.option("--label-drop", type=float,
                      help="Probability of training without the label, for guidance.  [default: 0.1]"),
-        click.option("--augment", type=float, help="Probability of each augmentation; 0 for none.  [default: the preset's]"),
+        click.option("--augment", type=float,
+                     help="Probability of each augmentation; 0 for none.  [default: the preset's]"),
         click.option("--diffusion", type=click.Choice(["edm", "cosine", "linear"]),
                      help="EDM, or a discrete schedule.  [default: the preset's]"),
         click.option("--P-mean", "P_mean", type=float, help="Mean of ln sigma in training (EDM).  [default: -1.2]"),
@@ -77,7 +80,7 @@ OPTIONS: Options = {
         click.option("--batch-gpu", type=int,
                      help="Images per forward pass; accumulation makes up --batch.  [default: the most that fits]"),
         click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-                     help="Of the network's arithmetic; auto is bf16 on GPUs that have it, else fp32.  [default: auto]"),
+                     help="Of the network; auto is bf16 on GPUs that have it, else fp32.  [default: auto]"),
         switch("--fp16", hidden=True),
         switch("--grad-ckpt", help="Recompute activations: less memory, more time.  [default: no]"),
         switch("--compile", help="torch.compile the network.  [default: no]"),
@@ -86,19 +89,25 @@ OPTIONS: Options = {
         click.option("--json", "as_json", is_flag=True, help="With --dry-run, print the configuration as JSON."),
     ],
     "What a run prints and writes": [
-        click.option("--tick", type=float, metavar="KIMG", help="Images between lines of statistics.  [default: the preset's]"),
-        click.option("--snap", type=int, metavar="TICKS", help="Ticks between snapshots; 0: by time only.  [default: 50]"),
+        click.option("--tick", type=float, metavar="KIMG",
+                     help="Images between lines of statistics.  [default: the preset's]"),
+        click.option("--snap", type=int, metavar="TICKS",
+                     help="Ticks between snapshots; 0: by time only.  [default: 50]"),
         click.option("--snap-minutes", type=float, help="Minutes between snapshots; 0: by ticks only.  [default: 10]"),
-        click.option("--dump", type=int, metavar="TICKS", help="Ticks between states to resume from; 0: by time only.  [default: 50]"),
+        click.option("--dump", type=int, metavar="TICKS",
+                     help="Ticks between states to resume from; 0: by time only.  [default: 50]"),
         click.option("--dump-minutes", type=float, help="Minutes between states; 0: by ticks only.  [default: 10]"),
         click.option("--keep", type=int, help="Newest snapshots to keep, next to the best; 0: all.  [default: 10]"),
         click.option("--grid", type=Size(), help="Images in a grid of samples.  [default: 8x8]"),
-        click.option("--metrics", help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
-        click.option("--metrics-ref", metavar="ARCHIVE|NPZ", help="What metrics compare with.  [default: the training images]"),
+        click.option("--metrics",
+                     help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
+        click.option("--metrics-ref", metavar="ARCHIVE|NPZ",
+                     help="What metrics compare with.  [default: the training images]"),
         click.option("--metrics-ticks", type=int, help="Ticks between metrics.  [default: at the end only]"),
         click.option("--metrics-sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
                      help="Solver of the samples for metrics.  [default: the model's]"),
-        click.option("--metrics-steps", type=click.IntRange(min=1), help="Steps of that solver.  [default: the model's]"),
+        click.option("--metrics-steps", type=click.IntRange(min=1),
+                     help="Steps of that solver.  [default: the model's]"),
     ],
 }  # fmt: skip
 
@@ -109,7 +118,7 @@ ALIASES = {
     "--snapshot": "--snap", "--checkpoint": "--dump",
 }  # fmt: skip
 REFUSED = {
-    "--arch": "EDM's choice of a U-Net; the network here is DiffiT: choose it with --preset, or --num-blocks and --hidden-dim",
+    "--arch": "EDM's choice of a U-Net; this is DiffiT: use --preset, or --num-blocks and --hidden-dim",
     "--precond": "EDM's choice of a preconditioning; use --diffusion edm, cosine or linear",
     "--cbase": "EDM's channel multiplier; use --base-dim and --hidden-dim",
     "--cres": "EDM's channels per resolution; use --base-dim and --hidden-dim",
@@ -214,7 +223,7 @@ def spelled_out(options: dict[str, Any]) -> bool:
 
 
 def options_of(path: Path) -> tuple[str | Config | None, dict[str, Any]]:
-    """Preset (or whole configuration) and options of a file: flat, as on the command line, or a run's ``training_options.json``."""
+    """Preset and options of a file that is flat, as the command line is; a run's own is a whole configuration."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
