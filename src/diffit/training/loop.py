@@ -249,7 +249,9 @@ class Run:
         path = self.run_dir / f"network-snapshot-{number}.safetensors"
         self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
         save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
-        save_fakes(stepper, stepper.ema, self.run_dir / f"fakes{number}.png")
+        grid = self.run_dir / f"fakes{number}.png"
+        save_fakes(stepper, stepper.ema, grid)
+        self.log.picture("fakes", grid, stepper.images_seen)
         if stepper.ema_warming_up:
             save_fakes(stepper, stepper.net, self.run_dir / f"fakes{number}-raw.png")
         prune_snapshots(self.run_dir, stepper.config.training.keep)
