@@ -294,32 +294,6 @@ def test_every_parameter_learns():
 # --- variants that change nothing -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_joint_time_projections_change_nothing_and_take_no_memory():
-    net, arguments = latent(), inputs()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    expected = net(*arguments)
-    net.fuse_time_projections()
-    assert_close(net(*arguments), expected, rtol=1e-13, atol=1e-13)
-    assert {key: value.shape for key, value in net.state_dict().items()} == {k: v.shape for k, v in before.items()}
-    assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
-    for kind in ("weight", "bias"):
-        parts = [getattr(block.attn.qkv_temb, kind) for block in net.blocks]
-        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
-        assert parts[0].untyped_storage().nbytes() == sum(part.nbytes for part in parts)
-        assert not any(part.requires_grad for part in parts)
-
-
-@torch.no_grad()
-def test_joint_time_projections_follow_the_network_to_another_dtype_and_new_weights():
-    net, other, (x, t, y) = latent(), latent(seed=5), inputs()
-    net.fuse_time_projections()
-    net.load_state_dict(other.state_dict())
-    assert_close(net(x, t, y), other(x, t, y), rtol=1e-13, atol=1e-13)
-    net.float()
-    assert_close(net(x.float(), t, y), other.float()(x.float(), t, y), rtol=1e-5, atol=1e-5)
-
-
 def gradients(net: LatentDiffiT) -> dict[str, Tensor]:
     net.zero_grad()
     net(*inputs()).square().sum().backward()

@@ -156,16 +156,12 @@ class TMSA(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_index)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return self.attend(x, self.qkv_temb(cond))
-
-    def attend(self, x: Tensor, time_qkv: Tensor) -> Tensor:
-        """The same for a caller that has ``qkv_temb(cond)`` ``(B, 3·dim)`` already."""
         B, H, W, D = x.shape
         if self.is_global and (self.window[0] < H or self.window[1] < W):
             raise ValueError(f"a map of {H}×{W} tokens exceeds the {self.window[0]}×{self.window[1]} of the bias table")
         window = (min(self.window[0], H), min(self.window[1], W))
 
-        qkv = self.qkv(x) + time_qkv[:, None, None]  # (B, H, W, 3D), Eq. 3–5
+        qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # (B, H, W, 3D), Eq. 3–5
         qkv = window_partition(qkv, window)  # (B, windows, N, 3D)
         windows, N = qkv.shape[1:3]
         q, k, v = qkv.reshape(B * windows, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B·windows, heads, N, d)

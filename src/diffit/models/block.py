@@ -45,11 +45,7 @@ class DiffiTBlock(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio), dropout)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return self.transform(x, self.attn.qkv_temb(cond))
-
-    def transform(self, x: Tensor, time_qkv: Tensor) -> Tensor:
-        """The same for a caller that has ``attn.qkv_temb(cond)`` ``(B, 3·dim)`` already."""
-        x = x + self.attn.attend(self.norm1(x), time_qkv)
+        x = x + self.attn(self.norm1(x), cond)
         return x + self.mlp(self.norm2(x))
 
 

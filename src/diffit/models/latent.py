@@ -1,7 +1,5 @@
 """The latent model: a flat transformer whose parameters carry the names of NVIDIA's released weights."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,10 +58,6 @@ class LatentDiffiT(nn.Module):
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
-        self._time_weight: Tensor | None
-        self._time_bias: Tensor | None
-        self.register_buffer("_time_weight", None, persistent=False)
-        self.register_buffer("_time_bias", None, persistent=False)
         self.init_weights()
 
     @classmethod
@@ -82,23 +76,6 @@ class LatentDiffiT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_ckpt = enabled
 
-    @torch.no_grad()
-    def fuse_time_projections(self) -> None:
-        """For sampling: lay the blocks' time projections side by side, so that one matrix product serves all.
-
-        The parameters become views of the joint matrix; training would not see its gradient, so they are frozen.
-        """
-        linears = [block.attn.qkv_temb for block in self.typed_blocks()]
-        self._time_weight = torch.cat([linear.weight for linear in linears])
-        self._time_bias = torch.cat([linear.bias for linear in linears])
-        rows = [linear.out_features for linear in linears]
-        parts = zip(linears, self._time_weight.split(rows), self._time_bias.split(rows), strict=True)
-        for linear, weight, bias in parts:
-            linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-
-    def typed_blocks(self) -> list[DiffiTBlock]:
-        return cast(list[DiffiTBlock], list(self.blocks))
-
     def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time and class in one vector: ``(B, dim)``, or ``(1, dim)`` for one timestep without classes."""
         if (y is None) != (self.y_embedder is None):
@@ -111,16 +88,11 @@ class LatentDiffiT(nn.Module):
         cond = self.embed(t, y, x.dtype)  # (B, D)
         h, w = self.grid
         hidden = self.x_embedder(x) + self.pos_embed.view(1, h, w, -1)  # (B, h, w, D)
-        if self._time_weight is not None:
-            times = F.linear(cond, self._time_weight, self._time_bias).chunk(len(self.blocks), dim=1)
-            for block, time_qkv in zip(self.typed_blocks(), times, strict=True):
-                hidden = block.transform(hidden, time_qkv)
-        else:
-            for block in self.typed_blocks():
-                if self.grad_ckpt and self.training:
-                    hidden = checkpoint(block, hidden, cond, use_reentrant=False)
-                else:
-                    hidden = block(hidden, cond)
+        for block in self.blocks:
+            if self.grad_ckpt and self.training:
+                hidden = checkpoint(block, hidden, cond, use_reentrant=False)
+            else:
+                hidden = block(hidden, cond)
         return self.unpatchify(self.final_layer(hidden))
 
     def unpatchify(self, x: Tensor) -> Tensor:
