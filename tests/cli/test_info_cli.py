@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from diffit.cli import cli
-from diffit.cli.describe import count_evaluations
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Data
 from diffit.errors import UserError
 from diffit.models import build
 from diffit.models.cost import count_work
 from diffit.sampling import with_sampling
+from diffit.sampling.cost import count_evaluations
 from diffit.weights.file import save_network
 
 

@@ -219,6 +219,19 @@ def test_what_gives_no_number_is_refused(pets, tmp_path):
     assert not (tmp_path / "one.npz").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "8"], "--gpus: start it under torchrun --nproc_per_node=N"),
+        (["--num=5000"], "--num: the number is in the metric's name: --metrics fid50k_full"),
+        (["--net", "a", "--data", "none.zip", "--images", "b"], "pass either --network or --images"),
+    ],
+)
+def test_the_options_of_edm_and_stylegan_are_understood_or_answered(words, message):
+    with pytest.raises(UserError, match=message):
+        cli(["metrics", "calc", "--metrics", "fid5k", *words], standalone_mode=False)
+
+
 def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):
     how = ["--data", str(pets), "--detector", "pixels", "--dest", str(tmp_path / "copies.html")]
     cli(["metrics", "copies", "--images", str(pets), "--count", "40", *how], standalone_mode=False)

@@ -194,6 +194,7 @@ def test_arrays_that_are_no_moments_are_refused_with_their_shapes():
     ):
         with pytest.raises(ValueError, match=message):
             frechet_distance(*arguments)
+    assert moments(np.array([[1.0, 2.0], [3.0, 2.0]]))[1].tolist() == [[2, 0], [0, 0]]
     with pytest.raises(ValueError, match="one row; a covariance needs two or more"):
         moments(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="features has values that are not finite"):
@@ -202,7 +203,7 @@ def test_arrays_that_are_no_moments_are_refused_with_their_shapes():
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize(
-    "spectrum", [(4, 3, 2, 1), (4, 3, 2, 0), (4, 3, 1e-17, 0), (4, 0, 0, 0), (1, 1e-7, 1e-9, 1e-12)]
+    "spectrum", [(4, 3, 2, 1), (4, 3, 2, 0), (4, 3, 1e-17, 0), (4, 0, 0, 0), (0, 0, 0, 0), (1, 1e-7, 1e-9, 1e-12)]
 )
 def test_the_square_root_has_as_many_columns_as_the_covariance_has_rank(spectrum, scale):
     """Whatever the scale: eigenvalues below 4 machine epsilons of the largest are rounding."""
@@ -237,3 +238,9 @@ def test_the_metric_states_its_bias_from_two_images_for_each_dimension_on(n1, n2
 
 def test_a_covariance_of_d_dimensions_is_asked_of_a_tenth_as_many_images_and_of_two():
     assert [FID(50).fewest(dim)[0] for dim in (1, 20, 21, 768, 2048)] == [2, 2, 3, 77, 205]
+
+
+def test_images_that_are_all_alike_are_as_far_apart_as_their_means():
+    zero, mu = np.zeros((3, 3)), np.array([1.0, 2.0, 2.0])
+    assert frechet_distance(mu, zero, np.zeros(3), zero) == 9
+    assert frechet_distance(mu, zero, np.zeros(3), np.eye(3)) == 12

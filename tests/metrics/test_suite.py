@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import sys
 import zipfile
 
 import numpy as np
@@ -182,6 +183,16 @@ def test_real_statistics_are_read_once_and_kept_by_content_and_detector(fake, re
     assert len(list(cache.iterdir())) == 3
     kept.write_bytes(kept.read_bytes()[:100])  # damaged: computed again
     assert numbers(fake, real, ["fd60_full"], torchscript) == first
+
+
+def test_the_cache_is_where_the_variable_says_or_else_in_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFIT_CACHE", str(tmp_path / "mine"))
+    assert reference_module.cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("DIFFIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if sys.platform == "linux":
+        assert reference_module.cache_folder() == tmp_path / "xdg" / "diffit"
+    assert reference_module.cache_folder().name.lower() == "diffit"
 
 
 def test_an_adm_reference_batch_gives_statistics_and_images(inception_weights, tmp_path):

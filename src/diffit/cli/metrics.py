@@ -1,14 +1,13 @@
 """``diffit metrics``."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffit.cli.options import with_options
-from diffit.cli.sample import PRECISIONS, SETTINGS
+from diffit.cli.options import GroupedCommand, Options, with_options
+from diffit.cli.sample import ALIASES, PRECISIONS, SETTINGS
 from diffit.configs.schema import Sampling
 from diffit.errors import UserError
 
@@ -33,7 +32,8 @@ def metrics() -> None:
     """Evaluate samples: FID, sFID, Inception score, precision, recall, KID, near-copies."""
 
 
-CALC: list[Callable[..., Any]] = [
+CALC: Options = {
+  "What is evaluated": [
     click.option("--network", metavar="FILE|RUN|ID",
                  help="Evaluate samples of this snapshot, run (its newest snapshot) or Hub id; or use --images."),
     click.option("--images", type=FILE, help="Evaluate these images: folder, zip, or npz with arr_0."),
@@ -47,16 +47,23 @@ CALC: list[Callable[..., Any]] = [
                  help="Evaluate so many times with new seeds: the best, and minimum, mean and standard deviation."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                  help="First seed of the samples, one per sample; with --images the seed that chooses among them."),
-    *SETTINGS,
+  ],
+  "Solver and guidance": SETTINGS,
+  "Machine": [
     VAE,
     BATCH,
     click.option("--precision", type=click.Choice(PRECISIONS),
                  help="Precision of the network; detectors are fp32.  [default: fp32]"),
-]  # fmt: skip
+  ],
+}  # fmt: skip
+REFUSED = {
+    "--num": "the number is in the metric's name: --metrics fid50k_full",
+    "--gpus": "start it under torchrun --nproc_per_node=N",
+}
 
 
-@metrics.command()
-@with_options({"Options": CALC})
+@metrics.command(cls=GroupedCommand, aliases=ALIASES | {"--data": "--ref"}, refused=REFUSED)
+@with_options(CALC)
 def calc(**options: Any) -> None:
     """Compute metrics of a network or of images.
 
@@ -210,7 +217,7 @@ def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
     click.echo(f"{dest}: {accuracy:.1%} right on held-out images; next: --detector {dest}")
 
 
-COPIES: list[Callable[..., Any]] = [
+COPIES = [
     click.option("--network", metavar="FILE|RUN|ID",
                  help="Look at samples of this snapshot, run (its newest snapshot) or Hub id; or use --images."),
     click.option("--images", type=FILE, help="Look at these images: folder, zip, or npz with arr_0."),

@@ -78,15 +78,14 @@ def train_classifier(
         images = shift(flip_half(to_float(load_batch(archive, indices)), generator), generator).to(device)
         loss = F.cross_entropy(net(images)[1], archive.labels[indices].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        loss.backward()
         optimizer.step()
         schedule.step()
         if progress is not None:
             progress(step + 1, steps)
     with torch.inference_mode():
         right = [
-            net(load_batch(archive, i).to(device))[1].argmax(1).cpu() == archive.labels[i]
-            for i in torch.split(test, BATCH)
+            net(load_batch(archive, i).to(device))[1].argmax(1).cpu() == archive.labels[i] for i in test.split(BATCH)
         ]
     accuracy = float(torch.cat(right).double().mean())
     facts = {"channels": channels, "classes": archive.num_classes, "accuracy": accuracy, "trained_on": archive.name}
@@ -97,7 +96,7 @@ def train_classifier(
 
 def _epochs(indices: Tensor, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     for _ in range(epochs):
-        yield from torch.split(indices[torch.randperm(len(indices), generator=generator)], BATCH)
+        yield from indices[torch.randperm(len(indices), generator=generator)].split(BATCH)
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:

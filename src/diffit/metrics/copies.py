@@ -57,7 +57,7 @@ def find_copies(
                 f"{training.name}: images of {training.shape}, what they are compared with of {tuple(other)} (C, H, W)"
             )
     real = features(stream(training, torch.arange(len(training)), batch, procs, progress=True), detector, procs)
-    parts = torch.split(torch.arange(len(samples)), batch)
+    parts = torch.arange(len(samples)).split(batch)
     batches = (group for i in parts for group in by_size(i, [samples[j] for j in i.tolist()]))
     generated = features(batches, detector, procs)
     if heldout is None:

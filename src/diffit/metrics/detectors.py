@@ -100,7 +100,7 @@ def load_torchscript(path: Path, device: torch.device) -> Callable[[Tensor], dic
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            net = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
+            net = torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:  # damaged and foreign files fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a TorchScript file ({reason})") from None

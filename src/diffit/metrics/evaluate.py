@@ -37,10 +37,9 @@ def evaluate_network(
     samples = model.generate(seeds, labels, procs=suite.procs, batch=batch, progress=progress)
     batches = ((torch.arange(start, start + len(images)), images) for start, images in samples)
     numbers = suite(batches, progress=progress)
-    source: dict[str, Any] = (
-        {"preset": model.config.preset, "weights_sha256": None} | (facts or {}) | {"precision": model.precision}
-    )
-    source["weights_sha256"] = source["weights_sha256"] or state_hash(model.net.state_dict())
+    source: dict[str, Any] = {"preset": model.config.preset, **(facts or {}), "precision": model.precision}
+    if "weights_sha256" not in source:
+        source["weights_sha256"] = state_hash(model.net.state_dict())
     if model.autoencoder is not None:
         source["vae_sha256"] = model.autoencoder.sha256
     source |= {"labels": policy, "sampling": model.config.sampling.model_dump(mode="json")}
@@ -74,7 +73,9 @@ def _records(
 ) -> list[dict[str, Any]]:
     seconds = time.monotonic() - began
     records: list[dict[str, Any]] = []
-    for metric, values, source in zip(suite.metrics, numbers, sources, strict=True) if suite.procs.is_first else ():
-        records.append(make_record(suite, metric, values, source, seconds))
+    with suite.procs.together():
+        if suite.procs.is_first:
+            every = zip(suite.metrics, numbers, sources, strict=True)
+            records = [make_record(suite, metric, values, source, seconds) for metric, values, source in every]
     everywhere: list[dict[str, Any]] = suite.procs.broadcast(records)
     return everywhere

@@ -141,7 +141,7 @@ def stream(images: Images, chosen: Tensor, batch: int, procs: Processes, *, prog
     Position p is the p-th of the ``chosen``. Images of several sizes come in one batch for each size.
     """
     order = chosen.argsort()
-    mine = list(torch.split(order, batch))[procs.rank :: procs.count]
+    mine = list(order.split(batch))[procs.rank :: procs.count]
     rows = images.rows(chosen[torch.cat(mine)].tolist() if mine else [])
     with bar(images.name, quiet=not progress or not procs.is_first) as show:
         for done, positions in enumerate(mine, start=1):

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "numpy", "pillow", "torch-fidelity")
 def make_record(
     suite: Suite, metric: Metric, numbers: dict[str, float], source: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """The record of the ``numbers`` of one ``metric``; ``source`` says what was judged."""
+    """The record of the ``numbers`` of one ``metric``; ``source`` says what was evaluated."""
     detector, reference = suite.detectors[metric.spec], suite.references.get(metric.spec)
     record: dict[str, Any] = {
         "metric": metric.name(detector),

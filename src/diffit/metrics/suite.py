@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,15 @@ from diffit.metrics.precision_recall import PrecisionRecall
 from diffit.metrics.reference import Reference, open_reference
 from diffit.utils.distributed import Processes
 
-KINDS = {"fid": FID, "fd": FID, "kid": KID, "kd": KID, "is": InceptionScore, "pr": PrecisionRecall, "adm": ADM}
+KINDS: dict[str, type[Metric]] = {
+    "fid": FID,
+    "fd": FID,
+    "kid": KID,
+    "kd": KID,
+    "is": InceptionScore,
+    "pr": PrecisionRecall,
+    "adm": ADM,
+}
 NAME = re.compile(rf"({'|'.join(KINDS)})(\d+)(?:(k)(\d*)|_(\d+))?(_full)?(_fp64)?(?::(.+))?")
 EXAMPLES = "fid50k_full, fid10k_full, fid50k, kid50k_full, is50k, pr50k3_full, pr1500_3_full, adm50k, fd10k_full:pixels"
 
@@ -38,13 +45,10 @@ def parse_metric(text: str, detector: str | None = None) -> Metric:
         )
     if fp64 and kind != "adm":
         raise UserError(f"metric {text!r}: _fp64 is for adm (adm50k_fp64); all others use float64 as they are")
-    make: Any = KINDS[kind]
+    extra: dict[str, Any] = {"precision": "float64"} if fp64 else {}
     if neighbours:
-        make = partial(make, neighbours=int(neighbours))
-    if fp64:
-        make = partial(make, precision="float64")
-    metric: Metric = make(int(count) * (1000 if k else 1), bool(full), spec or detector or OFFICIAL)
-    return metric
+        extra["neighbours"] = int(neighbours)
+    return KINDS[kind](int(count) * (1000 if k else 1), bool(full), spec or detector or OFFICIAL, **extra)
 
 
 def parse_metrics(names: Sequence[str], detector: str | None = None) -> list[Metric]:

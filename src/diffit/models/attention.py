@@ -15,6 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # cuDNN's attention is left out: with torch 2.11 on Hopper it returns NaN gradients for a bias at lengths ≡ 64 mod 128.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+MAX_WINDOWS = 65_535
+"""In one call on CUDA: with more, the memory-efficient kernel's backward pass cannot give the bias its gradient."""
+
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -102,7 +105,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     with sdpa_kernel(_BACKENDS):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return in_parts(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias), q, k, v, MAX_WINDOWS)
+
+
+def in_parts(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, limit: int) -> Tensor:
+    """``attention(q, k, v)`` for at most ``limit`` entries of the first dimension at a time."""
+    if len(q) <= limit:
+        return attention(q, k, v)
+    parts = zip(q.split(limit), k.split(limit), v.split(limit), strict=True)
+    return torch.cat([attention(*part) for part in parts])
 
 
 class TMSA(nn.Module):
@@ -166,5 +177,7 @@ class TMSA(nn.Module):
             q, k, v = (part.reshape(B, windows * self.num_heads, N, -1) for part in (q, k, v))
         out = self.attention(q, k, v, bias)
 
-        out = out.reshape(B, windows, self.num_heads, N, -1).transpose(2, 3).reshape(B, windows, N, D)
-        return self.proj(window_unpartition(out, window, (H, W)))
+        out = out.reshape(B, windows, self.num_heads, N, -1).transpose(2, 3)
+        if torch.compiler.is_exporting():  # else a view of the kernel's strides is recorded, which other kernels lack
+            out = out.clone(memory_format=torch.contiguous_format)
+        return self.proj(window_unpartition(out.reshape(B, windows, N, D), window, (H, W)))

@@ -124,9 +124,11 @@ class ImageDiffiT(nn.Module):
             if isinstance(module, Stage):
                 module.grad_ckpt = enabled
 
-    def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def embed(
+        self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """The time token: noise level, class and augmentation in one vector, ``(B, cond_dim)``."""
-        cond = self.t_embedder(c_noise)
+        cond = self.t_embedder(c_noise, dtype)
         if (class_labels is None) != (self.y_embedder is None):
             need = f"labels in [0, {self.num_classes}]" if self.num_classes else "class_labels=None"
             raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
@@ -145,7 +147,7 @@ class ImageDiffiT(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        cond = self.embed(c_noise, class_labels, augment_labels)
+        cond = self.embed(c_noise, class_labels, augment_labels, x.dtype)
         x = self.encoder[0](self.tokenizer(x), cond)
         skips = []
         for down, stage in zip(self.down, self.encoder[1:], strict=True):

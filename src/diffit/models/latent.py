@@ -99,16 +99,16 @@ class LatentDiffiT(nn.Module):
     def typed_blocks(self) -> list[DiffiTBlock]:
         return cast(list[DiffiTBlock], list(self.blocks))
 
-    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+    def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time and class in one vector: ``(B, dim)``, or ``(1, dim)`` for one timestep without classes."""
         if (y is None) != (self.y_embedder is None):
             need = f"labels in [0, {self.num_classes}]" if self.num_classes else "y=None"
             raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
-        cond = self.t_embedder(t)
+        cond = self.t_embedder(t, dtype)
         return cond if self.y_embedder is None else cond + self.y_embedder(y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        cond = self.embed(t, y)  # (B, D)
+        cond = self.embed(t, y, x.dtype)  # (B, D)
         h, w = self.grid
         hidden = self.x_embedder(x) + self.pos_embed.view(1, h, w, -1)  # (B, h, w, D)
         if self._time_weight is not None:
