@@ -153,7 +153,7 @@ class TMSA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_load_state_dict_pre_hook(_drop_index)
+        self.register_load_state_dict_pre_hook(_drop_index)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         B, H, W, D = x.shape
