@@ -93,7 +93,7 @@ def counted(calls: list[float]):
 
 
 def test_where_the_scale_is_exactly_one_nothing_is_evaluated_and_tolerance_saves_more():
-    """Over 250 of 1000 timesteps with the released scale: at t = 999 it is 1 to the last bit."""
+    """Over 250 of 1000 timesteps with the official scale: at t = 999 it is 1 to the last bit."""
     timesteps = [round(i * 999 / 249) for i in range(250)]
     calls = {}
     outputs = {}

@@ -170,7 +170,7 @@ def test_labels_must_be_there_where_there_are_classes_and_nowhere_else():
         latent(num_classes=0)(x, t, y)
 
 
-# --- the released layout --------------------------------------------------------------------------------------------
+# --- the official layout --------------------------------------------------------------------------------------------
 
 
 def official_shapes(tokens: int, rows: int) -> dict[str, tuple[int, ...]]:

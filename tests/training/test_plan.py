@@ -38,9 +38,7 @@ def test_without_a_microbatch_it_is_the_largest_that_fits(monkeypatch):
 def test_a_microbatch_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
     config = resolve("debug", {"batch": 48, "batch_gpu": 24})
     with_memory(monkeypatch, 13, config)
-    with pytest.raises(
-        UserError, match=r"needs about .* at --batch-gpu 24, .* free: give --batch-gpu 12"
-    ):
+    with pytest.raises(UserError, match=r"needs about .* at --batch-gpu 24, .* free: give --batch-gpu 12"):
         fit_batch(config, ONE)
     monkeypatch.setattr(planning, "available_memory", lambda device: PROGRAM)
     with pytest.raises(UserError, match=r"one image alone takes .* GiB: give --grad-ckpt"):

@@ -59,7 +59,7 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
-    """The row of the table for every pair of tokens, int64 ``(N, N)``; the released weights store it in each layer."""
+    """The row of the table for every pair of tokens, int64 ``(N, N)``; the official weights store it in each layer."""
     return torch.cat(list(_index_rows(window)))
 
 
@@ -81,7 +81,7 @@ def _index_rows(window: tuple[int, int]) -> Iterator[Tensor]:
 
 
 def _drop_index(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Accept the released weights' index buffer: it must be the one that this layer implies, and is not kept."""
+    """Accept the official weights' index buffer: it must be the one that this layer implies, and is not kept."""
     index = state.pop(prefix + "relative_position_index", None)
     if index is not None and not is_relative_position_index(index, module.window):
         rest[-1].append(f"{prefix}relative_position_index is not that of a {module.window} window")
@@ -123,7 +123,7 @@ class TMSA(nn.Module):
 
     ``grid_size`` is the usual size of the map, one number or (H, W). With ``window_size=None`` every token attends
     to the whole map, which may be any up to ``grid_size``. With a window, maps of any size are cut into windows;
-    a window larger than the map is clamped to it. Parameter names are those of the released weights.
+    a window larger than the map is clamped to it. Parameter names are those of the official weights.
     """
 
     def __init__(
