@@ -24,7 +24,7 @@ class Mlp(nn.Module):
 class DiffiTBlock(nn.Module):
     """x̂ = TMSA(LN x, x_t) + x, then MLP(LN x̂) + x̂ (Eq. 7–8): ``((B, H, W, dim), (B, cond_dim)) -> (B, H, W, dim)``.
 
-    The norms have no parameters: scale and shift are the next linear layer's business, as in the released weights.
+    The norms have no parameters: scale and shift are the next linear layer's business, as in the official weights.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The latent model: a flat transformer whose parameters carry the names of NVIDIA's released weights."""
+"""The latent model: a flat transformer whose parameters carry the names of NVIDIA's official weights."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class LatentDiffiT(nn.Module):
 
     ``t`` is the original timestep, 0…999, fractions allowed. Labels are in ``[0, num_classes)``, the null class is
     ``num_classes``; ``num_classes=0`` is an unconditional model and takes ``y=None``. With ``label_drop=0`` there is
-    no null class, since nothing would train it. The released model is the default, at 256 pixels; 512 has
+    no null class, since nothing would train it. The official model is the default, at 256 pixels; 512 has
     ``input_size=64``.
     """
 
@@ -65,7 +65,7 @@ class LatentDiffiT(nn.Module):
         return cls(**config.model_dump(exclude={"family"}))
 
     def init_weights(self) -> None:
-        """As the released model began: Xavier-uniform, the conditioning 0.02, the final layer 0."""
+        """As in the official implementation: Xavier-uniform, the conditioning 0.02, the final layer 0."""
         self.apply(init_linear)
         self.t_embedder.init_weights(std=0.02)
         if self.y_embedder is not None:
@@ -79,8 +79,8 @@ class LatentDiffiT(nn.Module):
     def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time and class in one vector: ``(B, dim)``, or ``(1, dim)`` for one timestep without classes."""
         if (y is None) != (self.y_embedder is None):
-            need = f"labels in [0, {self.num_classes}]" if self.num_classes else "y=None"
-            raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
+            need = f"y in [0, {self.num_classes}]" if self.num_classes else "y=None"
+            raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
         cond = self.t_embedder(t, dtype)
         return cond if self.y_embedder is None else cond + self.y_embedder(y)
 
