@@ -69,7 +69,7 @@ def test_it_keeps_the_dtype_of_the_state(dtype):
 
 
 @pytest.mark.parametrize(("t", "expected"), [(999, 1.0), (500, 1.033), (250, 1.773), (0, 4.4)])
-def test_power_cosine_has_the_released_values(t, expected):
+def test_power_cosine_has_the_official_values(t, expected):
     assert power_cosine(4.4)(torch.tensor(t)) == pytest.approx(expected, abs=5e-4)
 
 

@@ -24,7 +24,7 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Cut a map into non-overlapping windows, padding with zeros below and to the right where it does not divide.
+    """Split a map into non-overlapping windows, padding with zeros below and to the right where it does not divide.
 
     ``(B, H, W, D) -> (B, windows, h·w, D)``, windows and the tokens in them in row-major order.
     """
@@ -36,7 +36,7 @@ def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def window_unpartition(windows: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Join windows into the map that they were cut from: ``(B, windows, h·w, D) -> (B, H, W, D)``."""
+    """Join windows into the map that they were split from: ``(B, windows, h·w, D) -> (B, H, W, D)``."""
     B, _, _, D = windows.shape
     (h, w), (H, W) = window, size
     rows, cols = -(-H // h), -(-W // w)
@@ -101,7 +101,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias."""
-    bias = bias.to(q.dtype)[None]  # a float32 bias beside a bfloat16 q is misread by some kernels
+    bias = bias.to(q.dtype)[None]  # a float32 bias next to a bfloat16 q is misread by some kernels
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     with sdpa_kernel(_BACKENDS):
@@ -122,7 +122,7 @@ class TMSA(nn.Module):
     ``(x: (B, H, W, dim), cond: (B, cond_dim)) -> (B, H, W, dim)``
 
     ``grid_size`` is the usual size of the map, one number or (H, W). With ``window_size=None`` every token attends
-    to the whole map, which may be any up to ``grid_size``. With a window, maps of any size are cut into windows;
+    to the whole map, which may be any up to ``grid_size``. With a window, maps of any size are split into windows;
     a window larger than the map is clamped to it. Parameter names are those of the official weights.
     """
 

@@ -65,7 +65,7 @@ class LatentDiffiT(nn.Module):
         return cls(**config.model_dump(exclude={"family"}))
 
     def init_weights(self) -> None:
-        """As the official model begins: Xavier-uniform, the conditioning 0.02, the final layer 0."""
+        """As in the official implementation: Xavier-uniform, the conditioning 0.02, the final layer 0."""
         self.apply(init_linear)
         self.t_embedder.init_weights(std=0.02)
         if self.y_embedder is not None:
@@ -79,8 +79,8 @@ class LatentDiffiT(nn.Module):
     def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time and class in one vector: ``(B, dim)``, or ``(1, dim)`` for one timestep without classes."""
         if (y is None) != (self.y_embedder is None):
-            need = f"labels in [0, {self.num_classes}]" if self.num_classes else "y=None"
-            raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
+            need = f"y in [0, {self.num_classes}]" if self.num_classes else "y=None"
+            raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
         cond = self.t_embedder(t, dtype)
         return cond if self.y_embedder is None else cond + self.y_embedder(y)
 
