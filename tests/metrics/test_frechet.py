@@ -244,3 +244,4 @@ def test_images_that_are_all_alike_are_as_far_apart_as_their_means():
     zero, mu = np.zeros((3, 3)), np.array([1.0, 2.0, 2.0])
     assert frechet_distance(mu, zero, np.zeros(3), zero) == 9
     assert frechet_distance(mu, zero, np.zeros(3), np.eye(3)) == 12
+    assert finite_sample_bias(zero, 10) == 0
