@@ -107,6 +107,13 @@ def test_a_conversion_that_is_stopped_leaves_nothing_behind(tmp_path, number, st
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_printed_commands_can_be_typed_where_names_have_spaces(raw):
+    result = CliRunner().invoke(cli, ["data", "convert", "--source", "raw", "--dest", "my photos.zip"])
+    assert "next       diffit data check 'my photos.zip' --cond" in result.output
+    result = CliRunner().invoke(cli, ["data", "check", "my photos.zip", "--no-grid"])
+    assert "next       diffit train --outdir runs --data 'my photos.zip' --cond" in result.output
+
+
 def test_labels_that_no_one_asked_for_are_not_missed(raw):
     Image.new("RGB", (8, 6)).save(raw / "stray.png")
     result = invoke("data convert --source raw --dest out.zip")

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffit.models.attention import TMSA, window_partition, window_unpartition
+from diffit.models.attention import (
+    TMSA,
+    fused_attention,
+    in_parts,
+    plain_attention,
+    window_partition,
+    window_unpartition,
+)
 
 GRADIENTS = (
     "relative_position_bias_table",
@@ -179,7 +186,7 @@ def test_a_window_larger_than_the_grid_is_the_whole_grid():
 
 
 @pytest.mark.parametrize("window", [2, None])
-def test_state_dict_keys_and_shapes_are_those_of_the_released_weights(window):
+def test_state_dict_keys_and_shapes_are_those_of_the_official_weights(window):
     module = TMSA(1152, 1152, 16, grid_size=16, window_size=window)
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     assert shapes == {
@@ -217,6 +224,38 @@ def test_on_a_gpu_the_fused_kernel_has_the_bias_gradient_of_float64(side, head_w
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         fused = gradients(module, *(a.float().cuda() for a in arguments))
     assert_all_close(fused, plain, tolerance)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(6, [6]), (7, [6, 1]), (12, [6, 6]), (13, [6, 6, 1])])
+def test_a_batch_in_parts_is_the_batch_as_a_whole_with_its_gradients(count, sizes):
+    generator, seen = torch.Generator().manual_seed(0), []
+    tensors = [torch.randn(count, 2, 4, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+    tensors.append(torch.randn(2, 4, 4, generator=generator, dtype=torch.float64))
+    whole, parts = ([tensor.clone().requires_grad_() for tensor in tensors] for _ in range(2))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append(len(q))
+        return fused_attention(q, k, v, parts[3])
+
+    expected, found = plain_attention(*whole), in_parts(attention, *parts[:3], limit=6)
+    assert seen == sizes
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    expected.sin().sum().backward()
+    found.sin().sum().backward()
+    assert_close([part.grad for part in parts], [part.grad for part in whole], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_batch_may_have_more_windows_than_a_kernel_takes():
+    module = tmsa((2, 2), None, dtype=torch.float32).cuda()
+    x, cond = (part.cuda() for part in inputs((2, 2), batch=70_000, dtype=torch.float32))
+    module(x, cond).square().mean().backward()
+    found = module.relative_position_bias_table.grad.clone()
+    module.zero_grad()
+    module.attention = plain_attention
+    module(x, cond).square().mean().backward()
+    assert_close(found, module.relative_position_bias_table.grad, rtol=1e-3, atol=1e-6)
 
 
 @cases

@@ -1,6 +1,7 @@
 """``diffit data``: make and inspect image archives and latent caches."""
 
 import logging
+import shlex
 import time
 import warnings
 from collections import Counter
@@ -76,7 +77,7 @@ def convert(source: Path, dest: Path, resolution: tuple[int, int] | None, **opti
         report = convert_source(source, dest, progress=show, resolution=size, **options)
     _print_conversion(source, report)
     _line("wrote", f"{dest} in {time.monotonic() - started:.1f} s")
-    _line("next", f"diffit data check {dest}" + (" --cond" if report.labelled else ""))
+    _next("data check", dest, report.labelled)
 
 
 def _print_conversion(source: Path, report: ConvertReport) -> None:
@@ -129,7 +130,7 @@ def encode(source: Path, dest: Path, vae: str, scale: float, tiling: bool, **opt
         if procs.is_first:
             _print_latents(header)
             _line("wrote", str(dest))
-            _line("next", f"diffit data check {dest}")
+            _next("data check", dest)
 
 
 @data.command()
@@ -159,7 +160,7 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
         _line("problem", problem)
     if report.problems:
         ctx.exit(1)
-    _line("next", f"diffit train --outdir runs --data {path}" + (" --cond" if report.labelled else ""))
+    _next("train --outdir runs --data", path, bool(report.labelled))
 
 
 def _print_check(report: CheckReport) -> None:
@@ -193,7 +194,7 @@ def _check_latents(path: Path, cond: bool) -> None:
     _line("labels", labelled)
     if warning := scale_warning(mean, std, archive.header):
         _line("warning", warning)
-    _line("next", f"diffit train --outdir runs --data {path}" + (" --cond" if archive.has_labels else ""))
+    _next("train --outdir runs --data", path, archive.has_labels)
 
 
 def _print_latents(header: Header) -> None:
@@ -204,6 +205,10 @@ def _print_latents(header: Header) -> None:
     _line("shape", f"{shape}, {header.dtype}, {header.num_shards} files")
     _line("mean", " ".join(f"{value:.3f}" for value in header.latent_mean or ()) + f"  (scaled by {header.scale:g})")
     _line("std", " ".join(f"{value:.3f}" for value in header.latent_std or ()))
+
+
+def _next(command: str, path: Path, labelled: bool = False) -> None:
+    _line("next", f"diffit {command} {shlex.quote(str(path))}" + (" --cond" if labelled else ""))
 
 
 def _line(label: str, text: str) -> None:

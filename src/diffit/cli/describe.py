@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
 from diffit.configs.schema import ADMDiffusion, Config, steps_text
 from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.cost import Work, count_work, estimate
-from diffit.sampling.model import Model
+from diffit.sampling.cost import count_evaluations
 from diffit.training.plan import fit_batch
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
@@ -32,7 +29,7 @@ def describe_file(path: str | Path) -> str:
     config, kimg = read_header(file)
     training, data = config.training, config.data
     if kimg is None:
-        origin = "not said, as in all files of the released layout; recipe and sampling are the preset's"
+        origin = "not said, as in all files of the official layout; recipe and sampling are the preset's"
     else:
         origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
     lines = [
@@ -105,22 +102,6 @@ def _sampling_of(config: Config, work: Work) -> list[str]:
     lines.append(f"  unguided  {_amount(per_step * work.macs)} a step")
     lines.append(f"            {_amount(cond * work.macs)} the run of {cond} passes")
     return lines
-
-
-def count_evaluations(config: Config) -> tuple[int, int]:
-    """(with, without the class): forward passes per image by the sampling of ``config``.
-
-    The sampler runs on a network that only counts, so that halves that guidance skips are left out as they will be.
-    """
-    model, calls = config.model, list[bool]()
-
-    def net(x: Tensor, level: Tensor, labels: Tensor | None = None, *rest: object) -> Tensor:
-        calls.append(labels is None or int(labels[0]) < model.num_classes)
-        return torch.zeros(1, 2 if model.family == "latent" else 1, 1, 1, dtype=x.dtype)
-
-    counting = Model(net, config)  # type: ignore[arg-type]
-    counting.sample([0], noise=torch.zeros(1, 1, 1, 1), noise_source=torch.zeros_like)
-    return sum(calls), len(calls) - sum(calls)
 
 
 def _amount(macs: int) -> str:

@@ -1,6 +1,7 @@
 """``diffit train`` and ``train.py``."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,8 +179,22 @@ def train(**options: Any) -> None:
                 f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg or --minutes goes "
                 "on, --resume none begins again"
             )
+        elif not outcome.interrupted and config.training.minutes is not None and procs.is_first:
+            click.echo(f"to go on: {longer(sys.argv, 3 * config.training.minutes)}")
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
+
+
+def longer(words: list[str], minutes: float) -> str:
+    """The command that was typed, with a length of ``minutes``."""
+    program = ["python", "train.py"] if Path(words[0]).name == "train.py" else ["diffit"]
+    kept, skip = list[str](), False
+    for word in words[1:]:
+        name = word.partition("=")[0]
+        if not skip and name not in ("--minutes", "--hours"):
+            kept.append(word)
+        skip = not skip and name in ("--minutes", "--hours") and "=" not in word
+    return shlex.join([*program, *kept, "--minutes", f"{minutes:g}"])
 
 
 def read_options(options: dict[str, Any]) -> tuple[dict[str, Any], str | Config | None]:
@@ -227,7 +242,7 @@ def options_of(path: Path) -> tuple[str | Config | None, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
-            import yaml  # type: ignore[import-untyped]
+            import yaml
 
             content = yaml.safe_load(text)
         else:

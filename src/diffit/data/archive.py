@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, safe_name, subset
+from diffit.data.files import BrokenImageError, FileTree, convert_command, map_ordered, name_some, safe_name, subset
 from diffit.data.formats import FORMATS, IMAGE_SUFFIXES, unread
 from diffit.data.pixels import is_sixteen_bit_color, orientation
 from diffit.errors import UserError
@@ -142,9 +142,10 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         name = self.file_names[index]
         pixels = self._decode(name)
         if tuple(pixels.shape) != self.image_shape:
+            remedy = convert_command(self.path, "--resolution", "WxH")
             raise UserError(
                 f"{self.path}: '{name}' is {describe_shape(tuple(pixels.shape))} but '{self.file_names[0]}' is "
-                f"{describe_shape(self.image_shape)}: `{self._convert_command} --resolution WxH` makes them equal"
+                f"{describe_shape(self.image_shape)}: `{remedy}` makes them equal"
             )
         return pixels
 
@@ -152,16 +153,12 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         """The image at its own size, where ``archive[index]`` insists on that of the first."""
         return self._decode(self.file_names[index])
 
-    @property
-    def _convert_command(self) -> str:
-        return f"diffit data convert --source {self.path} --dest NEW.zip"
-
     def _decode(self, name: str) -> torch.Tensor:
         image, fault = open_plain(self._files.read(name), f"{self.path}: {name}")
         if fault:
             raise UserError(
                 f"{self.path}: '{name}' {fault}, and only upright 8-bit gray or RGB images are read: "
-                f"`{self._convert_command}` makes them so"
+                f"`{convert_command(self.path)}` makes them so"
             )
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
@@ -208,7 +205,7 @@ def require_labels(path: Path, names: Sequence[str], labels: dict[str, int] | No
     if labels is None:
         raise UserError(
             f"{path} has no labels: drop --cond, "
-            f"or make them from class folders with `diffit data convert --source {path} --dest NEW.zip --cond`"
+            f"or make them from class folders with `{convert_command(path, '--cond')}`"
         )
     if missing := [name for name in names if name not in labels]:
         raise UserError(
@@ -228,5 +225,5 @@ def require_classes(path: Path, num_classes: int, num_images: int, class_names: 
     if num_classes > min(most, MAX_CLASSES):
         raise UserError(
             f"{path}: its labels go up to {num_classes - 1}, too far for {num_images} images: "
-            f"`diffit data convert --source {path} --dest NEW.zip --cond` numbers the classes 0, 1, 2, ..."
+            f"`{convert_command(path, '--cond')}` numbers the classes 0, 1, 2, ..."
         )

@@ -19,7 +19,7 @@ from diffit.data.archive import (
     require_classes,
     require_images,
 )
-from diffit.data.files import BrokenImageError, FileTree, map_ordered, name_some, subset
+from diffit.data.files import BrokenImageError, FileTree, convert_command, map_ordered, name_some, subset
 from diffit.data.pixels import has_other_profile
 from diffit.errors import UserError
 
@@ -100,7 +100,7 @@ def check(
     if profiles:
         report.warnings.append(
             f"{profiles} images have a colour profile other than sRGB, which training does not look at: "
-            f"`diffit data convert --source {report.path} --dest NEW.zip` converts them"
+            f"`{convert_command(report.path)}` converts them"
         )
     _summarise(report, histograms, picked)
     return report
@@ -147,13 +147,12 @@ def _check_classes(report: CheckReport, cond: bool) -> None:
     if empty := [label for label in range(report.num_classes) if label not in report.class_counts]:
         report.warnings.append(
             f"{len(empty)} of {report.num_classes} classes have no images ({name_some([str(i) for i in empty])}), and "
-            f"with --cond a model samples them too: `diffit data convert --source {report.path} --dest NEW.zip` leaves "
-            "them out"
+            f"with --cond a model samples them too: `{convert_command(report.path)}` leaves them out"
         )
 
 
 def _summarise(report: CheckReport, histograms: dict[int, npt.NDArray[np.int64]], picked: list[Pixels]) -> None:
-    remedy = f"`diffit data convert --source {report.path} --dest NEW.zip"
+    remedy = f"`{convert_command(report.path)}"
     if report.damaged:
         report.problems.append(
             f"{len(report.damaged)} images cannot be used: {remedy} --on-error skip` leaves them out"

@@ -155,7 +155,7 @@ def convert(
             raise UserError(f"{source}: none of {len(indices)} images can be read, the first: {report.skipped[0][1]}")
         report.written = len(labels)
         report.notes += encoder.notes(done)
-        write(META, json.dumps(_metadata(labels, raw, report), ensure_ascii=False).encode())
+        write(META, json.dumps(_metadata(labels, raw, report), ensure_ascii=False).encode("utf-8", "replace"))
     return report
 
 

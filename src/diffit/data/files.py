@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import time
 import zipfile
 import zlib
@@ -46,6 +47,11 @@ def name_some(names: Sequence[str], limit: int = 3) -> str:
     """``a, b, c and 7 more``."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def convert_command(path: Path, *options: str) -> str:
+    """What a person types to convert ``path``; it may hold spaces."""
+    return shlex.join(["diffit", "data", "convert", "--source", str(path), "--dest", "NEW.zip", *options])
 
 
 def subset(count: int, max_images: int | None, seed: int) -> list[int]:
@@ -171,7 +177,7 @@ class FileTree:
         if self.path.suffix.lower() != ".zip" and not zipfile.is_zipfile(self.path):
             raise UserError(
                 f"{self.path} is not a folder or zip of images: "
-                f"`diffit data convert --source {self.path} --dest NEW.zip` makes one from the formats that it knows"
+                f"`{convert_command(self.path)}` makes one from the formats that it knows"
             )
         infos = [info for info in self._zip().infolist() if not info.is_dir()]
         raw = {}

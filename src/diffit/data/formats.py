@@ -30,7 +30,7 @@ _suffixes(".psd .xcf .kra .svg .exr .hdr", "images of editing programs", "export
 _suffixes(".mp4 .mov .avi .mkv .webm", "videos", "extract their frames, e.g. ffmpeg -i VIDEO frames/%06d.png")
 _suffixes(".dcm", "DICOM images", "export them as 16-bit PNG")
 
-if features.check("avif"):
+if "avif" in features.get_supported_modules():
     FORMATS += ("AVIF",)
     IMAGE_SUFFIXES += (".avif",)
 else:

@@ -64,7 +64,8 @@ def is_sixteen_bit_color(image: Image.Image) -> bool:
 
 
 def _raw_mode(tile: Any) -> str:
-    return str(tile.args if isinstance(tile.args, str) else tile.args[0] if tile.args else "")
+    args = tile[3]  # a plain tuple before Pillow 11
+    return str(args if isinstance(args, str) else args[0] if args else "")
 
 
 def sixteen_bit_color(image: Image.Image, again: Image.Image) -> Values:
@@ -73,11 +74,12 @@ def sixteen_bit_color(image: Image.Image, again: Image.Image) -> Values:
     Pillow has no such mode and reads the upper bytes; told the other byte order, it reads the lower ones.
     """
     assert isinstance(again, ImageFile.ImageFile)
-    tiles = []
+    tiles: list[Any] = []
     for tile in again.tile:
-        raw = _raw_mode(tile)
+        raw, args = _raw_mode(tile), tile[3]
         raw = raw[:-3] + _OTHER_ORDER[raw[-3:]]
-        tiles.append(tile._replace(args=raw if isinstance(tile.args, str) else (raw, *(tile.args or ())[1:])))
+        new = *tile[:3], raw if isinstance(args, str) else (raw, *(args or ())[1:])
+        tiles.append(type(tile)(*new) if hasattr(tile, "_fields") else new)
     again.tile = tiles
     values: Values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
     return values

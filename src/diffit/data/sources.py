@@ -53,7 +53,8 @@ class Source:
         a frame is decoded from those before it.
         """
         file, frame = self.frames[index] if self.frames else (index, 0)
-        last, image = getattr(self._opened, "last", ((-1, 0), None))
+        image: Image.Image | None
+        last, image = self._opened.__dict__.pop("last", ((-1, 0), None))
         if image is None or fresh or last[0] != file or last[1] >= frame:
             data = self.read(file)
             if not isinstance(data, bytes):

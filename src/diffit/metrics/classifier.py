@@ -85,8 +85,7 @@ def train_classifier(
             progress(step + 1, steps)
     with torch.inference_mode():
         right = [
-            net(load_batch(archive, i).to(device))[1].argmax(1).cpu() == archive.labels[i]
-            for i in test.split(BATCH)
+            net(load_batch(archive, i).to(device))[1].argmax(1).cpu() == archive.labels[i] for i in test.split(BATCH)
         ]
     accuracy = float(torch.cat(right).double().mean())
     facts = {"channels": channels, "classes": archive.num_classes, "accuracy": accuracy, "trained_on": archive.name}

@@ -42,7 +42,11 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Positional features of a noise level or timestep, then an MLP with SiLU: ``(B,) -> (B, dim)``."""
+    """Positional features of a noise level or timestep, then an MLP with SiLU: ``(B,) -> (B, dim)``.
+
+    The features are computed in float32 at least and reach the MLP in ``dtype``, that of the network's activations. Its
+    own parameters cannot say it: quantised layers have none, and layer-wise casting keeps them in another dtype.
+    """
 
     def __init__(self, dim: int, feature_dim: int = 256) -> None:
         super().__init__()
@@ -54,9 +58,9 @@ class TimestepEmbedder(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=std)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         features = timestep_features(t, self.feature_dim)
-        return self.mlp(features.to(next(self.parameters()).dtype))
+        return self.mlp(features if dtype is None else features.to(dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -65,7 +65,7 @@ class ImageDiffiT(nn.Module):
 
     ``stages`` are those of the encoder, the bottleneck last; the decoder mirrors the others, with one skip connection
     a resolution. Labels are in ``[0, num_classes)``, the null class is ``num_classes``; ``num_classes=0`` is an
-    unconditional model. Without ``augment_labels`` the images are taken as un-augmented. H and W may differ from
+    unconditional model. Without ``augment_labels`` the images count as un-augmented. H and W may differ from
     ``image_size`` unless a stage attends globally.
     """
 
@@ -124,17 +124,19 @@ class ImageDiffiT(nn.Module):
             if isinstance(module, Stage):
                 module.grad_ckpt = enabled
 
-    def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def embed(
+        self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """The time token: noise level, class and augmentation in one vector, ``(B, cond_dim)``."""
-        cond = self.t_embedder(c_noise)
+        cond = self.t_embedder(c_noise, dtype)
         if (class_labels is None) != (self.y_embedder is None):
-            need = f"labels in [0, {self.num_classes}]" if self.num_classes else "class_labels=None"
-            raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
+            need = f"class_labels in [0, {self.num_classes}]" if self.num_classes else "class_labels=None"
+            raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
         if self.y_embedder is not None:
             cond = cond + self.y_embedder(class_labels)
         if augment_labels is not None:
             if self.augment_embedder is None:
-                raise ValueError("this model was built with augment_dim=0 and takes augment_labels=None")
+                raise ValueError("this model has augment_dim=0: pass augment_labels=None")
             cond = cond + self.augment_embedder(augment_labels)
         return cond
 
@@ -145,7 +147,7 @@ class ImageDiffiT(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        cond = self.embed(c_noise, class_labels, augment_labels)
+        cond = self.embed(c_noise, class_labels, augment_labels, x.dtype)
         x = self.encoder[0](self.tokenizer(x), cond)
         skips = []
         for down, stage in zip(self.down, self.encoder[1:], strict=True):

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,11 +13,15 @@ from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.metrics.record import format_numbers
+from diffit.metrics.suite import parse_metrics
 from diffit.models.cost import count_work, estimate
+from diffit.sampling.cost import count_evaluations
+from diffit.training.evaluator import sampled_for_metrics
 from diffit.training.run_dir import RunLog
 from diffit.training.step import Stepper
 
 GIB = 2**30
+MANY_EPOCHS, FEW_IMAGES = 200, 20_000
 COLUMNS = {"loss": ".4f", "val_loss": ".4f", "grad_norm": ".3g", "lr": ".2g", "img_per_sec": ".1f", "memory_gib": ".2f"}
 
 
@@ -65,6 +70,7 @@ class Console:
         cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type)
         images = self.total - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
+        length = f"{training.minutes:g} minutes, at most " if training.minutes and "kimg" in training.chosen else ""
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         for line in (
             f"run       {run_dir}{resumed_at}",
@@ -73,13 +79,35 @@ class Console:
             f"multiply-accumulates an image, {stepper.precision} on {procs.device.type}",
             f"batch     {training.batch} = {stepper.batch_gpu} per GPU × {procs.count} processes "
             f"× {stepper.rounds} accumulated",
-            f"duration  {images:,} images, {images // training.batch:,} steps, "
+            f"duration  {length}{images:,} images, {images // training.batch:,} steps, "
             f"{images / len(archive):.3g} epochs; the time that takes is said after the first steps",
             f"memory    about {cost.training_bytes / GIB:.2f} GiB a process, "
             f"{cost.activation_bytes / GIB:.2f} of it for activations",
             f"loading   {loading}",
+            *self._warnings(archive, images),
         ):
             self.say(line)
+
+    def _warnings(self, archive: Archive, images: int) -> Iterator[str]:
+        """What a person should know before waiting."""
+        config = self.stepper.config
+        training = config.training
+        epochs = images / len(archive)
+        if epochs > MANY_EPOCHS and len(archive) < FEW_IMAGES:
+            yield (
+                f"note      {len(archive)} images will be seen {epochs:.0f} times each: samples will come to repeat "
+                "them (`diffit metrics copies` tells); more images or --mirror help"
+            )
+        if training.metrics and training.metrics_ticks:
+            samples = max(metric.samples for metric in parse_metrics(training.metrics))
+            passes = sum(count_evaluations(sampled_for_metrics(config)))
+            # Training takes about three forward passes an image.
+            share = samples * passes / (3 * 1000 * training.tick * training.metrics_ticks)
+            yield (
+                f"metrics   {samples:,} samples of {passes} passes every {training.metrics_ticks} ticks: about "
+                f"{share:.0%} of the training between them"
+                + ("; --metrics-steps or a larger --metrics-ticks make it less" if share > 0.2 else "")
+            )
 
     def measured(self, images_seen: int, loss: Tensor) -> None:
         """Called after every step. Reads ``loss`` only when it is time to show something: a GPU is made to wait."""
@@ -95,20 +123,29 @@ class Console:
             self.began, self.first = now, images_seen
         elif self.steps == 4:
             rate = (images_seen - self.first) / (now - self.began)
-            left = duration((self.total - images_seen) / rate)
+            left = duration(self._seconds_left(images_seen, rate))
             self.say(f"time      about {left} at {rate:.1f} img/s, measured over three steps")
+            self.say("loss      1.0 is nothing learnt yet")
         elif now - self.updated >= self.interval:
             self.updated = now
             self.show(images_seen, float(loss), now)
 
     def show(self, images_seen: int, loss: float, now: float) -> None:
         rate = (images_seen - self.first) / (now - self.began)
-        note = f"loss {loss:.4f}   {rate:.1f} img/s   {duration((self.total - images_seen) / rate)} left"
+        left = duration(self._seconds_left(images_seen, rate))
+        note = f"loss {loss:.4f}   {rate:.1f} img/s   {left} left"
         if self.live:
             kimg = f"{images_seen / 1000:.1f}/{self.total / 1000:g}"
             self.bar.update(self.task, completed=images_seen, kimg=kimg, note=note)
         else:
             self.say(f"{images_seen / 1000:.2f} kimg   {note}")
+
+    def _seconds_left(self, images_seen: int, rate: float) -> float:
+        """Until the last image, or until the clock ends the run."""
+        training, left = self.stepper.config.training, (self.total - images_seen) / rate
+        if training.minutes is not None and "kimg" in training.chosen:
+            left = min(left, max(training.minutes * 60 - self.stepper.seconds, 0))
+        return left
 
     def tick(self, scalars: dict[str, Any]) -> None:
         shown = "   ".join(f"{name} {scalars[name]:{form}}" for name, form in COLUMNS.items() if name in scalars)
@@ -125,7 +162,11 @@ class Console:
         if interrupted:
             self.say(f"stopped at {at}, everything saved; to go on, run the same command again")
         else:
-            command = shlex.join(
-                ["diffit", "sample", "--network", str(snapshot), "--outdir", "samples", "--seeds", "0-63"]
-            )
-            self.say(f"done at {at}; next: {command}")
+            self.say(f"done at {at}; next: {sample_command(snapshot)}")
+            if snapshot is not None:
+                for best in sorted(snapshot.parent.glob("network-best-*.safetensors")):
+                    self.say(f"best by {best.stem.removeprefix('network-best-')}: {sample_command(best)}")
+
+
+def sample_command(network: Path | None) -> str:
+    return shlex.join(["diffit", "sample", "--network", str(network), "--outdir", "samples", "--seeds", "0-63"])

@@ -12,9 +12,15 @@ from diffit.metrics.record import read_records, record_file
 from diffit.metrics.suite import Suite, better, headline
 from diffit.models.autoencoder import Autoencoder
 from diffit.sampling.model import Model
+from diffit.sampling.settings import with_sampling
 from diffit.training.run_dir import RunLog
 from diffit.utils.distributed import Processes
 from diffit.weights.file import save_network
+
+
+def sampled_for_metrics(config: Config) -> Config:
+    """``config`` with the solver and steps that metrics of a run are to use."""
+    return with_sampling(config, sampler=config.training.metrics_sampler, steps=config.training.metrics_steps)
 
 
 class Evaluator:
@@ -32,6 +38,7 @@ class Evaluator:
     ) -> None:
         self.config, self.archive, self.procs, self.autoencoder = config, archive, procs, autoencoder
         self.batch, self.precision = batch, precision
+        sampled_for_metrics(config)  # UserError for what does not suit the model
         names = config.training.metrics
         reference = config.training.metrics_ref
         if reference is None and isinstance(archive, ImageArchive):
@@ -63,7 +70,7 @@ class Evaluator:
         """
         assert self.suite is not None
         kimg = images_seen / 1000
-        model = Model(net, self.config, self.autoencoder, self.precision)
+        model = Model(net, sampled_for_metrics(self.config), self.autoencoder, self.precision)
         facts = {"images": images_seen, "kimg": kimg}
         records = evaluate_network(self.suite, model, real_labels=self.archive.labels, batch=self.batch, facts=facts)
         for record in records if log is not None else ():

@@ -37,7 +37,8 @@ from diffit.training.step import Stepper, build_network
 from diffit.training.validation import validate
 from diffit.utils.distributed import Processes, alone
 from diffit.utils.precision import check_precision
-from diffit.weights import load_into, newest_snapshot, read_network_file, save_network
+from diffit.weights import newest_snapshot, save_network
+from diffit.weights.adapt import init_from
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def train(
             config, archive, procs, autoencoder, recorded=None if state is None else read_options(state.parent)
         )
         training, net = config.training, build_network(config)
-        if training.init_from and state is None:
-            load_into(net, read_network_file(training.init_from)[0], training.init_from)
+        begun = init_from(net, config, training.init_from) if training.init_from and state is None else None
         stepper = Stepper(config, procs, net, precision, autoencoder)
         if state is not None:
             stepper.restore(state)
@@ -98,6 +98,8 @@ def train(
         log = RunLog(run_dir, stepper.images_seen) if procs.is_first else None
         with Console(log, stepper, total) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
+            if begun is not None:
+                console.say(f"weights   {begun}")
             order = microbatches(
                 len(archive), training.seed, stepper.images_seen, training.batch, stepper.batch_gpu,
                 procs.rank, procs.count,
@@ -247,7 +249,9 @@ class Run:
         path = self.run_dir / f"network-snapshot-{number}.safetensors"
         self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
         save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
-        save_fakes(stepper, stepper.ema, self.run_dir / f"fakes{number}.png")
+        grid = self.run_dir / f"fakes{number}.png"
+        save_fakes(stepper, stepper.ema, grid)
+        self.log.picture("fakes", grid, stepper.images_seen)
         if stepper.ema_warming_up:
             save_fakes(stepper, stepper.net, self.run_dir / f"fakes{number}-raw.png")
         prune_snapshots(self.run_dir, stepper.config.training.keep)

@@ -13,6 +13,7 @@ from diffit.utils.images import save_grid, to_uint8
 from diffit.utils.randomness import SUBSET, make_generator
 
 PREVIEW_STEPS = 25
+PREVIEW_BATCH = 64
 
 
 def save_reals(stepper: Stepper, archive: Archive, path: Path) -> None:
@@ -32,7 +33,11 @@ def save_fakes(stepper: Stepper, net: DiffiT, path: Path) -> None:
     columns, rows = grid = stepper.config.training.grid
     config = stepper.config.model_copy(update={"sampling": preview_sampling(stepper.config.sampling)})
     model = Model(net.eval(), config, stepper.autoencoder, stepper.precision)
-    images = [part for _, part in model.generate(range(columns * rows), "balanced", batch=stepper.batch_gpu)]
+    seeds = range(columns * rows)
+    # Not `generate`, which refuses samples that are not finite: a grid must not end a run.
+    size = min(stepper.batch_gpu, PREVIEW_BATCH)
+    parts = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    images = [to_uint8(model.sample(part, "balanced"), config.sampling.rounding).cpu() for part in parts]
     net.train(net is stepper.net)
     save_grid(torch.cat(images), path, grid)
 

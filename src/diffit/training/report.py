@@ -54,7 +54,7 @@ def write_report(run_dir: Path) -> Path:
     files = sorted(run_dir.glob("metric-*.jsonl"))
     cards = [some for some in map(read_cards, files) if some]
     curves = []
-    for some in cards:  # records of `diffit metrics calc` may lie beside the run's own, and have no place in time
+    for some in cards:  # records of `diffit metrics calc` may lie next to the run's own, and have no place in time
         points = [(card["kimg"], headline(card["results"])[1]) for card in some if is_of_a_run(card)]
         if points:
             curves.append(curve(points, some[0]["metric"]))

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.training.checkpoint import states
@@ -116,6 +119,9 @@ class RunLog:
         for path in (run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")):
             truncate_jsonl(path, images_seen)
         self.board = _tensorboard(run_dir, images_seen)
+        options = run_dir / OPTIONS
+        if self.board is not None and options.exists():
+            self.board.add_text("options", f"```json\n{options.read_text()}\n```", images_seen)
 
     def line(self, text: str) -> None:
         with disk_errors(self.run_dir), (self.run_dir / "log.txt").open("a") as file:
@@ -138,6 +144,12 @@ class RunLog:
             for name, value in card["results"].items():
                 self.board.add_scalar(f"{card['metric']}/{name}".replace(":", "-"), value, card["images"])
             self.board.flush()
+
+    def picture(self, name: str, path: Path, images_seen: int) -> None:
+        """A grid that was written, for TensorBoard."""
+        if self.board is not None:
+            pixels = np.array(Image.open(path))
+            self.board.add_image(name, pixels, images_seen, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
     def close(self) -> None:
         if self.board is not None:

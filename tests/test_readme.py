@@ -1,0 +1,275 @@
+"""Every command and code block of README.md and docs/ is run, at toy size, in a folder that holds what they name.
+
+A document's blocks run in order in one folder, Python blocks in one namespace. ``ADAPTED`` says what is changed before
+a block runs and why, ``NOT_RUN`` what is only looked at, ``PROVIDED`` which files are made here when a command names
+one that no command before it has made. What none of these covers is run as it stands, so it fails if it is wrong.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffit.cli import cli, run
+from diffit.cli.train import train
+from diffit.configs import get_preset
+from diffit.configs.schema import Config
+from diffit.models import build
+from diffit.models.attention import relative_position_index
+from diffit.models.latent import LatentDiffiT
+from diffit.weights import save_network
+from helpers import write_archive, write_vae
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NETWORK = "network-snapshot-000200.safetensors"
+
+ADAPTED = [  # (pattern, replacement), in this order
+    # Several processes: tests/e2e starts the launcher; here the same command runs in one.
+    (r"torchrun(?: --\S+)* (?=train\.py)", "python "),
+    (r"torchrun(?: --\S+)* -m diffit", "diffit"),
+    # What a line leaves open.
+    (r"00000-…", "00000-mine"),
+    (r"diffit train …", "diffit train --data datasets/mine.zip --outdir runs/mine"),
+    (r"metrics calc …", f"metrics calc --network {NETWORK} --ref datasets/mine.zip --metrics fid50k_full"),
+    (r"--network …", f"--network {NETWORK}"),
+    # Small images, as large as those of the networks that are made here.
+    (r"(data convert .*--resolution) (?:\d\dx\d\d|\d\d)(?![\dx])", r"\1 16x16"),
+    (r"(metrics calc .*--ref) datasets/\S+", r"\1 datasets/mine.zip"),
+    # There is no network to fetch Inception's weights: features of random filters. They are no FID, so it is fd.
+    (r"(diffit metrics (?:calc|ref|copies).*)", r"\1 --detector filters.pt"),
+    (r"(train(?:\.py)? .*--metrics[ =])fid\d+k\w*", r"\1fd16_full:filters.pt"),
+    (r"(--metrics[ =])(?:fid|adm)\d+k\w*", r"\1fd16_full"),
+    (r"(--metrics[ =])([a-z]+)\d+k", r"\g<1>\g<2>16"),
+    # A trained network, a GPU and days of time.
+    (r"--num-samples \d{3,}", "--num-samples 4"),
+    (r'"cuda"', '"cpu"'),
+    # Only a latent model has NVIDIA's layout.
+    (r"--network \S+(?= --to official)", "--network latent.safetensors"),
+    # An account on the Hub.
+    (r"(?m)^.*push_to_hub\(.*$", ""),
+    (r'(?m)^.*from_pretrained\("owner/.*$', ""),
+]
+OUTPUTS = ("--dest", "--outdir", "--to", "--vae")  # options whose value need not be there before
+STAND_INS = {  # names that a snippet uses for what its reader has
+    "labels": torch.tensor([0, 1]),
+    "null_labels": torch.tensor([3, 3]),
+    "noise": torch.zeros(2, 3, 16, 16, dtype=torch.float64),
+}
+
+
+def photos(path: Path) -> None:
+    path.mkdir(parents=True)
+    y, x = np.mgrid[:90, :120]
+    for i in range(24):
+        wave = np.sin(x / (9 + i) + y / 31 + np.arange(3)[:, None, None] * i)
+        Image.fromarray((127.5 + 120 * wave).astype(np.uint8).transpose(1, 2, 0)).save(path / f"{i:03d}.jpg")
+
+
+def archive(path: Path) -> None:
+    """As large as its name says, else 16×16."""
+    side = next((int(size) for size in re.findall(r"256|512|64", path.name)), 32 if "cifar" in path.name else 16)
+    write_archive(path, side=side)
+
+
+def latents(path: Path) -> None:
+    archive(source := path.with_name("images.zip"))
+    diffit("data", "encode", "--source", source, "--dest", path, "--vae", "stabilityai/sd-vae-ft-ema")
+
+
+def network(path: Path, preset: str = "debug") -> None:
+    config = get_preset(preset)
+    changes = {"model": config.model.model_dump() | {"num_classes": 3}, "data": {"class_names": ("ant", "bee", "cat")}}
+    config = Config.model_validate(config.model_dump() | changes)
+    save_network(path, build(config.model).state_dict(), config, kimg=200)
+
+
+def latent(path: Path) -> None:
+    network(path, "latent-debug")
+
+
+def official(path: Path) -> None:
+    """NVIDIA's layout, index buffers included, with ImageNet's classes and almost no width."""
+    net = LatentDiffiT(input_size=(8, 8), hidden_size=32, depth=2, num_heads=2, num_classes=1000)
+    state = net.state_dict()
+    for i in range(2):
+        state[f"blocks.{i}.attn.relative_position_index"] = relative_position_index((4, 4))
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+
+
+def filters(path: Path) -> None:
+    class Filters(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 6, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.conv(images.float() / 64)).mean(dim=[2, 3])
+
+    torch.jit.script(Filters().eval()).save(str(path))
+
+
+def statistics(path: Path) -> None:
+    archive(source := path.with_name("reference.zip"))
+    diffit("metrics", "ref", "--data", source, "--dest", path, "--detector", "filters.pt")
+
+
+PROVIDED = [  # (names, what makes them)
+    (r"my-photos/?", photos),
+    (r"samples/?", photos),
+    (r"\S*-latents", latents),
+    (r"\S+\.zip", archive),
+    (r"diffit_\S+\.safetensors", official),
+    (r"latent\.safetensors", latent),
+    (r"\S*network-\S+\.safetensors", network),
+    (r"VIRTUAL_\S+\.npz", statistics),
+]
+
+
+def only_a_target_of_the_makefile(words: list[str]) -> None:
+    assert set(words[1:]) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)), words
+
+
+def only_extras_that_exist(words: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for named in re.findall(r"(?:\.|\bdiffit[\w-]*)\[([\w,]+)\]", " ".join(words)):
+        assert set(named.split(",")) <= set(project["optional-dependencies"]), words
+    wrong = [word for word in words if re.match(r"diffit\b(?!-torch)", word)]
+    assert not wrong, f"{wrong}: another project's name on the index"
+
+
+NOT_RUN = {  # a tool that a command begins with -> what is looked at
+    "make": only_a_target_of_the_makefile,  # each sets up .venv first
+    "pip": only_extras_that_exist,
+    "git": lambda words: None,  # needs the network, as do these
+    "hf": lambda words: None,
+    "tensorboard": lambda words: None,  # serves until it is stopped
+}
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """``(document:line, language, text)`` of every fenced block."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for fence in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.M | re.S):
+            line = text.count("\n", 0, fence.start()) + 1
+            found.append((f"{document.relative_to(ROOT)}:{line}", fence[1].strip(), fence[2]))
+    return found
+
+
+def diffit(*words: object, command: click.Command = cli) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(command, [str(word) for word in words])
+    assert not left.value.code, f"diffit {' '.join(map(str, words))}: exit status {left.value.code}, see stderr"
+
+
+def provide(words: list[str]) -> None:
+    """Make the files that are named and are not there."""
+    for before, word in zip(["", *words], words, strict=False):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        path = Path(value)
+        maker = next((maker for names, maker in PROVIDED if re.fullmatch(names, value)), None)
+        if maker is not None and option not in OUTPUTS and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            maker(path)
+
+
+def perform(words: list[str]) -> None:
+    """One command, once it has been adapted."""
+    tool, *rest = words
+    if tool in NOT_RUN:
+        NOT_RUN[tool](words)
+        return
+    provide(words)
+    if "--dest" in rest and Path(rest[rest.index("--dest") + 1]).exists() and rest[0] in ("data", "export"):
+        rest.append("--overwrite")  # it was provided for a command before this one
+    if rest[0] == "train" or (tool == "python" and rest[0] == "train.py"):
+        said = {word.partition("=")[0] for word in rest}
+        if said & {"--preset", "--minutes", "--hours", "--kimg", "--duration", "--epochs"}:
+            rest.append("--dry-run")  # as long, or as large, as it says
+        elif "--dry-run" not in said:
+            rest += ["--preset", "debug", "--kimg", "0.04"]
+        diffit(*rest[1:], command=train)
+    elif tool == "diffit":
+        diffit(*rest)
+    elif tool == "python":
+        rest = [str(ROOT / word) if word.endswith(".py") and (ROOT / word).exists() else word for word in rest]
+        place = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *rest], env=os.environ | place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    else:
+        pytest.fail(f"{' '.join(words)}: no rule for {tool!r}; tag the block ```text if it is no command")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder and a Python namespace for each document."""
+    found = {
+        doc.relative_to(ROOT).as_posix(): (tmp_path_factory.mktemp(doc.stem), dict(STAND_INS)) for doc in DOCUMENTS
+    }
+    for folder, _ in found.values():
+        filters(folder / "filters.pt")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _hub(tmp_path_factory, monkeypatch):
+    """The cache of the Hub's client, with a small autoencoder under the name of the real one."""
+    cache = tmp_path_factory.getbasetemp() / "hub-of-readme"
+    repository = cache / "models--stabilityai--sd-vae-ft-ema"
+    if not cache.exists():
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("0" * 40)
+        write_vae(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+
+@pytest.mark.parametrize(("place", "language", "text"), [pytest.param(*block, id=block[0]) for block in blocks()])
+def test_the_block_runs(place, language, text, places, monkeypatch):
+    folder, namespace = places[place.rsplit(":", 1)[0]]
+    monkeypatch.chdir(folder)
+    if language != "python":
+        text = re.sub(r"(?m)\s+#.*$", "", text.replace("\\\n", " "))
+    for pattern, replacement in ADAPTED:
+        text = re.sub(pattern, replacement, text)
+    if language == "python":
+        provide(["", *re.findall(r'"([^"\n]+)"', text)])
+        exec(compile(text, place, "exec"), namespace)
+        return
+    if language in ("text", "json"):  # output, trees and files
+        return
+    assert language in ("", "bash", "sh", "shell", "console"), f"{place}: no rule for ```{language}"
+    for line in text.splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words:
+            perform(words)
+
+
+def test_options_named_in_the_text_exist():
+    known = {"--nproc-per-node", "--logdir", "--version", "--help"}
+
+    def collect(command: click.Command) -> None:
+        known.update(name for param in command.params for name in (*param.opts, *param.secondary_opts))
+        known.update(getattr(command, "aliases", {}))
+        if isinstance(command, click.Group):
+            for name in command.list_commands(click.Context(command)):
+                collect(command.get_command(click.Context(command), name))
+
+    collect(cli)
+    for document in DOCUMENTS:
+        code = "\n".join(re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```$", "", document.read_text())))
+        named = {name.replace("_", "-") for name in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code)}
+        assert named <= {name.replace("_", "-") for name in known}, document.name
