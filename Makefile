@@ -21,7 +21,6 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 mutants: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
 	$(BIN)/python -m benchmarks.mutants --sample 60
 
 $(READY): pyproject.toml constraints.txt

@@ -199,7 +199,7 @@ def perform(words: list[str]) -> None:
     if rest[0] == "train" or (tool == "python" and rest[0] == "train.py"):
         said = {word.partition("=")[0] for word in rest}
         if said & {"--preset", "--minutes", "--hours", "--kimg", "--duration", "--epochs"}:
-            rest.append("--dry-run")  # as long, or as large, as it says
+            rest += ["--dry-run", "--num-blocks", "1"]  # days of work are only planned, with less to trace
         elif "--dry-run" not in said:
             rest += ["--preset", "debug", "--kimg", "0.04"]
         diffit(*rest[1:], command=train)
