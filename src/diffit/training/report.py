@@ -82,7 +82,8 @@ def _table(records: Sequence[dict[str, Any]]) -> str:
     rows = [
         f"<tr><td>{html.escape(record['metric'])}</td><td>{html.escape(str(record.get('kimg', '')))}</td>"
         f"<td>{html.escape(format_numbers(record['results']))}</td>"
-        f"<td><details><summary>record</summary><pre>{html.escape(json.dumps(record, indent=2))}</pre></details></td></tr>"
+        f"<td><details><summary>record</summary><pre>{html.escape(json.dumps(record, indent=2))}</pre></details>"
+        "</td></tr>"
         for record in records
     ]
     return "<table><tr><th>metric</th><th>kimg</th><th>value</th><th></th></tr>" + "".join(rows) + "</table>"
