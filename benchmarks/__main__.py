@@ -1,8 +1,8 @@
 """``make bench``: all of them."""
 
-from benchmarks import attention, latent, metrics, sampling, step
+from benchmarks import attention, latent, memory, metrics, sampling, step
 from benchmarks.measure import machine
 
 print(machine(), flush=True)
-for benchmark in (attention, step, latent, sampling, metrics):
+for benchmark in (attention, step, memory, latent, sampling, metrics):
     benchmark.main()

@@ -49,6 +49,8 @@ def count_work(config: Config) -> Work:
 
 
 FLOAT = 4  # bytes
+OVERHEAD = {"cpu": 1.25, "cuda": 1.0}
+"""What kernels and the allocator take on top of activations, measured on a CPU: ``python -m benchmarks.memory``."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: st
     """Memory of training with microbatches of ``batch_gpu`` on a ``device`` of type cpu or cuda, from any machine.
 
     On a GPU attention is one kernel that keeps queries, keys, values, output and a number per query; on a CPU it keeps
-    the weights of all pairs. Left out are the program itself and what an allocator wastes.
+    the weights of all pairs. Left out is the program itself.
     """
     # Fake tensors pretend to be on the CPU, so that autocast has its effect on what is kept.
     with torch.device("meta"):
@@ -104,7 +106,7 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: st
             kept.pop(parameter.untyped_storage()._cdata, None)
         # The backward pass holds the gradients of a block next to what the forward pass kept: of two of its widest.
         working = 2 * max(kept.values(), default=0)
-        activations = sum(kept.values()) + working
+        activations = round((sum(kept.values()) + working) * OVERHEAD[device])
         parameters = sum(parameter.numel() for parameter in net.parameters())
         del output
     return Cost(parameters, 5 * FLOAT * parameters, activations)

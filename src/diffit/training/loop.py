@@ -156,9 +156,9 @@ class Run:
                 end = done or stop
                 if time_is_up:
                     self.end_here()
-                if not end and self.overdue("dump", training.dump_minutes):
+                if not end and self.overdue("dump"):
                     self.save_state()
-                if not end and self.overdue("snap", training.snap_minutes):
+                if not end and self.overdue("snap"):
                     self.save_snapshot()
                 if end or self.crossed(1):
                     self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
@@ -181,9 +181,13 @@ class Run:
         period = ticks * training.tick * 1000
         return int(seen / period) > int((seen - training.batch) / period)
 
-    def overdue(self, what: str, minutes: float) -> bool:
-        """Whether the first process has not saved this for so long; the others save nothing."""
-        return self.log is not None and 0 < minutes * 60 < time.monotonic() - self.saved[what]
+    def overdue(self, what: str) -> bool:
+        """Whether the first process, which alone saves, has not saved a state (dump) or snapshot (snap) for long."""
+        training = self.stepper.config.training
+        period = 60 * (training.dump_minutes if what == "dump" else training.snap_minutes)
+        if what == "snap" and period:  # other processes wait for its grid, which may take a fiftieth of the time
+            period = max(period, 50 * self.grid_seconds)
+        return self.log is not None and 0 < period < time.monotonic() - self.saved[what]
 
     def end_here(self) -> None:
         """The time is up: what was trained is the whole length, for whoever runs the same command again."""
