@@ -21,7 +21,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 mutants: $(READY)
-	$(BIN)/python -m benchmarks.mutants
+	$(BIN)/python -m benchmarks.mutants --sample 60
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 …")'
