@@ -366,3 +366,32 @@ def test_weights_that_are_absent_or_cut_short_are_refused(pipe, tmp_path):
     refusal(lambda: DiffiTPipeline.from_pretrained(tmp_path))
     weights.unlink()
     refusal(lambda: DiffiTPipeline.from_pretrained(tmp_path))
+
+
+def test_what_people_bring_from_other_pipelines(pipe):
+    run = {"output_type": "latent", "num_inference_steps": 2}
+    three = pipe(class_labels="bee", num_images_per_prompt=3, generator=7, **run).images
+    assert len(three) == 3
+    assert_close(pipe(class_labels=[1, 1, 1], generator=seeded(7), **run).images, three, rtol=0, atol=0)
+    by_array = pipe(class_labels=np.array([0, 2]), generator=7, **run).images
+    assert_close(pipe(class_labels=[np.int64(0), np.int64(2)], generator=7, **run).images, by_array, rtol=0, atol=0)
+    assert len(pipe(class_labels=[0, 1], batch_size=2, **run).images) == 2
+    assert "batch_size 3 and 2 class_labels" in refusal(lambda: pipe([0, 1], batch_size=3))
+    wrong = {"callback_on_step_end": lambda *a: {"latents": torch.zeros(1, 4, 2, 2)}}
+    assert "callback_on_step_end: latents of (1, 4, 2, 2)" in refusal(lambda: pipe([0], **run, **wrong))
+    with pytest.raises(UserError, match="has no scheduler: choose with sampler="):
+        pipe.scheduler = object()
+
+
+def test_gradient_checkpointing_and_compiled_blocks(pipe):
+    net = pipe.transformer
+    net.enable_gradient_checkpointing()
+    assert net.net.grad_ckpt
+    net.disable_gradient_checkpointing()
+    assert not net.net.grad_ckpt
+    assert net.is_gradient_checkpointing is False
+    compiled = []
+    for block in net.net.blocks:
+        block.compile = lambda *a, block=block, **k: compiled.append(block)
+    net.compile_repeated_blocks(fullgraph=True)
+    assert compiled == list(net.net.blocks)

@@ -107,7 +107,7 @@ class DiffiTPipeline(DiffusionPipeline):
         config = transformer.settings
         if vae is not None:
             if config.autoencoder is None:
-                raise UserError(f"{config.preset} is an image-space model, which draws pixels: leave the VAE out")
+                raise UserError(f"{config.preset} is an image-space model, which makes pixels: leave the VAE out")
             name = str(vae.config.get("_name_or_path") or "given")
             autoencoder = Autoencoder(vae, name, "", config.autoencoder.scale)
             check_autoencoder(autoencoder, config.model.sample_shape, config.image_shape[1:])
@@ -125,7 +125,7 @@ class DiffiTPipeline(DiffusionPipeline):
         fetching = {name: options.pop(name) for name in known if name in options}
         path = Path(source)
         if path.is_file():
-            raise UserError(f"{source}: a file; take DiffiTPipeline.from_network")
+            raise UserError(f"{source}: a file; use DiffiTPipeline.from_network")
         if not path.exists():
             if not hub.looks_like_id(source):
                 raise UserError(f"{source}: no such folder, and not a Hub id such as owner/name; check the spelling")
@@ -145,7 +145,7 @@ class DiffiTPipeline(DiffusionPipeline):
         vae: str | Path | AutoencoderKL | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> Self:
-        """The pipeline of one of our .safetensors files or of NVIDIA's released weights, by path or Hub id.
+        """The pipeline of one of our .safetensors files or of NVIDIA's official weights, by path or Hub id.
 
         ``vae`` is a folder, a Hub id or a loaded one; the file's own if None. ``dtype`` is that of
         all weights, None the file's.
@@ -158,7 +158,7 @@ class DiffiTPipeline(DiffusionPipeline):
             loaded.vae.register_to_config(_name_or_path=loaded.id)
             vae, config = loaded.vae, with_vae(config, loaded.id)
         elif isinstance(vae, str | Path):
-            raise UserError(f"{config.preset} is an image-space model, which draws pixels: leave the VAE {vae} out")
+            raise UserError(f"{config.preset} is an image-space model, which makes pixels: leave the VAE {vae} out")
         return cls(DiffiTModel.wrap(net, config), vae)
 
     @torch.no_grad()
@@ -198,12 +198,7 @@ class DiffiTPipeline(DiffusionPipeline):
         changes = {"sampler": sampler, "steps": num_inference_steps, "guidance": guidance_scale}
         model = Model(self.transformer, self.transformer.settings).with_sampling(**changes)
         classes = _listed(class_labels)
-        if classes is not None and batch_size not in (None, len(classes)):
-            raise UserError(f"batch_size {batch_size} and {len(classes)} class_labels: give one of them")
-        given = (
-            len(latents) // num_images_per_prompt if latents is not None else 1 if batch_size is None else batch_size
-        )
-        count = (given if classes is None else len(classes)) * num_images_per_prompt
+        count = _count(classes, batch_size, latents, num_images_per_prompt)
         if not isinstance(generator, Sequence | torch.Generator | None):
             generator = torch.Generator().manual_seed(int(generator))
         self._check(count, generator, output_type, callback_on_step_end_tensor_inputs)
@@ -299,6 +294,17 @@ def write_pipeline(
     with whole_folder(dest) as part:
         pipe.save_pretrained(part)
     return dest
+
+
+def _count(labels: list[int | str] | None, batch_size: int | None, latents: Tensor | None, each: int) -> int:
+    """How many images are asked for."""
+    if labels is not None:
+        if batch_size not in (None, len(labels)):
+            raise UserError(f"batch_size {batch_size} and {len(labels)} class_labels: give one of them")
+        return len(labels) * each
+    if latents is not None:
+        return len(latents) // each * each
+    return (1 if batch_size is None else batch_size) * each
 
 
 def _listed(labels: Labels) -> list[int | str] | None:

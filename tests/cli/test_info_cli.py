@@ -64,7 +64,7 @@ def test_evaluations_are_those_of_the_sampler(preset, changes, expected):
 
 
 def test_halves_that_guidance_skips_are_not_counted():
-    """On the released schedule s − 1 = 3.4·½(1 − cos(π(1 − t/1000)⁴)), which is below 1e-2 from t ≈ 568 up."""
+    """On the official schedule s − 1 = 3.4·½(1 − cos(π(1 − t/1000)⁴)), which is below 1e-2 from t ≈ 568 up."""
     config = with_sampling(get_preset("imagenet256"), cfg_skip=1e-2)
     cond, uncond = count_evaluations(config)
     timesteps = [round(i * 999 / 249) for i in range(250)]

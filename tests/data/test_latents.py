@@ -327,6 +327,6 @@ def test_an_unknown_hub_id_without_network_is_one_line_and_leaves_nothing(source
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: no-one/no-vae: no such folder here, and not to be had from the Hub (")
+    assert line.startswith("error: no-one/no-vae: no such folder here, and not available from the Hub (")
     assert "give a local folder" in line
     assert not (tmp_path / "l").exists()

@@ -169,11 +169,11 @@ shorter = pytest.mark.parametrize(("steps", "spacing"), [(250, "linspace"), (25,
 
 @shorter
 def test_a_respaced_schedule_has_betas_of_its_own_and_the_same_alpha_bar(steps, spacing):
-    walk = LINEAR.respace(steps, spacing)
-    tables = respaced_by_hand(linear_by_hand(), walk.timesteps.tolist())
-    assert_close(walk.betas.tolist(), tables.beta, rtol=1e-10, atol=0)
-    assert_close(walk.alpha_bar, LINEAR.alpha_bar[walk.timesteps], rtol=1e-10, atol=0)
-    assert_close(walk.posterior_log_variance.tolist(), tables.log_variance, rtol=1e-9, atol=0)
+    respaced = LINEAR.respace(steps, spacing)
+    tables = respaced_by_hand(linear_by_hand(), respaced.timesteps.tolist())
+    assert_close(respaced.betas.tolist(), tables.beta, rtol=1e-10, atol=0)
+    assert_close(respaced.alpha_bar, LINEAR.alpha_bar[respaced.timesteps], rtol=1e-10, atol=0)
+    assert_close(respaced.posterior_log_variance.tolist(), tables.log_variance, rtol=1e-9, atol=0)
 
 
 def test_a_respaced_schedule_can_be_respaced_again():
@@ -190,15 +190,15 @@ def test_a_single_step_is_possible():
 @named
 @pytest.mark.parametrize("steps", [1000, 250, 7])
 def test_noise_levels_and_timesteps_are_each_others_inverse(schedule, steps):
-    walk = schedule.respace(steps)
+    respaced = schedule.respace(steps)
     t = torch.linspace(0, 999, 700, dtype=torch.float64)
-    assert_close(walk.timestep_of(walk.sigma_of(t)), t, rtol=1e-9, atol=1e-9)
-    assert_close(walk.timestep_of(walk.sigma), walk.timesteps.double(), rtol=0, atol=1e-9)
-    assert_close(walk.sigma_of(walk.timesteps), walk.sigma, rtol=1e-12, atol=0)
+    assert_close(respaced.timestep_of(respaced.sigma_of(t)), t, rtol=1e-9, atol=1e-9)
+    assert_close(respaced.timestep_of(respaced.sigma), respaced.timesteps.double(), rtol=0, atol=1e-9)
+    assert_close(respaced.sigma_of(respaced.timesteps), respaced.sigma, rtol=1e-12, atol=0)
     # Between timesteps: NumPy's interpolation in ln σ.
-    sigma = np.geomspace(walk.sigma[0], walk.sigma[-1], 101)
-    expected = np.interp(np.log(sigma), walk.sigma.log().numpy(), walk.timesteps.numpy())
-    assert_close(walk.timestep_of(torch.from_numpy(sigma)), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+    sigma = np.geomspace(respaced.sigma[0], respaced.sigma[-1], 101)
+    expected = np.interp(np.log(sigma), respaced.sigma.log().numpy(), respaced.timesteps.numpy())
+    assert_close(respaced.timestep_of(torch.from_numpy(sigma)), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_noise_levels_beyond_the_table_are_its_ends():
@@ -284,55 +284,55 @@ def ddpm_by_hand(tables: Tables, timesteps: list[int], x: Tensor, noises: list[T
 @shorter
 @pytest.mark.parametrize("learned", [True, False])
 def test_ddpm_with_given_noise_is_algorithm_2(steps, spacing, learned):
-    walk = LINEAR.respace(steps, spacing)
-    noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, len(walk))]
+    respaced = LINEAR.respace(steps, spacing)
+    noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, len(respaced))]
     start, given, seen = randn(2, 3, 2, 2), iter(noises), []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         seen.append(t.item())
         return network(x, t) if learned else network(x, t)[:, :3]
 
-    out = ddpm(predict, start, walk, noise_source=lambda x: next(given))
-    tables = respaced_by_hand(linear_by_hand(), walk.timesteps.tolist())
+    out = ddpm(predict, start, respaced, noise_source=lambda x: next(given))
+    tables = respaced_by_hand(linear_by_hand(), respaced.timesteps.tolist())
     assert_close(
-        out, ddpm_by_hand(tables, walk.timesteps.tolist(), start, noises, learned=learned), rtol=1e-8, atol=1e-8
+        out, ddpm_by_hand(tables, respaced.timesteps.tolist(), start, noises, learned=learned), rtol=1e-8, atol=1e-8
     )
-    assert seen == walk.timesteps.tolist()[::-1], "the network sees original timesteps"
+    assert seen == respaced.timesteps.tolist()[::-1], "the network sees original timesteps"
     assert next(given, None) is None
 
 
 @named
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_is_equation_12(schedule, eta):
-    walk = schedule.respace(25)
+    respaced = schedule.respace(25)
     noises = [randn(2, 3, 2, 2, seed=seed) for seed in range(1, 25)]
-    a = [1.0, *Tables(walk.betas.tolist()).alpha_bar]
+    a = [1.0, *Tables(respaced.betas.tolist()).alpha_bar]
     x = start = randn(2, 3, 2, 2)
     for i in reversed(range(25)):
-        eps = network(x, walk.timesteps[i])[:, :3]
+        eps = network(x, respaced.timesteps[i])[:, :3]
         spread = eta * math.sqrt((1 - a[i]) / (1 - a[i + 1]) * (1 - a[i + 1] / a[i]))
         x0 = (x - math.sqrt(1 - a[i + 1]) * eps) / math.sqrt(a[i + 1])
         x = math.sqrt(a[i]) * x0 + math.sqrt(max(1 - a[i] - spread**2, 0)) * eps
         if i:
             x = x + spread * noises[25 - 1 - i]
     given = iter(noises)
-    out = ddim(network, start, walk, eta=eta, noise_source=lambda x: next(given))
+    out = ddim(network, start, respaced, eta=eta, noise_source=lambda x: next(given))
     assert_close(out, x, rtol=1e-7, atol=1e-7)
 
 
 def test_ddim_without_noise_asks_for_none_and_with_it_needs_a_source():
-    walk, x = LINEAR.respace(5), randn(1, 1, 2, 2)
-    ddim(network, x, walk)
+    respaced, x = LINEAR.respace(5), randn(1, 1, 2, 2)
+    ddim(network, x, respaced)
     with pytest.raises(ValueError, match=r"noise_source.*torch\.randn_like"):
-        ddim(network, x, walk, eta=0.1)
+        ddim(network, x, respaced, eta=0.1)
 
 
 def test_clipping_holds_the_predicted_image_within_its_range():
-    walk = LINEAR.respace(20)
+    respaced = LINEAR.respace(20)
     for sampler in (ddpm, ddim):
         seen: list[Tensor] = []
         out = sampler(
-            lambda x, t: -3 * x, randn(2, 1, 2, 2), walk,
+            lambda x, t: -3 * x, randn(2, 1, 2, 2), respaced,
             noise_source=torch.zeros_like, clip=True, callback=lambda i, t, x, x0, seen=seen: seen.append(x0),
         )  # fmt: skip
         assert max(x0.abs().max().item() for x0 in seen) == 1
@@ -341,15 +341,15 @@ def test_clipping_holds_the_predicted_image_within_its_range():
 
 def test_ddim_takes_the_noise_that_belongs_to_the_clipped_image():
     """x₀ is clamped, and ε is then what leads from it to x: without clipping anything the same as with."""
-    walk, start = LINEAR.respace(9), randn(2, 1, 3, 3)
-    a = [1.0, *Tables(walk.betas.tolist()).alpha_bar]
+    respaced, start = LINEAR.respace(9), randn(2, 1, 3, 3)
+    a = [1.0, *Tables(respaced.betas.tolist()).alpha_bar]
     x = start
     for i in reversed(range(9)):
         eps = -2 * x
         x0 = ((x - math.sqrt(1 - a[i + 1]) * eps) / math.sqrt(a[i + 1])).clamp(-1, 1)
         eps = (x - math.sqrt(a[i + 1]) * x0) / math.sqrt(1 - a[i + 1])
         x = math.sqrt(a[i]) * x0 + math.sqrt(1 - a[i]) * eps
-    assert_close(ddim(lambda x, t: -2 * x, start, walk, clip=True), x, rtol=1e-9, atol=1e-9)
+    assert_close(ddim(lambda x, t: -2 * x, start, respaced, clip=True), x, rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_is_clipped_unless_asked_for():
@@ -371,10 +371,10 @@ def test_nothing_is_clipped_unless_asked_for():
 
 @pytest.mark.parametrize("sampler", [ddpm, ddim])
 def test_the_callback_sees_each_timestep_before_the_step_is_taken(sampler):
-    walk, steps, start = LINEAR.respace(6), [], randn(1, 1, 2, 2)
-    sampler(network, start, walk, noise_source=torch.zeros_like, callback=lambda *step: steps.append(step))
+    respaced, steps, start = LINEAR.respace(6), [], randn(1, 1, 2, 2)
+    sampler(network, start, respaced, noise_source=torch.zeros_like, callback=lambda *step: steps.append(step))
     assert [step[0] for step in steps] == list(range(6))
-    assert [int(step[1]) for step in steps] == walk.timesteps.tolist()[::-1]
+    assert [int(step[1]) for step in steps] == respaced.timesteps.tolist()[::-1]
     assert_close(steps[0][2], start, rtol=0, atol=0)
 
 
@@ -384,12 +384,12 @@ def test_the_callback_sees_each_timestep_before_the_step_is_taken(sampler):
 @named
 @pytest.mark.parametrize(("steps", "spacing"), [(50, "linspace"), (50, "leading"), (7, "linspace")])
 def test_euler_on_the_noise_levels_is_ddim(schedule, steps, spacing):
-    walk = schedule.respace(steps, spacing)
+    respaced = schedule.respace(steps, spacing)
     noise = randn(2, 3, 2, 2)
     # x = √ᾱ·(x₀ + σε) there, x₀ + σε here; both begin with the same network input, euler with noise·σ.
-    start = noise * walk.sigmas()[0] * walk.alpha_bar[-1].sqrt()
-    expected = ddim(network, start, walk)
-    assert_close(euler(denoiser(network, schedule), noise, walk.sigmas()), expected, rtol=1e-7, atol=1e-7)
+    start = noise * respaced.sigmas()[0] * respaced.alpha_bar[-1].sqrt()
+    expected = ddim(network, start, respaced)
+    assert_close(euler(denoiser(network, schedule), noise, respaced.sigmas()), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_the_denoiser_sees_the_whole_schedule_whatever_the_trajectory():
@@ -399,9 +399,9 @@ def test_the_denoiser_sees_the_whole_schedule_whatever_the_trajectory():
         seen.append(t.item())
         return network(x, t)
 
-    walk = LINEAR.respace(25)
-    heun(denoiser(predict, LINEAR), randn(1, 1, 2, 2), walk.sigmas())
-    assert_close(sorted({round(t, 6) for t in seen}), walk.timesteps.double().tolist(), rtol=0, atol=1e-6)
+    respaced = LINEAR.respace(25)
+    heun(denoiser(predict, LINEAR), randn(1, 1, 2, 2), respaced.sigmas())
+    assert_close(sorted({round(t, 6) for t in seen}), respaced.timesteps.double().tolist(), rtol=0, atol=1e-6)
 
 
 def test_the_predictor_calls_the_network_in_its_dtype_and_answers_in_that_of_the_state():

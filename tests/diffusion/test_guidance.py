@@ -69,7 +69,7 @@ def test_it_keeps_the_dtype_of_the_state(dtype):
 
 
 @pytest.mark.parametrize(("t", "expected"), [(999, 1.0), (500, 1.033), (250, 1.773), (0, 4.4)])
-def test_power_cosine_has_the_released_values(t, expected):
+def test_power_cosine_has_the_official_values(t, expected):
     assert power_cosine(4.4)(torch.tensor(t)) == pytest.approx(expected, abs=5e-4)
 
 
@@ -93,7 +93,7 @@ def counted(calls: list[float]):
 
 
 def test_where_the_scale_is_exactly_one_nothing_is_evaluated_and_tolerance_saves_more():
-    """Over 250 of 1000 timesteps with the released scale: at t = 999 it is 1 to the last bit."""
+    """Over 250 of 1000 timesteps with the official scale: at t = 999 it is 1 to the last bit."""
     timesteps = [round(i * 999 / 249) for i in range(250)]
     calls = {}
     outputs = {}

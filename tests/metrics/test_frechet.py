@@ -244,3 +244,10 @@ def test_images_that_are_all_alike_are_as_far_apart_as_their_means():
     zero, mu = np.zeros((3, 3)), np.array([1.0, 2.0, 2.0])
     assert frechet_distance(mu, zero, np.zeros(3), zero) == 9
     assert frechet_distance(mu, zero, np.zeros(3), np.eye(3)) == 12
+    assert finite_sample_bias(zero, 10) == 0
+
+
+def test_a_covariance_of_full_rank_is_factored_by_cholesky():
+    """Not by its eigenvectors, which take longer."""
+    cov = moments(gaussian(100, 8))[1]
+    assert_close(square_root(cov).numpy(), scipy.linalg.cholesky(cov.numpy(), lower=True), rtol=1e-12, atol=1e-14)

@@ -186,7 +186,7 @@ def test_a_window_larger_than_the_grid_is_the_whole_grid():
 
 
 @pytest.mark.parametrize("window", [2, None])
-def test_state_dict_keys_and_shapes_are_those_of_the_released_weights(window):
+def test_state_dict_keys_and_shapes_are_those_of_the_official_weights(window):
     module = TMSA(1152, 1152, 16, grid_size=16, window_size=window)
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     assert shapes == {

@@ -29,7 +29,7 @@ def test_runs_are_numbered_and_say_what_they_are(tmp_path):
 
 @pytest.mark.parametrize("desc", ["a/b", "", "two\nlines", "a\\b"])
 def test_a_description_that_is_no_part_of_a_name_is_refused(desc):
-    with pytest.raises(UserError, match="becomes part of a folder's name"):
+    with pytest.raises(UserError, match="becomes part of a folder"):
         config(desc=desc)
 
 

@@ -89,6 +89,12 @@ def test_the_streams_of_one_seed_are_apart():
     assert len({tuple(row) for row in numbers.values()}) == 3
 
 
+def test_a_generator_lives_on_the_device_asked_for():
+    assert make_generator(1).device == make_generator(1, device="cpu").device == torch.device("cpu")
+    with pytest.raises(RuntimeError, match=r"(?i)meta"):  # which has none
+        make_generator(1, device="meta")
+
+
 def test_ambient_randomness_is_neither_read_nor_moved():
     def draw():
         return noise([1, 2]), random_labels([1, 2], 1000), torch.rand(3, generator=make_generator(1, 2))

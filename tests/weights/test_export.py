@@ -1,4 +1,4 @@
-"""Networks in other forms: the released layout checked key by key, the others by loading them again."""
+"""Networks in other forms: the official layout checked key by key, the others by loading them again."""
 
 import errno
 import re

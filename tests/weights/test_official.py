@@ -144,7 +144,7 @@ def test_through_our_file_and_back_to_the_released_layout_bit_for_bit(tmp_path, 
 @pytest.mark.parametrize(
     ("side", "scale", "power"), [(3, 4.4, 4.0), (16, 4.4, 4.0), (32, 1.49, None)], ids=["6", "32", "64"]
 )
-def test_the_released_sampling_is_chosen_by_size(tmp_path, side, scale, power):
+def test_the_official_sampling_is_chosen_by_size(tmp_path, side, scale, power):
     state = official_state(side, width=8, depth=1, heads=1)
     sampling = load_network(write(state, tmp_path / "diffit.safetensors"))[1].sampling
     assert (sampling.sampler, sampling.steps, sampling.cfg_channels) == ("ddpm", 250, 3)

@@ -21,8 +21,8 @@ COMMANDS = {
     "data": ("diffit.cli.data", "Convert, encode, check and inspect image archives."),
     "train": ("diffit.cli.train", "Train a model on an image archive."),
     "metrics": ("diffit.cli.metrics", "Judge samples: FID and its relatives, near-copies."),
-    "sample": ("diffit.cli.sample", "Draw images from a trained model."),
-    "export": ("diffit.cli.export", "Write a network for the released program, for diffusers or for the Hub."),
+    "sample": ("diffit.cli.sample", "Sample images from a trained model."),
+    "export": ("diffit.cli.export", "Write a network for the official implementation, for diffusers or for the Hub."),
     "info": ("diffit.cli.info", "Say what a preset or a network file is, and what it costs to run."),
 }
 
@@ -88,7 +88,7 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             fail("interrupted", stopped)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
             fail(
-                "out of memory on the device; take a smaller --batch-gpu or --batch, --grad-ckpt or --precision bf16", 1
+                "out of memory on the device; use a smaller --batch-gpu or --batch, --grad-ckpt or --precision bf16", 1
             )
         _let_another_process_speak(first_waits=1)
         raise

@@ -29,7 +29,7 @@ def describe_file(path: str | Path) -> str:
     config, kimg = read_header(file)
     training, data = config.training, config.data
     if kimg is None:
-        origin = "not said, as in all files of the released layout; recipe and sampling are the preset's"
+        origin = "not said, as in all files of the official layout; recipe and sampling are the preset's"
     else:
         origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
     lines = [

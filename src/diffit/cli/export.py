@@ -10,13 +10,13 @@ import click
     "--network",
     required=True,
     metavar="FILE|ID",
-    help="File that training wrote, NVIDIA's released weights, or the Hub id of either.",
+    help="File that training wrote, NVIDIA's official weights, or the Hub id of either.",
 )
 @click.option(
     "--to",
     required=True,
     type=click.Choice(["official", "diffusers", "hub-folder"]),
-    help="The released layout, a folder for DiffiTPipeline, or a folder to upload to the Hub.",
+    help="The official layout, a folder for DiffiTPipeline, or a folder to upload to the Hub.",
 )
 @click.option("--dest", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights. Default: the file's.")
@@ -29,7 +29,7 @@ import click
 def export(network: str, to: str, dest: Path, dtype: str | None, vae: str | None, overwrite: bool) -> None:
     """Write a network in another form.
 
-    official is one .safetensors file with the released names and index buffers. diffusers is a folder that
+    official is one .safetensors file with the official names and index buffers. diffusers is a folder that
     DiffiTPipeline.from_pretrained reads. hub-folder is the network and a model card to complete and upload.
     """
     if to == "diffusers":

@@ -145,7 +145,7 @@ def debug() -> Config:
 
 
 def _latent(preset: str, model: LatentModel, sampling: Sampling, *, cond: bool = False, **training: Any) -> Config:
-    """What all latent models share: the released procedure, Adam with a constant rate, EMA 0.9999 a step."""
+    """What all latent models share: the official procedure, Adam with a constant rate, EMA 0.9999 a step."""
     recipe: dict[str, Any] = {"kimg": 1_000_000, "lr_rampup_kimg": 0.0, "ema_decay": 0.9999, "batch_gpu": 32}
     return Config(
         preset=preset,
@@ -158,40 +158,40 @@ def _latent(preset: str, model: LatentModel, sampling: Sampling, *, cond: bool =
     )
 
 
-def released_sampling(side: int) -> Sampling:
+def official_sampling(side: int) -> Sampling:
     """NVIDIA's sampling for latents of this side: 250 DDPM steps; guidance that rises up to 32, else a constant one."""
     scale, power = (4.4, 4.0) if side <= 32 else (1.49, None)
     return Sampling(sampler="ddpm", steps=250, cfg_scale=scale, cfg_power=power, cfg_channels=3, rounding="truncate")
 
 
 def imagenet256() -> Config:
-    """256×256: DiffiT Table 9 and §I.2, with the released weights' depth of 28."""
-    return _latent("imagenet256", LatentModel(), released_sampling(32), cond=True, batch=256, lr=3e-4)
+    """256×256: DiffiT Table 9 and §I.2, with the official weights' depth of 28."""
+    return _latent("imagenet256", LatentModel(), official_sampling(32), cond=True, batch=256, lr=3e-4)
 
 
 def imagenet512() -> Config:
     """512×512: the same network on latents of 64×64."""
     return _latent(
-        "imagenet512", LatentModel(input_size=(64, 64)), released_sampling(64), cond=True, batch=512, lr=1e-4
+        "imagenet512", LatentModel(input_size=(64, 64)), official_sampling(64), cond=True, batch=512, lr=1e-4
     )
 
 
 def latent_s() -> Config:
     """The width and depth of DiT-S/2 (arXiv 2212.09748, Table 1), for one GPU."""
     model = LatentModel(hidden_size=384, depth=12, num_heads=6)
-    return _latent("latent-s", model, released_sampling(32), batch=256, lr=3e-4, kimg=100_000)
+    return _latent("latent-s", model, official_sampling(32), batch=256, lr=3e-4, kimg=100_000)
 
 
 def latent_b() -> Config:
     """The width and depth of DiT-B/2."""
     model = LatentModel(hidden_size=768, depth=12, num_heads=12)
-    return _latent("latent-b", model, released_sampling(32), batch=256, lr=3e-4, kimg=100_000)
+    return _latent("latent-b", model, official_sampling(32), batch=256, lr=3e-4, kimg=100_000)
 
 
 def latent_l() -> Config:
     """The width and depth of DiT-L/2."""
     model = LatentModel(hidden_size=1024, depth=24, num_heads=16)
-    return _latent("latent-l", model, released_sampling(32), batch=256, lr=3e-4, kimg=100_000)
+    return _latent("latent-l", model, official_sampling(32), batch=256, lr=3e-4, kimg=100_000)
 
 
 def latent_debug() -> Config:

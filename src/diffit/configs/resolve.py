@@ -142,6 +142,7 @@ def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[
                 chosen.append(name)
         if "tick" not in options:
             training["tick"] = min(preset.tick, kimg / LINES)
+            chosen.append("tick")
     if "batch_gpu" not in options and preset.batch_gpu is not None:
         chosen.append("batch_gpu")  # a smaller one will do where that does not fit
     training["chosen"] = tuple(chosen)

@@ -100,7 +100,7 @@ class LatentModel(Frozen):
 
 
 class AutoencoderSpec(Frozen):
-    """The VAE whose latents a latent model draws."""
+    """The VAE whose latents a latent model samples."""
 
     vae: str = "stabilityai/sd-vae-ft-ema"
     """A local folder or a Hub id, in diffusers' ``AutoencoderKL`` layout."""
@@ -304,7 +304,7 @@ class Config(Frozen):
         if self.model.family == "latent" and self.diffusion.kind != "adm":
             raise ValueError("a latent model predicts noise on a discrete schedule: diffusion must be of kind adm")
         if self.model.family == "latent" and self.training.augment:
-            raise ValueError("latents cannot be augmented: take --augment 0, and --mirror for mirror images")
+            raise ValueError("latents cannot be augmented: use --augment 0, and --mirror for mirror images")
         if self.diffusion.kind == "edm" and self.sampling.sampler in DISCRETE:
             raise ValueError(
                 f"sampler {self.sampling.sampler} needs a discrete schedule, this model has EDM's: "
@@ -321,7 +321,7 @@ class Config(Frozen):
         if self.sampling.cfg_scale != 1 and self.model.num_classes and self.training.label_drop == 0:
             raise ValueError(
                 f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never "
-                "trains: take cfg_scale 1"
+                "trains: use cfg_scale 1"
             )
         return self
 

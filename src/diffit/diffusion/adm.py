@@ -249,7 +249,7 @@ class ADMLoss:
     ) -> Tensor:
         """``images`` ``(B, C, H, W)``, clean -> loss, a mean over pixels, ``(B,)``.
 
-        ``generator`` lives on the images' device. ``level`` ``(B,)`` replaces the drawn timesteps.
+        ``generator`` lives on the images' device. ``level`` ``(B,)`` replaces the sampled timesteps.
         """
         schedule, i = self.schedule, self.draw_level(images, generator) if level is None else level
         noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)

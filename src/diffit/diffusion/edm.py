@@ -70,7 +70,7 @@ class EDMLoss:
     ) -> Tensor:
         """``images`` ``(B, C, H, W)`` in [−1, 1] -> weighted squared error, a mean over pixels, ``(B,)``.
 
-        ``generator`` lives on the images' device. ``level`` ``(B,)`` replaces the drawn sigmas.
+        ``generator`` lives on the images' device. ``level`` ``(B,)`` replaces the sampled sigmas.
         """
         sigma = self.draw_level(images, generator) if level is None else level
         noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)

@@ -10,7 +10,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``denoise(x, sigma) -> x0``: x ``(B, …)``, sigma a tensor of no dimension or ``(B,)``."""
 
 Scale = Callable[[Tensor], float]
-"""The guidance scale at a noise level: sigma, or the timestep where timesteps are what is walked."""
+"""The guidance scale at a noise level: sigma, or the timestep on a discrete schedule."""
 
 
 def guided(
@@ -24,9 +24,9 @@ def guided(
     """u + s·(c − u), with s the constant ``scale`` or ``scale(sigma)``.
 
     ``channels`` guides only the first so many channels; the others stay conditional. Where s is within ``tolerance``
-    of 1 the unconditional denoiser is not evaluated, which is why samplers pass sigma on the CPU: asking costs no
-    wait. A network's raw output may stand in for the denoised image: guidance is linear, and ``channels`` keeps its
-    variances conditional.
+    of 1 the unconditional denoiser is not evaluated; samplers pass sigma on the CPU, so that this check needs no
+    host–device synchronisation. A network's raw output may stand in for the denoised image: guidance is linear, and
+    ``channels`` keeps its variances conditional.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def power_cosine(scale: float, power: float = 4.0, *, timesteps: int = 1000) -> 
 def within(scale: float | Scale, low: float, high: float, sigma_of: Callable[[Tensor], Tensor] | None = None) -> Scale:
     """``scale`` at noise levels sigma in (low, high], no guidance elsewhere (arXiv 2404.07724).
 
-    ``sigma_of`` tells the sigma of a timestep where timesteps are what is walked.
+    On a discrete schedule ``sigma_of`` is the sigma of a timestep.
     """
 
     def at(level: Tensor) -> float:

@@ -6,12 +6,12 @@ On continuous noise levels ``heun``, ``euler`` and ``dpm_solver_pp`` are
 - ``noise`` is standard normal, ``(B, …)``; the state keeps its dtype and device (float64 costs nothing here);
 - ``sigmas`` falls, and ends in 0 for a clean image; it is read on the CPU;
 - ``noise_source(x)`` returns standard normal noise like ``x``: ``torch.randn_like``, or a
-  :class:`~diffit.utils.randomness.PerSampleNoise` for samples that do not depend on the batch that they are drawn in;
+  :class:`~diffit.utils.randomness.PerSampleNoise` for samples that do not depend on their batch;
 - ``callback(i, sigma, x, denoised)`` is called once a step, before the state is advanced;
-- ``after_step(i, sigma, x)`` is called once it is, and returns the state to go on with.
+- ``after_step(i, sigma, x)`` is called afterwards, and returns the state to go on with.
 
-On a discrete schedule ``ddpm`` and ``ddim`` take ``(predict, noise, schedule, …)``, with a network's output in place of
-the denoised image; their callbacks see the timestep in place of sigma.
+On a discrete schedule ``ddpm`` and ``ddim`` are called with ``(predict, noise, schedule, …)``: a network's output in
+place of the denoised image; their callbacks see the timestep in place of sigma.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def euler(
     callback: Callback | None = None,
     after_step: AfterStep = keep,
 ) -> Tensor:
-    """First order, one evaluation a step; the same steps as DDIM at η = 0. Draws no noise."""
+    """First order, one evaluation a step; the same steps as DDIM at η = 0. Adds no noise."""
     sigmas = sigmas.cpu().double()
     x = noise * sigmas[0]
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -99,7 +99,7 @@ def dpm_solver_pp(
     callback: Callback | None = None,
     after_step: AfterStep = keep,
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order, one evaluation a step. Draws no noise.
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order, one evaluation a step. Adds no noise.
 
     With λ = −ln σ and h the step in λ: x ← (σ'/σ)·x + (1 − e^−h)·D, D extrapolated from the last two denoised images.
     The first step, and the last onto σ = 0, are of first order.

@@ -124,6 +124,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 f"{path}: line {number} is not a record of `diffit metrics calc`; pass such a file or a run"
             )
     return records
-
-
-read_cards = read_records  # until training/report.py says records

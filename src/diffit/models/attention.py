@@ -24,7 +24,7 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Cut a map into non-overlapping windows, padding with zeros below and to the right where it does not divide.
+    """Split a map into non-overlapping windows, padding with zeros below and to the right where it does not divide.
 
     ``(B, H, W, D) -> (B, windows, h·w, D)``, windows and the tokens in them in row-major order.
     """
@@ -36,7 +36,7 @@ def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def window_unpartition(windows: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Join windows into the map that they were cut from: ``(B, windows, h·w, D) -> (B, H, W, D)``."""
+    """Join windows into the map that they were split from: ``(B, windows, h·w, D) -> (B, H, W, D)``."""
     B, _, _, D = windows.shape
     (h, w), (H, W) = window, size
     rows, cols = -(-H // h), -(-W // w)
@@ -59,7 +59,7 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
-    """The row of the table for every pair of tokens, int64 ``(N, N)``; the released weights store it in each layer."""
+    """The row of the table for every pair of tokens, int64 ``(N, N)``; the official weights store it in each layer."""
     return torch.cat(list(_index_rows(window)))
 
 
@@ -81,7 +81,7 @@ def _index_rows(window: tuple[int, int]) -> Iterator[Tensor]:
 
 
 def _drop_index(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Accept the released weights' index buffer: it must be the one that this layer implies, and is not kept."""
+    """Accept the official weights' index buffer: it must be the one that this layer implies, and is not kept."""
     index = state.pop(prefix + "relative_position_index", None)
     if index is not None and not is_relative_position_index(index, module.window):
         rest[-1].append(f"{prefix}relative_position_index is not that of a {module.window} window")
@@ -101,7 +101,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias."""
-    bias = bias.to(q.dtype)[None]  # a float32 bias beside a bfloat16 q is misread by some kernels
+    bias = bias.to(q.dtype)[None]  # a float32 bias next to a bfloat16 q is misread by some kernels
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     with sdpa_kernel(_BACKENDS):
@@ -122,8 +122,8 @@ class TMSA(nn.Module):
     ``(x: (B, H, W, dim), cond: (B, cond_dim)) -> (B, H, W, dim)``
 
     ``grid_size`` is the usual size of the map, one number or (H, W). With ``window_size=None`` every token attends
-    to the whole map, which may be any up to ``grid_size``. With a window, maps of any size are cut into windows;
-    a window larger than the map is clamped to it. Parameter names are those of the released weights.
+    to the whole map, which may be any up to ``grid_size``. With a window, maps of any size are split into windows;
+    a window larger than the map is clamped to it. Parameter names are those of the official weights.
     """
 
     def __init__(
@@ -153,19 +153,15 @@ class TMSA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_load_state_dict_pre_hook(_drop_index)
+        self.register_load_state_dict_pre_hook(_drop_index)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return self.attend(x, self.qkv_temb(cond))
-
-    def attend(self, x: Tensor, time_qkv: Tensor) -> Tensor:
-        """The same for a caller that has ``qkv_temb(cond)`` ``(B, 3·dim)`` already."""
         B, H, W, D = x.shape
         if self.is_global and (self.window[0] < H or self.window[1] < W):
             raise ValueError(f"a map of {H}×{W} tokens exceeds the {self.window[0]}×{self.window[1]} of the bias table")
         window = (min(self.window[0], H), min(self.window[1], W))
 
-        qkv = self.qkv(x) + time_qkv[:, None, None]  # (B, H, W, 3D), Eq. 3–5
+        qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # (B, H, W, 3D), Eq. 3–5
         qkv = window_partition(qkv, window)  # (B, windows, N, 3D)
         windows, N = qkv.shape[1:3]
         q, k, v = qkv.reshape(B * windows, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B·windows, heads, N, d)

@@ -112,7 +112,7 @@ def autoencoder_of(config: Config, vae: str | None = None, *, device: str | torc
     """
     if config.autoencoder is None:
         if vae is not None:
-            raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which draws pixels; leave it out")
+            raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which makes pixels; leave it out")
         return None
     found = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale, device=device)
     check_autoencoder(found, config.model.sample_shape, config.image_shape[1:])
@@ -177,7 +177,7 @@ def _snapshot(hub_id: str) -> Path:
     except Exception as error:  # the client and the HTTP library below it raise several families
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
-            f"{hub_id}: no such folder here, and not to be had from the Hub ({type(error).__name__}: {reason}); "
+            f"{hub_id}: no such folder here, and not available from the Hub ({type(error).__name__}: {reason}); "
             "check the spelling and the network, or give a local folder"
         ) from error
 

@@ -24,7 +24,7 @@ class Mlp(nn.Module):
 class DiffiTBlock(nn.Module):
     """x̂ = TMSA(LN x, x_t) + x, then MLP(LN x̂) + x̂ (Eq. 7–8): ``((B, H, W, dim), (B, cond_dim)) -> (B, H, W, dim)``.
 
-    The norms have no parameters: scale and shift are the next linear layer's business, as in the released weights.
+    The norms have no parameters: scale and shift are the next linear layer's business, as in the official weights.
     """
 
     def __init__(
@@ -45,11 +45,7 @@ class DiffiTBlock(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio), dropout)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return self.transform(x, self.attn.qkv_temb(cond))
-
-    def transform(self, x: Tensor, time_qkv: Tensor) -> Tensor:
-        """The same for a caller that has ``attn.qkv_temb(cond)`` ``(B, 3·dim)`` already."""
-        x = x + self.attn.attend(self.norm1(x), time_qkv)
+        x = x + self.attn(self.norm1(x), cond)
         return x + self.mlp(self.norm2(x))
 
 

@@ -65,7 +65,7 @@ class ImageDiffiT(nn.Module):
 
     ``stages`` are those of the encoder, the bottleneck last; the decoder mirrors the others, with one skip connection
     a resolution. Labels are in ``[0, num_classes)``, the null class is ``num_classes``; ``num_classes=0`` is an
-    unconditional model. Without ``augment_labels`` the images are taken as un-augmented. H and W may differ from
+    unconditional model. Without ``augment_labels`` the images count as un-augmented. H and W may differ from
     ``image_size`` unless a stage attends globally.
     """
 
@@ -130,13 +130,13 @@ class ImageDiffiT(nn.Module):
         """The time token: noise level, class and augmentation in one vector, ``(B, cond_dim)``."""
         cond = self.t_embedder(c_noise, dtype)
         if (class_labels is None) != (self.y_embedder is None):
-            need = f"labels in [0, {self.num_classes}]" if self.num_classes else "class_labels=None"
-            raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
+            need = f"class_labels in [0, {self.num_classes}]" if self.num_classes else "class_labels=None"
+            raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
         if self.y_embedder is not None:
             cond = cond + self.y_embedder(class_labels)
         if augment_labels is not None:
             if self.augment_embedder is None:
-                raise ValueError("this model was built with augment_dim=0 and takes augment_labels=None")
+                raise ValueError("this model has augment_dim=0: pass augment_labels=None")
             cond = cond + self.augment_embedder(augment_labels)
         return cond
 

@@ -1,6 +1,4 @@
-"""The latent model: a flat transformer whose parameters carry the names of NVIDIA's released weights."""
-
-from typing import cast
+"""The latent model: a flat transformer whose parameters carry the names of NVIDIA's official weights."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +28,7 @@ class LatentDiffiT(nn.Module):
 
     ``t`` is the original timestep, 0…999, fractions allowed. Labels are in ``[0, num_classes)``, the null class is
     ``num_classes``; ``num_classes=0`` is an unconditional model and takes ``y=None``. With ``label_drop=0`` there is
-    no null class, since nothing would train it. The released model is the default, at 256 pixels; 512 has
+    no null class, since nothing would train it. The official model is the default, at 256 pixels; 512 has
     ``input_size=64``.
     """
 
@@ -60,10 +58,6 @@ class LatentDiffiT(nn.Module):
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
-        self._time_weight: Tensor | None
-        self._time_bias: Tensor | None
-        self.register_buffer("_time_weight", None, persistent=False)
-        self.register_buffer("_time_bias", None, persistent=False)
         self.init_weights()
 
     @classmethod
@@ -71,7 +65,7 @@ class LatentDiffiT(nn.Module):
         return cls(**config.model_dump(exclude={"family"}))
 
     def init_weights(self) -> None:
-        """As the released model began: Xavier-uniform, the conditioning 0.02, the final layer 0."""
+        """As in the official implementation: Xavier-uniform, the conditioning 0.02, the final layer 0."""
         self.apply(init_linear)
         self.t_embedder.init_weights(std=0.02)
         if self.y_embedder is not None:
@@ -82,28 +76,11 @@ class LatentDiffiT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_ckpt = enabled
 
-    @torch.no_grad()
-    def fuse_time_projections(self) -> None:
-        """For sampling: lay the blocks' time projections side by side, so that one matrix product serves all.
-
-        The parameters become views of the joint matrix; training would not see its gradient, so they are frozen.
-        """
-        linears = [block.attn.qkv_temb for block in self.typed_blocks()]
-        self._time_weight = torch.cat([linear.weight for linear in linears])
-        self._time_bias = torch.cat([linear.bias for linear in linears])
-        rows = [linear.out_features for linear in linears]
-        parts = zip(linears, self._time_weight.split(rows), self._time_bias.split(rows), strict=True)
-        for linear, weight, bias in parts:
-            linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-
-    def typed_blocks(self) -> list[DiffiTBlock]:
-        return cast(list[DiffiTBlock], list(self.blocks))
-
     def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time and class in one vector: ``(B, dim)``, or ``(1, dim)`` for one timestep without classes."""
         if (y is None) != (self.y_embedder is None):
-            need = f"labels in [0, {self.num_classes}]" if self.num_classes else "y=None"
-            raise ValueError(f"this model has {self.num_classes} classes and takes {need}")
+            need = f"y in [0, {self.num_classes}]" if self.num_classes else "y=None"
+            raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
         cond = self.t_embedder(t, dtype)
         return cond if self.y_embedder is None else cond + self.y_embedder(y)
 
@@ -111,16 +88,11 @@ class LatentDiffiT(nn.Module):
         cond = self.embed(t, y, x.dtype)  # (B, D)
         h, w = self.grid
         hidden = self.x_embedder(x) + self.pos_embed.view(1, h, w, -1)  # (B, h, w, D)
-        if self._time_weight is not None:
-            times = F.linear(cond, self._time_weight, self._time_bias).chunk(len(self.blocks), dim=1)
-            for block, time_qkv in zip(self.typed_blocks(), times, strict=True):
-                hidden = block.transform(hidden, time_qkv)
-        else:
-            for block in self.typed_blocks():
-                if self.grad_ckpt and self.training:
-                    hidden = checkpoint(block, hidden, cond, use_reentrant=False)
-                else:
-                    hidden = block(hidden, cond)
+        for block in self.blocks:
+            if self.grad_ckpt and self.training:
+                hidden = checkpoint(block, hidden, cond, use_reentrant=False)
+            else:
+                hidden = block(hidden, cond)
         return self.unpatchify(self.final_layer(hidden))
 
     def unpatchify(self, x: Tensor) -> Tensor:

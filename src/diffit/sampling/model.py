@@ -251,10 +251,7 @@ def prepare(net: DiffiT, precision: str = "fp32") -> DiffiT:
         for module in net.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(DTYPES[precision])
-    if isinstance(net, LatentDiffiT):
-        net.fuse_time_projections()
-        return net
-    return channels_last(net)
+    return net if isinstance(net, LatentDiffiT) else channels_last(net)
 
 
 def load(

@@ -36,15 +36,15 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, ten
         kind, name = key.split(".", 1)
         parameter = parameters[name]
         if value.shape == parameter.shape:
-            # The fused kernel walks parameter and moments side by side in memory: strides must agree (channels_last).
+            # The fused kernel reads parameter and moments in step through memory: strides must agree (channels_last).
             value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
 def save_state(
-    folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+    folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
 ) -> None:
-    """``facts`` is what JSON can hold: images seen, the loss scaler, the configuration."""
+    """``metadata`` is what JSON can hold: images seen, the loss scaler, the configuration."""
     with whole_folder(folder) as part:
         groups = {
             "model": net.state_dict(),
@@ -53,13 +53,13 @@ def save_state(
         }
         for name, tensors in groups.items():
             save_tensors(tensors, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps(facts, indent=2))
+        (part / "state.json").write_text(json.dumps(metadata, indent=2))
         sums = {item.name: sha256_of(item) for item in sorted(part.iterdir())}
         (part / "manifest.json").write_text(json.dumps(sums, indent=2))
 
 
 def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors of ``model``, ``ema`` and ``optimizer``, and the facts; every file is checked against the manifest."""
+    """Tensors of ``model``, ``ema`` and ``optimizer``, and the metadata; every file is checked against the manifest."""
     try:
         sums = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffit.metrics.record import format_numbers, read_cards
+from diffit.metrics.record import format_numbers, read_records
 from diffit.metrics.suite import headline
-from diffit.utils.files import whole_file
+from diffit.utils.files import read_jsonl, whole_file
 from diffit.utils.html import page, picture
 
 WIDTH, HEIGHT, MARGIN = 440, 220, 46
@@ -49,19 +49,19 @@ def curve(points: Sequence[tuple[float, float]], title: str) -> str:
 
 
 def write_report(run_dir: Path) -> Path:
-    """``report.html`` of a run: metrics with their cards, curves, grids, settings. Returns its path."""
-    stats = _stats(run_dir / "stats.jsonl")
+    """``report.html`` of a run: metrics with their records, curves, grids, settings. Returns its path."""
+    stats = read_jsonl(run_dir / "stats.jsonl")
     files = sorted(run_dir.glob("metric-*.jsonl"))
-    cards = [some for some in map(read_cards, files) if some]
+    records = [some for some in map(read_records, files) if some]
     curves = []
-    for some in cards:  # records of `diffit metrics calc` may lie beside the run's own, and have no place in time
-        points = [(card["kimg"], headline(card["results"])[1]) for card in some if is_of_a_run(card)]
+    for some in records:  # records of `diffit metrics calc` may lie next to the run's own, and have no place in time
+        points = [(record["kimg"], headline(record["results"])[1]) for record in some if is_of_a_run(record)]
         if points:
             curves.append(curve(points, some[0]["metric"]))
     curves += [curve([(s["kimg"], s[name]) for s in stats if name in s], name) for name in CURVES]
     body = [f"<p>written {time.strftime('%Y-%m-%d %H:%M:%S')}; all curves over thousands of images (kimg)</p>"]
-    if cards:
-        body += ["<h2>Metrics</h2>", _table([card for some in cards for card in some])]
+    if records:
+        body += ["<h2>Metrics</h2>", _table([record for some in records for record in some])]
     body += ["<h2>Curves</h2>", f'<div class="curves">{"".join(curves)}</div>', "<h2>Images</h2>"]
     grids = ["reals.png", "fakes_init.png", *[path.name for path in sorted(run_dir.glob("fakes[0-9]*.png"))[-2:]]]
     body += [picture((run_dir / name).read_bytes(), name) for name in grids if (run_dir / name).exists()]
@@ -74,26 +74,16 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def is_of_a_run(card: dict[str, Any]) -> bool:
-    return isinstance(card.get("kimg"), int | float)
+def is_of_a_run(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("kimg"), int | float)
 
 
-def _table(cards: Sequence[dict[str, Any]]) -> str:
+def _table(records: Sequence[dict[str, Any]]) -> str:
     rows = [
-        f"<tr><td>{html.escape(card['metric'])}</td><td>{html.escape(str(card.get('kimg', '')))}</td>"
-        f"<td>{html.escape(format_numbers(card['results']))}</td>"
-        f"<td><details><summary>card</summary><pre>{html.escape(json.dumps(card, indent=2))}</pre></details></td></tr>"
-        for card in cards
+        f"<tr><td>{html.escape(record['metric'])}</td><td>{html.escape(str(record.get('kimg', '')))}</td>"
+        f"<td>{html.escape(format_numbers(record['results']))}</td>"
+        f"<td><details><summary>record</summary><pre>{html.escape(json.dumps(record, indent=2))}</pre></details>"
+        "</td></tr>"
+        for record in records
     ]
     return "<table><tr><th>metric</th><th>kimg</th><th>value</th><th></th></tr>" + "".join(rows) + "</table>"
-
-
-def _stats(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed while writing it
-            continue
-    return found

@@ -136,13 +136,13 @@ class RunLog:
                     self.board.add_scalar(name, value, images_seen)
                 self.board.flush()
 
-    def metric(self, path: Path, card: dict[str, Any]) -> None:
-        """Add a card, which has ``images``, to its JSON-lines file, and its numbers to TensorBoard."""
+    def metric(self, path: Path, record: dict[str, Any]) -> None:
+        """Add a record, which has ``images``, to its JSON-lines file, and its numbers to TensorBoard."""
         with disk_errors(path), path.open("a") as file:
-            file.write(json.dumps(card) + "\n")
+            file.write(json.dumps(record) + "\n")
         if self.board is not None:
-            for name, value in card["results"].items():
-                self.board.add_scalar(f"{card['metric']}/{name}".replace(":", "-"), value, card["images"])
+            for name, value in record["results"].items():
+                self.board.add_scalar(f"{record['metric']}/{name}".replace(":", "-"), value, record["images"])
             self.board.flush()
 
     def picture(self, name: str, path: Path, images_seen: int) -> None:

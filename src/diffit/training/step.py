@@ -52,11 +52,11 @@ def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.
 def clean_samples(
     data: Tensor, generator: torch.Generator, *, mirror: bool, autoencoder: Autoencoder | None, scale: float | None
 ) -> Tensor:
-    """What the network is to learn of ``data``: images in [−1, 1], or latents drawn from their distribution.
+    """What the network is to learn of ``data``: images in [−1, 1], or latents sampled from their distribution.
 
     ``data`` is uint8 images ``(B, C, H, W)``, or cached moments ``(B, 4, C, h, w)``: mean and standard deviation, then
     those of the mirror image. ``scale`` is None for an image-space model. ``mirror`` flips half of the images. Cached
-    or encoded here, the draws are the same.
+    or encoded here, the samples are the same.
     """
     if data.ndim == 5:
         moments = data[:, :2]
@@ -141,23 +141,23 @@ class Stepper:
 
     def save(self, folder: Path) -> None:
         """Write all that training changes as a training state."""
-        facts = {
+        metadata = {
             "images_seen": self.images_seen,
             "seconds": round(self.seconds, 1),
             "scaler": self.scaler.state_dict(),
             "config": self.config.model_dump(mode="json"),
         }
-        save_state(folder, self.net, self.ema, self.optimizer, facts)
+        save_state(folder, self.net, self.ema, self.optimizer, metadata)
 
     def restore(self, folder: Path) -> None:
         """Take up a training state exactly: weights, average, moments, loss scaler and place in the data."""
-        tensors, facts = load_state(folder)
+        tensors, metadata = load_state(folder)
         load_into(self.net, tensors["model"], folder)
         load_into(self.ema, tensors["ema"], folder)
         load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
-        if facts["scaler"]:
-            self.scaler.load_state_dict(facts["scaler"])
-        self.images_seen, self.seconds = facts["images_seen"], facts.get("seconds", 0.0)
+        if metadata["scaler"]:
+            self.scaler.load_state_dict(metadata["scaler"])
+        self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
 
     @property
     def ema_warming_up(self) -> bool:

@@ -33,5 +33,5 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def check_precision(precision: str, device: torch.device) -> str:
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a CUDA device; take bf16 or fp32 here")
+        raise UserError("--precision fp16 needs a CUDA device; use bf16 or fp32 here")
     return resolve_precision(precision, device)

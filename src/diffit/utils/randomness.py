@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Streams keep uses of one seed apart: the class that a sample draws must not move its noise.
+# Streams keep uses of one seed apart: the class chosen for a sample must not move its noise.
 NOISE, LABEL, ORDER, STEP, DROPOUT, INIT, VALIDATION, SUBSET = range(8)
 
 
@@ -36,7 +36,7 @@ def make_generator(*keys: int, device: torch.device | str = "cpu") -> torch.Gene
 class PerSampleNoise:
     """Standard normal noise in which every sample has its own stream: ``noise_source(x) -> like x``.
 
-    The numbers are drawn on the CPU in float32, so that they are the same on every device; and by NumPy,
+    The numbers come from the CPU in float32, so that they are the same on every device; and by NumPy,
     because torch's CPU generator keeps 32 bits of its seed: in one run of four, two of 50,000 samples would be alike.
     """
 

@@ -34,7 +34,7 @@ def export(
     """
     dest = check_dest(dest, overwrite)
     if vae is not None and to == "official":
-        raise UserError(f"--vae {vae}: the released layout does not name its VAE; leave it out")
+        raise UserError(f"--vae {vae}: the official layout does not name its VAE; leave it out")
     file = locate(network)
     net, config = load_network(file, dtype=None if dtype is None else DTYPES[dtype])
     if to == "official":
@@ -52,25 +52,25 @@ def check_dest(dest: str | Path, overwrite: bool) -> Path:
 
 
 def write_official(net: DiffiT, config: Config, dest: Path) -> None:
-    """One safetensors file with the released names, the index buffers in every layer included."""
+    """One safetensors file with the official names, the index buffers in every layer included."""
     model = config.model
     if not isinstance(net, LatentDiffiT) or model.family != "latent":
         raise UserError(f"--to official: {config.preset} is an image-space model; only latent ones have that layout")
     height, width = model.input_size
     if height != width:
-        raise UserError(f"--to official: latents of {width}x{height}; the released layout knows square ones only")
+        raise UserError(f"--to official: latents of {width}x{height}; the official layout knows square ones only")
     if model.num_classes and config.training.label_drop == 0:
         raise UserError(
             "--to official: the model was trained without a null class (--label-drop 0), and the layout cannot say "
-            "that it must not be guided; take --to hub-folder"
+            "that it must not be guided; use --to hub-folder"
         )
     assert config.autoencoder is not None
-    released = latent_preset_for(height)
-    assert released.autoencoder is not None
-    if (config.diffusion, config.autoencoder.scale) != (released.diffusion, released.autoencoder.scale):
+    published = latent_preset_for(height)
+    assert published.autoencoder is not None
+    if (config.diffusion, config.autoencoder.scale) != (published.diffusion, published.autoencoder.scale):
         raise UserError(
             "--to official: the layout cannot say that the model has another noise schedule or scale of latents than "
-            "the released ones, and it would draw noise; take --to hub-folder"
+            "the official ones, and its samples would be noise; use --to hub-folder"
         )
     with whole_file(dest) as part:
         save_tensors(to_official(net.state_dict(), model), part, {"format": "pt"})
@@ -92,7 +92,7 @@ def model_card(config: Config, kimg: float | None) -> str:
     names = config.data.class_names or ()
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     if kimg is None:
-        origin = "Weights in NVIDIA's released layout, which does not say how they were trained."
+        origin = "Weights in NVIDIA's official layout, which does not say how they were trained."
         licence = "To be filled in by the author. NVIDIA's own weights are **for non-commercial use only**."
     else:
         origin = (

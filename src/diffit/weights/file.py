@@ -109,11 +109,11 @@ def read_header(path: str | Path) -> tuple[Config, float | None]:
 def read_network_file(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], Config]:
-    """Tensors and configuration of a file that :func:`save_network` wrote, or of NVIDIA's released weights.
+    """Tensors and configuration of a file that :func:`save_network` wrote, or of NVIDIA's official weights.
 
     Floating-point tensors are converted to ``dtype``; None keeps the file's. On the CPU what is not converted stays
     mapped from the file, and what is converted is unmapped one by one, so that loading takes no more memory than the
-    weights. The index that the released layout repeats in every layer is checked and left out.
+    weights. The index that the official layout repeats in every layer is checked and left out.
     """
     path = locate(path)
     with _opened(path, str(device)) as file:
@@ -167,7 +167,7 @@ def load_network(
 ) -> tuple[DiffiT, Config]:
     """The network of a file or Hub id, in evaluation mode, and its configuration. Every key and shape is checked.
 
-    Files of ours carry their configuration; NVIDIA's released files are known by their keys and shapes.
+    Files of ours carry their configuration; NVIDIA's official files are known by their keys and shapes.
     """
     state, config = read_network_file(path, device, dtype)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""NVIDIA's released latent weights: told apart by keys and shapes, read and written in their layout."""
+"""NVIDIA's official latent weights: told apart by keys and shapes, read and written in their layout."""
 
 from collections.abc import Mapping
 from math import isqrt
@@ -19,10 +19,10 @@ MARK = "blocks.0.attn.relative_position_bias_table"
 STRANGERS = {
     "adaLN_modulation": "a DiT network, which modulates its norms",
     "decoder.conv_in.weight": "an autoencoder: give it to --vae",
-    "exp_avg.": "an optimiser's state: take the run's network-snapshot file",
+    "exp_avg.": "an optimiser's state: use the run's network-snapshot file",
     "Mixed_5b": "an Inception network: give it to --detector",
     "text_model.": "a text encoder",
-    "tokenizer.weight": "bare weights without their configuration: take the run's network-snapshot file",
+    "tokenizer.weight": "bare weights without their configuration: use the run's network-snapshot file",
     "model.diffusion_model": "a Stable Diffusion checkpoint",
 }
 
@@ -36,7 +36,7 @@ def stranger(keys: list[str]) -> str:
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> Config | None:
-    """The configuration of a file in the released layout, None for another file.
+    """The configuration of a file in the official layout, None for another file.
 
     Size, depth, width, heads and classes come from the shapes, recipe and sampling from the preset nearest in size.
     Raises :class:`UserError` where the shapes contradict each other.
@@ -52,7 +52,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> Config | No
             shapes["y_embedder.embedding_table.weight"][0] - 1 if "y_embedder.embedding_table.weight" in shapes else 0
         )
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source}: looks like released DiffiT weights, but {error} is missing or misshapen") from None
+        raise UserError(f"{source}: looks like official DiffiT weights, but {error} is missing or misshapen") from None
     side = isqrt(tokens)
     if side**2 != tokens or (2 * side - 1) ** 2 != rows:
         raise UserError(f"{source}: {tokens} tokens and a bias table of {rows} rows do not belong to one square map")
@@ -68,7 +68,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], source: str) -> Config | No
             num_classes=classes,
         )
     except ValidationError as error:
-        raise UserError(f"{source}: looks like released DiffiT weights, but {explain(error)}") from None
+        raise UserError(f"{source}: looks like official DiffiT weights, but {explain(error)}") from None
     changes: dict[str, Any] = {"model": model}
     preset = latent_preset_for(side * patch)
     if not classes:
@@ -89,7 +89,7 @@ def token_map(model: LatentModel) -> tuple[int, int]:
 
 
 def to_official(state: Mapping[str, Tensor], model: LatentModel) -> dict[str, Tensor]:
-    """The state dict with the index buffers that the released layout has in every layer.
+    """The state dict with the index buffers that the official layout has in every layer.
 
     Each is a tensor of its own, as safetensors wants them: 235 MB in all at 512 pixels.
     """

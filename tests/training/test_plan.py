@@ -1,0 +1,142 @@
+"""What a run takes on a machine: the microbatch by memory, the length by the clock, and what resuming keeps."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data import ImageArchive
+from diffit.errors import UserError
+from diffit.models.cost import estimate
+from diffit.training import plan as planning
+from diffit.training import train
+from diffit.training.plan import PROGRAM, fit_batch, measure, plan, take_over
+from diffit.training.run_dir import kimg_number, prune_snapshots, same_run
+from diffit.utils.distributed import Processes
+from helpers import write_archive
+
+ONE = Processes(0, 1, torch.device("cpu"))
+FACTS = DataFacts(3, (16, 16))
+
+
+def with_memory(monkeypatch, images: int, config) -> None:
+    """A machine that has room for so many images at once."""
+    free = estimate(config, images).training_bytes + PROGRAM
+    monkeypatch.setattr(planning, "available_memory", lambda device: free)
+
+
+def test_without_a_microbatch_it_is_the_largest_that_fits(monkeypatch):
+    config = resolve("debug", {"batch": 48})
+    for images, expected in ((48, 48), (47, 24), (23, 16), (5, 4), (1, 1)):
+        with_memory(monkeypatch, images, config)
+        assert fit_batch(config, ONE) == expected
+
+
+def test_a_microbatch_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
+    config = resolve("debug", {"batch": 48, "batch_gpu": 24})
+    with_memory(monkeypatch, 13, config)
+    with pytest.raises(UserError, match=r"needs about .* at --batch-gpu 24, .* free: give --batch-gpu 12"):
+        fit_batch(config, ONE)
+    monkeypatch.setattr(planning, "available_memory", lambda device: PROGRAM)
+    with pytest.raises(UserError, match=r"one image alone takes .* GiB: give --grad-ckpt"):
+        fit_batch(config, ONE)
+
+
+def test_a_step_that_does_not_fit_the_gpu_after_all_halves_the_microbatch(monkeypatch):
+    config = resolve("debug", {"batch": 48})
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"batch_gpu": 48, "chosen": ("batch_gpu",)})}
+    )
+    tried = []
+
+    def rate(config, *_):
+        tried.append(config.training.batch_gpu)
+        if config.training.batch_gpu > 5:
+            raise torch.OutOfMemoryError
+        return 7.0
+
+    monkeypatch.setattr(planning, "_rate", rate)
+    fitting, images_a_second = measure(config, None, ONE, None)
+    assert tried == [48, 24, 12, 6, 3]
+    assert (fitting.training.batch_gpu, images_a_second) == (3, 7.0)
+    asked = config.model_copy(update={"training": config.training.model_copy(update={"chosen": ()})})
+    with pytest.raises(UserError, match="--batch-gpu 48: a step does not fit"):
+        measure(asked, None, ONE, None)
+
+
+def test_attention_on_a_gpu_keeps_no_weights_of_pairs():
+    config = resolve("imagenet512", {})
+    one, three = ({d: estimate(config, n, device=d).activation_bytes for d in ("cpu", "cuda")} for n in (1, 3))
+    pairs = 2 * 28 * 16 * 1024**2 * 4  # images, blocks, heads, pairs, bytes
+    assert (three["cpu"] - one["cpu"]) - (three["cuda"] - one["cuda"]) > 0.9 * pairs
+
+
+def test_the_length_by_the_clock_is_the_rate_times_the_minutes(monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    config = plan(resolve("small16", {"minutes": 10.0}, FACTS), archive, ONE)
+    training = config.training
+    assert training.kimg == 30.0
+    assert training.lr_rampup_kimg == training.ema_halflife_kimg == pytest.approx(1.5)
+    assert 20 <= training.kimg / training.tick <= 100
+    assert training.batch_gpu == training.batch
+    spelled = plan(resolve("small16", {"kimg": 3.0}, FACTS), archive, ONE)
+    assert spelled.training.kimg == 3.0
+
+
+def test_a_resumed_run_keeps_what_was_not_asked_for(monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    asked = resolve("small16", {"minutes": 10.0}, FACTS)
+    recorded = plan(asked, archive, ONE)
+    assert same_run(asked, recorded)
+    assert not same_run(resolve("small16", {"minutes": 10.0, "lr": 1e-3}, FACTS), recorded)
+    monkeypatch.setattr(planning, "_rate", lambda *_: 10.0)  # on a slower machine
+    assert plan(asked, archive, ONE, recorded=recorded).training == recorded.training
+    longer = resolve("small16", {"minutes": 60.0}, FACTS)
+    assert same_run(longer, recorded)
+    assert plan(longer, archive, ONE, recorded=recorded).training.kimg == 36.0
+    assert take_over(longer, recorded).training.lr_rampup_kimg == recorded.training.lr_rampup_kimg
+
+
+@pytest.mark.slow
+def test_a_run_of_six_seconds_ends_in_time_with_all_that_belongs_to_a_run(tmp_path, capsys):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    options = {"minutes": 0.1, "grid": (2, 2), "data": str(archive.path)}
+    began = time.monotonic()
+    outcome = train(resolve("debug", options, FACTS), archive, tmp_path / "runs", ONE)
+    assert time.monotonic() - began < 40  # measuring takes eight seconds of it, and this machine may be busy
+    kimg = json.loads((outcome.run_dir / "training_options.json").read_text())["training"]["kimg"]
+    assert kimg * 1000 == outcome.images_seen
+    assert outcome.snapshot is not None
+    assert (
+        outcome.run_dir / outcome.snapshot.name.replace("network-snapshot-", "fakes").replace(".safetensors", ".png")
+    ).exists()
+    again = train(resolve("debug", options, FACTS), archive, tmp_path / "runs", ONE)
+    assert (again.run_dir, again.images_seen, again.snapshot) == (outcome.run_dir, outcome.images_seen, None)
+
+
+def test_two_saves_never_have_the_same_number():
+    published = resolve("cifar10", {})
+    assert kimg_number(published, 200_192_000) == "200192"
+    assert kimg_number(published, 512_000) == "000512"
+    short = resolve("cifar10", {"kimg": 10.0, "batch": 24})
+    names = [kimg_number(short, images) for images in range(0, 10_000, 24)]
+    assert len(set(names)) == len(names)
+    assert names == sorted(names)
+    assert all(float(a) < float(b) for a, b in itertools.pairwise(names))
+
+
+def test_the_newest_snapshots_are_kept_and_the_best(tmp_path):
+    for kimg in ("000001.5", "000010.0", "000002.0"):
+        (tmp_path / f"network-snapshot-{kimg}.safetensors").touch()
+    (tmp_path / "network-best-fd.safetensors").touch()
+    prune_snapshots(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 4
+    prune_snapshots(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "network-best-fd.safetensors", "network-snapshot-000002.0.safetensors", "network-snapshot-000010.0.safetensors",
+    ]  # fmt: skip
