@@ -45,7 +45,8 @@ ADAPTED = [  # (pattern, replacement), in this order
     (r"diffit train …", "diffit train --data datasets/mine.zip --outdir runs/mine"),
     (r"metrics calc …", f"metrics calc --network {NETWORK} --ref datasets/mine.zip --metrics fid50k_full"),
     (r"--network …", f"--network {NETWORK}"),
-    # Small images, as large as those of the networks that are made here.
+    # Few photographs, and small: as large as the images of the networks that are made here.
+    (r"(examples/photos\.py.*)", r"\1 --crops 4"),
     (r"(data convert .*--resolution) (?:\d\dx\d\d|\d\d)(?![\dx])", r"\1 16x16"),
     (r"(metrics calc .*--ref) datasets/\S+", r"\1 datasets/mine.zip"),
     # There is no network to fetch Inception's weights: features of random filters. They are no FID, so it is fd.
