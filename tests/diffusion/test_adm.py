@@ -707,6 +707,7 @@ def test_levels_of_the_decoder_are_near_those_of_a_normal_distribution():
 
 def test_timesteps_are_drawn_uniformly_and_the_bins_are_equal():
     loss = ADMLoss(LINEAR)
+    assert loss.level_name == "t"
     levels = loss.draw_level(torch.zeros(50_000, 1), torch.Generator().manual_seed(0))
     assert levels.dtype == torch.int64
     assert (levels.min(), levels.max()) == (0, 999)

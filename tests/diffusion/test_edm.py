@@ -140,7 +140,7 @@ def test_the_loss_reaches_the_networks_parameters():
 def test_the_defaults_are_those_of_edm():
     """CONTRACT §2."""
     loss = EDMLoss()
-    assert (loss.P_mean, loss.P_std, loss.sigma_data) == (-1.2, 1.2, 0.5)
+    assert (loss.P_mean, loss.P_std, loss.sigma_data, loss.level_name) == (-1.2, 1.2, 0.5, "sigma")
     assert_close(edm_sigmas(18), edm_sigmas(18, sigma_min=0.002, sigma_max=80.0, rho=7.0), rtol=0, atol=0)
     x, sigma = images(), torch.tensor(0.7)
     out = denoiser(Recorder())(x, sigma)

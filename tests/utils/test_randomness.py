@@ -91,7 +91,7 @@ def test_the_streams_of_one_seed_are_apart():
 
 def test_a_generator_lives_on_the_device_asked_for():
     assert make_generator(1).device == make_generator(1, device="cpu").device == torch.device("cpu")
-    with pytest.raises(RuntimeError, match="(?i)meta"):  # which has none
+    with pytest.raises(RuntimeError, match=r"(?i)meta"):  # which has none
         make_generator(1, device="meta")
 
 
