@@ -66,6 +66,9 @@ def test_labels_reach_the_network():
     denoiser(net, labels, augment)(images(), torch.tensor(1.0))
     assert net.calls[0][2] is labels
     assert net.calls[0][3] is augment
+    EDMLoss()(net, images(), labels, augment, generator=torch.Generator().manual_seed(0))
+    assert net.calls[1][2] is labels
+    assert net.calls[1][3] is augment
 
 
 def test_the_loss_is_the_weighted_error_of_the_denoiser_written_out():
@@ -114,6 +117,12 @@ def test_the_loss_is_a_function_of_its_generator_and_leaves_ambient_randomness_a
     assert_close(first, again, rtol=0, atol=0)
     assert (first != other).all()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_everything_stays_on_the_device_of_the_images():
+    loss = EDMLoss()(lambda x, *_: x, images().to("meta"))
+    assert loss.device.type == "meta"
+    assert denoiser(lambda x, *_: x)(images().to("meta"), torch.tensor(2.0)).device.type == "meta"
 
 
 def test_noise_levels_and_noise_are_independent():
