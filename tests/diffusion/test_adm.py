@@ -681,6 +681,17 @@ def test_the_variational_term_teaches_the_variance_alone():
         assert v.grad[n, 0, 1, 1].item() == pytest.approx((high - low) / (2 * step), rel=1e-4, abs=1e-9)
 
 
+def test_everything_stays_on_the_device_of_the_images():
+    images = torch.zeros(2, 3, 4, 4, device="meta")
+    loss = ADMLoss(LINEAR)(lambda x, t, y: torch.cat([x, x], dim=1), images)
+    assert loss.device.type == "meta"
+    for sampler in (ddpm, ddim):
+        predict = predictor(lambda x, t, y: torch.cat([x, x], dim=1))
+        x = sampler(predict, images, LINEAR.respace(3), noise_source=torch.randn_like, clip=True)
+        assert x.device.type == "meta"
+    assert denoiser(predict, LINEAR)(images, torch.tensor(2.0)).device.type == "meta"
+
+
 def test_gradients_stay_finite_far_from_the_data():
     """Latents reach far beyond the range that the decoder term is made for."""
     x0 = torch.tensor([-30.0, -1.5, 0.0, 2.0, 30.0]).reshape(1, 1, 5, 1).repeat(4, 1, 1, 1)
@@ -707,6 +718,7 @@ def test_levels_of_the_decoder_are_near_those_of_a_normal_distribution():
 
 def test_timesteps_are_drawn_uniformly_and_the_bins_are_equal():
     loss = ADMLoss(LINEAR)
+    assert loss.level_name == "t"
     levels = loss.draw_level(torch.zeros(50_000, 1), torch.Generator().manual_seed(0))
     assert levels.dtype == torch.int64
     assert (levels.min(), levels.max()) == (0, 999)

@@ -66,6 +66,9 @@ def test_labels_reach_the_network():
     denoiser(net, labels, augment)(images(), torch.tensor(1.0))
     assert net.calls[0][2] is labels
     assert net.calls[0][3] is augment
+    EDMLoss()(net, images(), labels, augment, generator=torch.Generator().manual_seed(0))
+    assert net.calls[1][2] is labels
+    assert net.calls[1][3] is augment
 
 
 def test_the_loss_is_the_weighted_error_of_the_denoiser_written_out():
@@ -116,6 +119,12 @@ def test_the_loss_is_a_function_of_its_generator_and_leaves_ambient_randomness_a
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_everything_stays_on_the_device_of_the_images():
+    loss = EDMLoss()(lambda x, *_: x, images().to("meta"))
+    assert loss.device.type == "meta"
+    assert denoiser(lambda x, *_: x)(images().to("meta"), torch.tensor(2.0)).device.type == "meta"
+
+
 def test_noise_levels_and_noise_are_independent():
     net = Recorder()
     loss, zeros = EDMLoss(), torch.zeros(3000, 1, 1, 1)
@@ -140,7 +149,7 @@ def test_the_loss_reaches_the_networks_parameters():
 def test_the_defaults_are_those_of_edm():
     """CONTRACT §2."""
     loss = EDMLoss()
-    assert (loss.P_mean, loss.P_std, loss.sigma_data) == (-1.2, 1.2, 0.5)
+    assert (loss.P_mean, loss.P_std, loss.sigma_data, loss.level_name) == (-1.2, 1.2, 0.5, "sigma")
     assert_close(edm_sigmas(18), edm_sigmas(18, sigma_min=0.002, sigma_max=80.0, rho=7.0), rtol=0, atol=0)
     x, sigma = images(), torch.tensor(0.7)
     out = denoiser(Recorder())(x, sigma)

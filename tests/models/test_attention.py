@@ -297,6 +297,12 @@ def test_query_and_value_learn_from_the_time_vector_and_the_key_cannot():
     assert_close(key, torch.zeros_like(key), rtol=0, atol=1e-12)
 
 
+@cases
+def test_everything_stays_on_the_device_of_the_map(size, window):
+    x, cond = (part.to("meta") for part in inputs(size))
+    assert tmsa(size, window).to("meta")(x, cond).device.type == "meta"
+
+
 sizes = st.integers(1, 9)
 
 

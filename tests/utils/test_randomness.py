@@ -65,6 +65,10 @@ def test_noise_takes_the_dtype_asked_for_without_changing_its_numbers(dtype):
     assert_close(noise([1, 2], dtype=dtype), noise([1, 2]).to(dtype), rtol=0, atol=0)
 
 
+def test_noise_goes_to_the_device_asked_for():
+    assert PerSampleNoise([1])(torch.empty(1, 2, device="meta")).device.type == "meta"
+
+
 def test_a_batch_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"2 seeds.*batch of 3"):
         PerSampleNoise([1, 2])(torch.empty(3, *SHAPE))

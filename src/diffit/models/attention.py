@@ -176,4 +176,5 @@ class TMSA(nn.Module):
         out = out.reshape(B, windows, self.num_heads, N, -1).transpose(2, 3)
         if torch.compiler.is_exporting():  # else a view of the kernel's strides is recorded, which other kernels lack
             out = out.clone(memory_format=torch.contiguous_format)
-        return self.proj(window_unpartition(out.reshape(B, windows, N, D), window, (H, W)))
+        tokens: Tensor = self.proj(window_unpartition(out.reshape(B, windows, N, D), window, (H, W)))
+        return tokens

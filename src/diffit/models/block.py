@@ -18,7 +18,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.fc1(x), approximate="tanh")
-        return self.fc2(F.dropout(x, self.dropout, self.training))
+        out: Tensor = self.fc2(F.dropout(x, self.dropout, self.training))
+        return out
 
 
 class DiffiTBlock(nn.Module):
@@ -46,7 +47,8 @@ class DiffiTBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), cond)
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1)
+        x = self.proj(x)
+        return x.permute(0, 2, 3, 1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -60,7 +61,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         features = timestep_features(t, self.feature_dim)
-        return self.mlp(features if dtype is None else features.to(dtype))
+        cond: Tensor = self.mlp(features if dtype is None else features.to(dtype))
+        return cond
 
 
 class LabelEmbedder(nn.Module):
@@ -74,4 +76,5 @@ class LabelEmbedder(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=std)
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
+        vectors: Tensor = self.embedding_table(labels)
+        return vectors

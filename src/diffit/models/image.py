@@ -32,7 +32,8 @@ class DiffiTResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         hidden = self.conv(F.silu(self.norm(x))).permute(0, 2, 3, 1)  # (B, H, W, C)
-        return x + self.block(hidden, cond).permute(0, 3, 1, 2)
+        out: Tensor = x + self.block(hidden, cond).permute(0, 3, 1, 2)
+        return out
 
 
 class Stage(nn.ModuleList):
@@ -57,7 +58,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         # The skip's own size, not a factor of two: a map of odd size was rounded up on the way down.
         x = self.conv(F.interpolate(x, size=skip.shape[-2:], mode="nearest"))
-        return self.merge(torch.cat([x, skip], dim=1))
+        out: Tensor = self.merge(torch.cat([x, skip], dim=1))
+        return out
 
 
 class ImageDiffiT(nn.Module):
@@ -128,7 +130,7 @@ class ImageDiffiT(nn.Module):
         self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """The time token: noise level, class and augmentation in one vector, ``(B, cond_dim)``."""
-        cond = self.t_embedder(c_noise, dtype)
+        cond: Tensor = self.t_embedder(c_noise, dtype)
         if (class_labels is None) != (self.y_embedder is None):
             need = f"class_labels in [0, {self.num_classes}]" if self.num_classes else "class_labels=None"
             raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
@@ -155,4 +157,5 @@ class ImageDiffiT(nn.Module):
             x = stage(down(x), cond)
         for up, stage in zip(self.up, self.decoder, strict=True):
             x = stage(up(x, skips.pop()), cond)
-        return self.head(F.silu(self.head_norm(x)))
+        out: Tensor = self.head(F.silu(self.head_norm(x)))
+        return out

@@ -20,7 +20,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(F.silu(self.norm(x)))
+        out: Tensor = self.linear(F.silu(self.norm(x)))
+        return out
 
 
 class LatentDiffiT(nn.Module):
@@ -81,7 +82,7 @@ class LatentDiffiT(nn.Module):
         if (y is None) != (self.y_embedder is None):
             need = f"y in [0, {self.num_classes}]" if self.num_classes else "y=None"
             raise ValueError(f"this model has {self.num_classes} classes: pass {need}")
-        cond = self.t_embedder(t, dtype)
+        cond: Tensor = self.t_embedder(t, dtype)
         return cond if self.y_embedder is None else cond + self.y_embedder(y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
