@@ -167,6 +167,12 @@ def test_impossible_numbers_of_steps_are_refused_with_the_possible(count, spacin
 shorter = pytest.mark.parametrize(("steps", "spacing"), [(250, "linspace"), (25, "linspace"), (50, "leading")])
 
 
+@pytest.mark.parametrize("respace", [LINEAR.respace, LINEAR.multistep_sigmas])
+def test_an_unknown_spacing_is_refused(respace):
+    with pytest.raises(ValueError, match="spacing 'trailing': use linspace or leading"):
+        respace(10, "trailing")
+
+
 @shorter
 def test_a_respaced_schedule_has_betas_of_its_own_and_the_same_alpha_bar(steps, spacing):
     respaced = LINEAR.respace(steps, spacing)
