@@ -11,6 +11,7 @@ prints every survivor with its line, then the share that was killed; see docs/mu
 
 import argparse
 import difflib
+import gc
 import importlib.abc
 import importlib.util
 import os
@@ -39,7 +40,18 @@ TESTS = {
     "utils.randomness": ["utils/test_randomness.py"],
     "metrics.frechet": ["metrics/test_frechet.py"],
 }
-LIBRARIES = ("torch", "numpy", "scipy.stats", "scipy.linalg", "hypothesis", "pydantic", "pytest", "diffusers", "mpmath")
+PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--assert=plain", "-m", "not slow and not gpu")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "scipy.stats",
+    "scipy.linalg",
+    "hypothesis",
+    "pydantic",
+    "pytest_timeout",
+    "diffusers",
+    "mpmath",
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ def passes(module: str, code: str, limit: float) -> bool:
         os.dup2(nowhere, 2)
         sys.meta_path.insert(0, Substitute(f"diffit.{module}", path_of(module), code))
         tests = [str(ROOT / "tests" / test) for test in TESTS[module]]
-        os._exit(int(pytest.main([*tests, "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]) != 0))
+        os._exit(int(pytest.main([*tests, *PYTEST]) != 0))
     ends = time.monotonic() + limit
     while time.monotonic() < ends:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -154,9 +166,10 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="module", help=", ".join(TESTS))
     parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants a module, the same ones each time")
     arguments = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.freeze()  # no child looks through the libraries for garbage
     total = killed = 0
     for module in arguments.modules:
         source = path_of(module).read_text()

@@ -167,6 +167,12 @@ def test_impossible_numbers_of_steps_are_refused_with_the_possible(count, spacin
 shorter = pytest.mark.parametrize(("steps", "spacing"), [(250, "linspace"), (25, "linspace"), (50, "leading")])
 
 
+@pytest.mark.parametrize("respace", [LINEAR.respace, LINEAR.multistep_sigmas])
+def test_an_unknown_spacing_is_refused(respace):
+    with pytest.raises(ValueError, match="spacing 'trailing': use linspace or leading"):
+        respace(10, "trailing")
+
+
 @shorter
 def test_a_respaced_schedule_has_betas_of_its_own_and_the_same_alpha_bar(steps, spacing):
     respaced = LINEAR.respace(steps, spacing)
@@ -174,6 +180,13 @@ def test_a_respaced_schedule_has_betas_of_its_own_and_the_same_alpha_bar(steps, 
     assert_close(respaced.betas.tolist(), tables.beta, rtol=1e-10, atol=0)
     assert_close(respaced.alpha_bar, LINEAR.alpha_bar[respaced.timesteps], rtol=1e-10, atol=0)
     assert_close(respaced.posterior_log_variance.tolist(), tables.log_variance, rtol=1e-9, atol=0)
+
+
+def test_a_schedule_moves_with_its_timesteps():
+    respaced = LINEAR.respace(7)
+    moved, away = respaced.to(torch.device("cpu")), respaced.to(torch.device("meta"))
+    assert_close((moved.betas, moved.timesteps), (respaced.betas, respaced.timesteps), rtol=0, atol=0)
+    assert away.betas.device.type == away.timesteps.device.type == "meta"
 
 
 def test_a_respaced_schedule_can_be_respaced_again():
@@ -402,6 +415,14 @@ def test_the_denoiser_sees_the_whole_schedule_whatever_the_trajectory():
     respaced = LINEAR.respace(25)
     heun(denoiser(predict, LINEAR), randn(1, 1, 2, 2), respaced.sigmas())
     assert_close(sorted({round(t, 6) for t in seen}), respaced.timesteps.double().tolist(), rtol=0, atol=1e-6)
+
+
+def test_a_noise_level_for_each_sample_is_that_level_alone():
+    x, levels = randn(3, 2, 2, 2), torch.tensor([0.1, 2.0, 30.0], dtype=torch.float64)
+    denoise = denoiser(network, LINEAR)
+    together = denoise(x, levels)
+    for n, level in enumerate(levels):
+        assert_close(together[n : n + 1], denoise(x[n : n + 1], level), rtol=1e-12, atol=1e-12)
 
 
 def test_the_predictor_calls_the_network_in_its_dtype_and_answers_in_that_of_the_state():
@@ -690,6 +711,21 @@ def test_everything_stays_on_the_device_of_the_images():
         x = sampler(predict, images, LINEAR.respace(3), noise_source=torch.randn_like, clip=True)
         assert x.device.type == "meta"
     assert denoiser(predict, LINEAR)(images, torch.tensor(2.0)).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_and_loss_keep_their_dtype(dtype):
+    x, seen = randn(2, 1, 2, 2).to(dtype), set()
+
+    def net(x: Tensor, t: Tensor, *_: Tensor | None) -> Tensor:
+        seen.add(x.dtype)
+        return torch.cat([x, x], dim=1)
+
+    assert ADMLoss(LINEAR)(net, x, generator=torch.Generator().manual_seed(0)).dtype == dtype
+    for sampler in (ddpm, ddim):
+        assert sampler(net, x, LINEAR.respace(3), noise_source=torch.randn_like, clip=True).dtype == dtype
+    assert denoiser(net, LINEAR)(x, torch.tensor(2.0, dtype=torch.float64)).dtype == dtype
+    assert seen == {dtype}
 
 
 def test_gradients_stay_finite_far_from_the_data():

@@ -51,6 +51,8 @@ def space_timesteps(total: int, count: int, spacing: Spacing = "linspace") -> Te
                 f"steps {count}: no whole stride leaves {count} of {total} timesteps; use spacing linspace"
             )
         return timesteps
+    if spacing != "linspace":
+        raise ValueError(f"spacing {spacing!r}: use linspace or leading")
     stride = (total - 1) / (count - 1) if count > 1 else 1.0
     # Added up one by one, as in the official implementation: a product may round the other way.
     return torch.tensor([round(position) for position in accumulate([0.0] + [stride] * (count - 1))])
@@ -121,7 +123,7 @@ class Schedule:
         """
         if spacing == "leading" or steps >= len(self):
             return self.respace(steps, spacing).sigmas()
-        return torch.cat([self.respace(steps + 1).sigmas()[:-2], self.sigma.new_zeros(1)])
+        return torch.cat([self.respace(steps + 1, spacing).sigmas()[:-2], self.sigma.new_zeros(1)])
 
     def timestep_of(self, sigma: Tensor) -> Tensor:
         """The fractional original timestep of a noise level, by linear interpolation in ln σ; like ``sigma``."""
