@@ -29,7 +29,7 @@ def test_what_is_not_read_is_counted_by_kind_with_its_remedy(monkeypatch):
     bare = without(monkeypatch)
     names = ["a/1.HEIC", "2.heic", "3.heif", "4.avif", "5.CR2", "6.dng", "7.mov", "8.txt", "9.png"]
     lines = bare.unread(names)
-    assert lines[0] == "3 HEIC photographs (pip install pillow-heif)"
+    assert lines[0] == "3 HEIC photographs (pip install 'diffit-torch[data]')"
     assert {line.split(" (")[0] for line in lines[1:]} == {"2 RAW photographs", "1 AVIF images", "1 videos"}
     assert not {".heic", ".avif"} & set(bare.IMAGE_SUFFIXES)
 

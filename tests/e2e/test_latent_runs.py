@@ -81,7 +81,7 @@ def test_cached_and_live_latents_give_the_same_losses(pets, latents, vae, tmp_pa
     # The VAE runs on other batches, which rounds otherwise.
     assert_close(losses(cached), losses(live), rtol=1e-4, atol=0)
     assert_close(stats(cached)[0]["loss"], stats(live)[0]["loss"], rtol=1e-5, atol=0)
-    for name in ("training_options.json", "reals.png", "fakes_init.png", "network-snapshot-000000.safetensors"):
+    for name in ("training_options.json", "reals.png", "fakes_init.png", "network-snapshot-000000.160.safetensors"):
         assert (cached / name).is_file(), name
     assert Image.open(cached / "reals.png").size == Image.open(cached / "fakes_init.png").size
 
@@ -155,7 +155,7 @@ def test_pixels_train_and_sample_on_the_cosine_schedule(tmp_path):
     run = train(tmp_path / "runs", data, Path(), *options, "--augment", 0, preset="debug")
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     assert any(name.startswith("loss_t_") for name in stats(run)[0])
-    network = run / "network-snapshot-000000.safetensors"
+    network = run / "network-snapshot-000000.160.safetensors"
     assert load_network(network)[1].diffusion.schedule == "cosine"
     for sampler in ("ddim", "ddpm", "dpm++", "heun"):
         words = [
@@ -277,7 +277,7 @@ def test_latents_for_an_image_space_model_and_a_vae_for_one_are_refused(latents,
         train(tmp_path / "out", pets, vae, "--vae", vae, preset="debug")
     run = train(tmp_path / "runs", pets, vae, "--kimg", 0.008, preset="debug")
     with pytest.raises(UserError, match="is an image-space model"):
-        sample(run / "network-snapshot-000000.safetensors", tmp_path / "out", vae)
+        sample(run / "network-snapshot-000000.160.safetensors", tmp_path / "out", vae)
     assert not (tmp_path / "out").exists()
 
 

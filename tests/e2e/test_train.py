@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
+from diffit.training.checkpoint import states
 from diffit.training.loop import train
 from diffit.utils.distributed import Processes
 from diffit.weights.file import load_network, save_network
@@ -38,11 +39,9 @@ def run(pets, outdir, *, resume="auto", val=None, **options):
     return train(config, archive, outdir, ONE, resume=resume, val=val)
 
 
-def tensors(run_dir, kimg="000000"):
-    return {
-        kind: load_file(run_dir / f"training-state-{kimg}" / f"{kind}.safetensors")
-        for kind in ("model", "ema", "optimizer")
-    }
+def tensors(run_dir):
+    """Of the newest state."""
+    return {kind: load_file(states(run_dir)[-1] / f"{kind}.safetensors") for kind in ("model", "ema", "optimizer")}
 
 
 def assert_identical(a, b):
@@ -56,20 +55,21 @@ def test_a_run_leaves_what_the_documentation_says(pets, tmp_path):
     outcome = run(pets, tmp_path, snap=2, dump=2, kimg=0.16)
     names = {path.name for path in outcome.run_dir.iterdir()}
     assert outcome.run_dir.name == "00000-pets-debug-gpus1-batch8"
-    assert {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png", "fakes000000.png",
-            "network-snapshot-000000.safetensors", "training-state-000000"} <= names  # fmt: skip
+    assert {"training_options.json", "log.txt", "stats.jsonl", "reals.png", "fakes_init.png", "fakes000000.160.png",
+            "network-snapshot-000000.160.safetensors", "training-state-000000.160"} <= names  # fmt: skip
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.startswith(".") for name in names)
     lines = [json.loads(line) for line in (outcome.run_dir / "stats.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in lines] == [0.04, 0.08, 0.12, 0.16]
     assert all(isinstance(value, int | float) for line in lines for value in line.values())
-    assert Image.open(outcome.run_dir / "fakes000000.png").size == (2 * 16 * 4, 2 * 16 * 4)
+    assert Image.open(outcome.run_dir / "fakes000000.160.png").size == (2 * 16 * 4, 2 * 16 * 4)
 
 
 def test_stopped_and_resumed_equals_run_through_to_the_last_bit(pets, tmp_path):
-    through = run(pets, tmp_path / "through", kimg=0.16)
-    first = run(pets, tmp_path / "parts", kimg=0.064)
-    second = run(pets, tmp_path / "parts", kimg=0.16)
+    ramp = {"lr_rampup_kimg": 0.04, "tick": 0.04}  # they would be in proportion to a shorter run
+    through = run(pets, tmp_path / "through", kimg=0.16, **ramp)
+    first = run(pets, tmp_path / "parts", kimg=0.064, **ramp)
+    second = run(pets, tmp_path / "parts", kimg=0.16, **ramp)
     assert second.run_dir == first.run_dir
     assert second.images_seen == 160
     assert_identical(tensors(through.run_dir), tensors(second.run_dir))
@@ -96,12 +96,55 @@ def test_the_same_command_after_the_end_does_nothing_and_a_new_run_can_be_asked_
 
 
 def test_a_state_that_was_copied_away_goes_on_in_a_new_run(pets, tmp_path):
-    first = run(pets, tmp_path / "runs", kimg=0.04)
-    copy = shutil.copytree(first.run_dir / "training-state-000000", tmp_path / "copy" / "training-state-000000")
-    second = run(pets, tmp_path / "runs", kimg=0.08, resume=str(copy))
+    ramp = {"lr_rampup_kimg": 0.04}
+    first = run(pets, tmp_path / "runs", kimg=0.04, **ramp)
+    name = "training-state-000000.040"
+    copy = shutil.copytree(first.run_dir / name, tmp_path / "copy" / name)
+    second = run(pets, tmp_path / "runs", kimg=0.08, resume=str(copy), **ramp)
     assert second.run_dir.name.startswith("00001")
-    assert [path.name for path in copy.parent.iterdir()] == ["training-state-000000"]
-    assert_identical(tensors(second.run_dir), tensors(run(pets, tmp_path / "through", kimg=0.08).run_dir))
+    assert [path.name for path in copy.parent.iterdir()] == [name]
+    assert_identical(tensors(second.run_dir), tensors(run(pets, tmp_path / "through", kimg=0.08, **ramp).run_dir))
+
+
+def test_a_longer_run_goes_on_with_the_ramp_that_it_began_with(pets, tmp_path):
+    """Also where the longer one has the preset's own length."""
+    first = run(pets, tmp_path, kimg=0.064)
+    second = run(pets, tmp_path)
+    assert (second.run_dir, second.images_seen) == (first.run_dir, 160)
+    ramps = [
+        json.loads((outcome.run_dir / "training_options.json").read_text())["training"]["lr_rampup_kimg"]
+        for outcome in (first, second)
+    ]
+    assert ramps[0] == ramps[1] == pytest.approx(0.016)
+
+
+def test_going_back_to_an_older_state_retires_the_later_ones(pets, tmp_path):
+    run(pets, tmp_path, kimg=0.16, dump=1, snap=1)
+    (run_dir,) = tmp_path.iterdir()
+    older, newer = states(run_dir)
+    second = run(pets, tmp_path, kimg=0.16, dump=1, snap=1, resume=str(older))
+    assert second.run_dir == run_dir
+    assert (run_dir / f"retired-{newer.name}").is_dir()
+    assert states(run_dir) == [older, newer]
+    assert (run_dir / "retired-network-snapshot-000000.160.safetensors").is_file()
+    assert_identical(tensors(run_dir), {k: load_file(run_dir / f"retired-{newer.name}" / f"{k}.safetensors")
+                                        for k in ("model", "ema", "optimizer")})  # fmt: skip
+
+
+def test_a_run_that_was_killed_before_its_last_snapshot_makes_it(pets, tmp_path):
+    first = run(pets, tmp_path, kimg=0.04)
+    before = first.snapshot.read_bytes()
+    first.snapshot.unlink()
+    second = run(pets, tmp_path, kimg=0.04)
+    assert second.snapshot == first.snapshot
+    assert len(second.snapshot.read_bytes()) == len(before)
+
+
+def test_a_changed_option_is_named_with_the_way_to_go_on(pets, tmp_path, caplog):
+    run(pets, tmp_path, kimg=0.04)
+    run(pets, tmp_path, kimg=0.04, lr=5e-4)
+    (warning,) = (record.getMessage() for record in caplog.records if "a new run begins" in record.getMessage())
+    assert "differs in lr 0.0005 (the run has 0.001); to go on with it nevertheless: --resume" in warning
 
 
 def test_two_newest_states_are_kept(pets, tmp_path):
@@ -125,8 +168,9 @@ def test_a_run_can_begin_with_the_weights_of_a_file(pets, tmp_path):
     expected, found = (load_network(outcome.snapshot)[0].state_dict() for outcome in (source, begun))
     for name in expected:
         assert_close(found[name], expected[name], rtol=0, atol=1e-10)
-    with pytest.raises(UserError, match="weights of another model"):
-        run(pets, tmp_path / "c", kimg=0.04, base_dim=32, init_from=str(source.snapshot))
+    other = {"base_dim": 32, "hidden_dim": 64, "num_heads": 4}
+    with pytest.raises(UserError, match="it is another network"):
+        run(pets, tmp_path / "c", kimg=0.04, init_from=str(source.snapshot), **other)
 
 
 def test_gradients_that_stay_non_finite_end_the_run_with_the_good_weights_saved(pets, tmp_path):

@@ -7,11 +7,14 @@ from diffit.configs.resolve import accumulation, resolve
 from diffit.configs.schema import ADMDiffusion, Config, steps_text
 from diffit.data.open import Archive
 from diffit.errors import UserError
+from diffit.models import build
 from diffit.models.cost import Work, count_work, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.plan import fit_batch
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
+from diffit.utils.precision import resolve_precision
+from diffit.weights.adapt import init_from
 from diffit.weights.file import locate, read_header
 
 # DiffiT Table 9: the figures that its authors give.
@@ -119,7 +122,8 @@ def describe_run(config: Config, procs: Processes, archive: Archive | None) -> s
     except UserError as error:  # here; the machine that is to train may have more
         refusal = str(error)
     _, rounds = accumulation(training.batch, batch_gpu, procs.count)
-    cost, work = estimate(config, batch_gpu, training.precision, procs.device.type), count_work(config)
+    precision = resolve_precision(training.precision, procs.device)
+    cost, work = estimate(config, batch_gpu, precision, procs.device.type), count_work(config)
     channels, height, width = config.image_shape
     # Only the data knows how many classes --cond will have.
     classes = config.model.num_classes or ("no" if not config.data.cond else "the data's")
@@ -133,6 +137,8 @@ def describe_run(config: Config, procs: Processes, archive: Archive | None) -> s
     if training.minutes is not None and "kimg" in training.chosen:
         length = f"{training.minutes:g} minutes; how many images that is, is measured first"
     here = [] if refusal is None else [f"warning     not on this machine: {refusal}"]
+    if training.init_from is not None:
+        here.append(f"weights     {init_from(build(config.model), config, training.init_from)}")
     lines = [
         f"preset      {config.preset}, {width}×{height}×{channels}, {classes} classes",
         f"data        {data}",

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
+from click.core import ParameterSource
 
 from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Size, switch, with_options
 from diffit.configs.presets import PRESETS
@@ -21,6 +23,33 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 MINUTES = 10.0  # of a run whose network and length are left to us
 
+BASE = "diffit.base"  # of click's context: the configuration of a run that --config names
+LENGTHS = ("minutes", "hours", "kimg", "duration", "epochs")
+
+
+def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Make a file's options the defaults of the command: flat as on the command line, or a run's own options."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read as JSON or YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: holds no options; write a JSON object or a YAML mapping")
+    if "model" in content and "training" in content:
+        base = Config.from_json(text, f"--config {path}")
+        ctx.meta[BASE] = base
+        content = {"data": base.data.path, "val": base.data.val, "cond": base.data.cond}
+    flat = {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+    known = {param.name for param in ctx.command.params}
+    if unknown := sorted(flat.keys() - known):
+        raise UserError(f"--config {path}: unknown option {unknown[0]!r}; see diffit train --help")
+    ctx.default_map = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in flat.items()}
+    return path
+
+
 OPTIONS: Options = {
     "Data and result": [
         click.option("--data", help="Image archive or latent cache: folder or zip (see `diffit data convert`)."),
@@ -33,6 +62,7 @@ OPTIONS: Options = {
                      help="auto: go on with the newest run in --outdir that has the same options."),
         click.option("--init-from", metavar="FILE", help="Begin with the weights of a network file."),
         click.option("--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+                     is_eager=True, callback=read_config,
                      help="Options from JSON or YAML, or a run's training_options.json; options given here win."),
     ],
     "Length": [
@@ -146,7 +176,7 @@ def train(**options: Any) -> None:
     With --data and --outdir alone, a small network for the images is trained for ten minutes. Starting the same command
     again resumes it. Under torchrun the same command uses several GPUs.
     """
-    given, preset = read_options(options)
+    given, preset = read_options(options, click.get_current_context())
     outdir, resume, dry_run, as_json = (given.pop(key) for key in ("outdir", "resume", "dry_run", "as_json"))
     if not dry_run and (given.get("data") is None or outdir is None):
         raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
@@ -190,16 +220,26 @@ def longer(words: list[str], minutes: float) -> str:
     program = ["python", "train.py"] if Path(words[0]).name == "train.py" else ["diffit"]
     kept, skip = list[str](), False
     for word in words[1:]:
-        name = word.partition("=")[0]
-        if not skip and name not in ("--minutes", "--hours"):
+        dropped = word.partition("=")[0] in ("--minutes", "--hours", "--resume")
+        if not skip and not dropped:
             kept.append(word)
-        skip = not skip and name in ("--minutes", "--hours") and "=" not in word
+        skip = not skip and dropped and "=" not in word
     return shlex.join([*program, *kept, "--minutes", f"{minutes:g}"])
 
 
-def read_options(options: dict[str, Any]) -> tuple[dict[str, Any], str | Config | None]:
-    """The options as :func:`resolve` takes them, a file's among them, and the preset."""
-    preset, config_file = options.pop("preset"), options.pop("config_file")
+def read_options(options: dict[str, Any], ctx: click.Context) -> tuple[dict[str, Any], str | Config | None]:
+    """The options as :func:`resolve` takes them, and the preset or the whole configuration of a file."""
+    preset: str | Config | None = options.pop("preset")
+    options.pop("config_file")
+    if isinstance(base := ctx.meta.get(BASE), Config):
+        if preset is not None:
+            raise UserError(f"--preset {preset} and --config with a run's options both say what to train: give one")
+        preset = base
+    lengths = [name for name in LENGTHS if options[name] is not None]
+    typed = [name for name in lengths if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    for name in lengths if typed else ():
+        if name not in typed:  # of the file
+            options[name] = None
     options["grid"] = options["grid"] and options["grid"][::-1]  # columns first
     if options["num_blocks"] is not None:
         options["num_blocks"] = tuple(options["num_blocks"])
@@ -209,24 +249,18 @@ def read_options(options: dict[str, Any]) -> tuple[dict[str, Any], str | Config 
         if options["precision"] not in (None, "fp16"):
             raise UserError(f"--fp16 and --precision {options['precision']} say different things: give one")
         options["precision"] = "fp16"
-    lengths = {name: options.pop(name) for name in ("minutes", "hours", "kimg", "duration", "epochs")}
-    given = {f"--{name}": value for name, value in lengths.items() if value is not None}
+    given = [f"--{name}" for name in LENGTHS if options[name] is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} say the same thing, how long to train: give one")
-    if lengths["hours"] is not None:
-        lengths["minutes"] = lengths["hours"] * 60
-    options["minutes"], options["epochs"] = lengths["minutes"], lengths["epochs"]
-    options["kimg"] = lengths["kimg"] if lengths["duration"] is None else lengths["duration"]
+    hours, duration = options.pop("hours"), options.pop("duration")
+    options["minutes"] = options["minutes"] if hours is None else hours * 60
+    options["kimg"] = options["kimg"] if duration is None else duration
     ema = options.pop("ema")
     options["ema_halflife_kimg"] = None if ema is None else ema * 1000
     found = {key: value for key, value in options.items() if value is not None or key == "outdir"}
-    if config_file is not None:
-        file_preset, from_file = options_of(config_file)
-        preset = preset or file_preset
-        if given:
-            from_file = {key: value for key, value in from_file.items() if key not in ("kimg", "minutes")}
-        found = from_file | found
-    elif preset is None and not given and not spelled_out(found):
+    if found.get("init_from") is not None and Path(found["init_from"]).exists():
+        found["init_from"] = str(Path(found["init_from"]).resolve())
+    if preset is None and not given and not spelled_out(found):
         found["minutes"] = MINUTES
     return found, preset
 
@@ -235,29 +269,6 @@ def spelled_out(options: dict[str, Any]) -> bool:
     from diffit.configs.resolve import NETWORK
 
     return any(name in options for name in NETWORK)
-
-
-def options_of(path: Path) -> tuple[str | Config | None, dict[str, Any]]:
-    """Preset and options of a file that is flat, as the command line is; a run's own is a whole configuration."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            content = yaml.safe_load(text)
-        else:
-            content = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path}: cannot be read as JSON or YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: holds no options; write a JSON object or a YAML mapping")
-    if "model" in content and "training" in content:
-        config = Config.from_json(text, f"--config {path}")
-        data = {"cond": config.data.cond, "data": config.data.path, "val": config.data.val}
-        return config, {key: value for key, value in data.items() if value is not None}
-    flat = {str(key).replace("-", "_"): value for key, value in content.items()}
-    flat = {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
-    return flat.pop("preset", None), flat
 
 
 def open_archive(options: dict[str, Any], preset: str | Config | None, dry_run: bool) -> "Archive | None":

@@ -1,7 +1,8 @@
 """From a preset, options and what the data says of itself to one complete configuration."""
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "w
 """Options that spell out a network: with one of them and no preset, the published recipe of that size is meant."""
 NOISE = ("P_mean", "P_std", "sigma_data")
 OTHER = ("diffusion", "vae", "data", "val", "cond")
-SHARE = 0.05  # of a run that shorter than its preset's: the learning-rate ramp, and the EMA half-life
+SHARE = 0.05  # of a run that is shorter than its preset's: the learning-rate ramp, and the EMA half-life
 LINES = 50  # a run prints so many ticks
 
 
@@ -128,33 +129,48 @@ def _preset_for(options: Mapping[str, Any], size: tuple[int, int] | None, facts:
 
 
 def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[str, Any]) -> None:
-    """For a run shorter than the preset's: ramp and half-life as its share of the run, ticks so that it prints some.
-
-    ``chosen`` names what was put in, so that a run whose length is changed later keeps what it began with.
-    """
-    kimg = training["kimg"]
-    chosen = ["kimg"] if "minutes" in options and "kimg" not in options else []
-    if kimg != preset.kimg or chosen:
-        for name in ("lr_rampup_kimg", "ema_halflife_kimg"):
-            if name not in options:
-                own = getattr(preset, name)
-                training[name] = min(own, max(SHARE, own / preset.kimg) * kimg)
-                chosen.append(name)
-        if "tick" not in options:
-            training["tick"] = min(preset.tick, kimg / LINES)
-            chosen.append("tick")
+    """Put what follows from the length into ``training``, and name it in its ``chosen``."""
+    timed = "minutes" in options and "kimg" not in options
+    if "ema_halflife_kimg" in options:
+        training["ema_decay"] = options.get("ema_decay")  # one of the two
+    chosen = ["kimg"] if timed else []
+    if timed or training["kimg"] != preset.kimg:
+        chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick") if name not in options]
+        if "ema_decay" not in options:
+            chosen.append("ema_decay")
     if "batch_gpu" not in options and preset.batch_gpu is not None:
         chosen.append("batch_gpu")  # a smaller one will do where that does not fit
-    training["chosen"] = tuple(chosen)
+    training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
 
 
-def with_length(training: Training, kimg: float) -> Training:
-    """``training`` for a length that was measured: what was ``chosen`` in proportion to it follows."""
-    changes: dict[str, Any] = {"kimg": kimg, "tick": kimg / LINES}
+def _proportions(preset: Training, chosen: Collection[str], kimg: float) -> dict[str, Any]:
+    """Those of the ``chosen`` fields that follow from a length of ``kimg``; what a preset has is the upper limit."""
+    values: dict[str, Any] = {}
     for name in ("lr_rampup_kimg", "ema_halflife_kimg"):
-        if name in training.chosen:
-            changes[name] = SHARE * kimg
-    return training.model_copy(update=changes)
+        own = getattr(preset, name)
+        values[name] = min(own, max(SHARE, own / preset.kimg) * kimg)
+    values["tick"] = min(preset.tick, kimg / LINES)
+    values["ema_decay"] = preset.ema_decay
+    if preset.ema_decay is not None:  # an average over more than the run would keep its random beginning
+        halflife = preset.batch / 1000 * math.log(0.5) / math.log(preset.ema_decay)
+        if SHARE * kimg < halflife and "ema_halflife_kimg" in chosen:
+            values |= {"ema_decay": None, "ema_halflife_kimg": SHARE * kimg}
+    return {name: value for name, value in values.items() if name in chosen}
+
+
+def with_length(config: Config, kimg: float) -> Config:
+    """``config`` for a length that was measured: what was ``chosen`` in proportion to it follows."""
+    preset = get_preset(config.preset).training
+    changes = {"kimg": kimg} | _proportions(preset, config.training.chosen, kimg)
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def unasked(config: Config) -> set[str]:
+    """Fields of the training that follow from the length or the machine, or are the preset's: nobody asked for them."""
+    training, preset = config.training, get_preset(config.preset).training
+    defaults = ("lr_rampup_kimg", "ema_halflife_kimg", "ema_decay", "tick")
+    found = {name for name in defaults if getattr(training, name) == getattr(preset, name)}
+    return found | set(training.chosen) | ({"batch_gpu"} if training.batch_gpu is None else set())
 
 
 def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> None:

@@ -10,6 +10,9 @@ from diffit.errors import UserError
 
 # Setting -> the samplers that know it.
 KNOWN_BY = {"eta": ("ddim",)} | dict.fromkeys(("S_churn", "S_min", "S_max", "S_noise"), ("heun",))
+SPELLED = {"cfg_power": "scale-pow"} | {
+    name: name.replace("_", "-") for name in ("S_churn", "S_min", "S_max", "S_noise")
+}
 GUIDANCE = ("cfg_power", "cfg_interval", "cfg_channels", "cfg_skip")
 
 
@@ -36,6 +39,9 @@ def with_sampling(config: Config, **changes: Any) -> Config:
         changes["cfg_power"] = None
     if "cfg_channels" in changes:
         changes["cfg_channels"] = None if changes["cfg_channels"] == "all" else int(changes["cfg_channels"])
+    if changes.get("sampler", "heun") != "heun":  # what the file's own sampler had
+        defaults = Sampling()
+        changes = {name: getattr(defaults, name) for name in ("S_churn", "S_min", "S_max", "S_noise")} | changes
     try:
         changed = Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | changes})
     except ValidationError as error:
@@ -48,7 +54,7 @@ def _refuse_without_effect(config: Config, changes: dict[str, Any]) -> None:
     sampling, defaults = config.sampling, Sampling()
     for name in changes:
         value = getattr(sampling, name)
-        option = f"--{name.replace('_', '-')} {value}"
+        option = f"--{SPELLED.get(name, name.replace('_', '-'))} {value}"
         if name in ("sigma_min", "sigma_max", "rho") and config.diffusion.kind != "edm":
             raise UserError(f"{option}: this model has the noise levels of its own timesteps; choose them with --steps")
         if value == getattr(defaults, name):

@@ -79,6 +79,15 @@ def states(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: float(path.name.removeprefix(PREFIX)))
 
 
+def read_progress(folder: Path) -> tuple[int, float]:
+    """Images seen and seconds taken, of a state; no tensor is read."""
+    try:
+        metadata = json.loads((folder / "state.json").read_text())
+        return int(metadata["images_seen"]), float(metadata.get("seconds", 0.0))
+    except (OSError, ValueError, KeyError, TypeError):  # `load_state` will say what is wrong with it
+        return 0, 0.0
+
+
 def prune_states(run_dir: Path) -> None:
     """Remove all but the newest states."""
     for old in states(run_dir)[:-KEEP_STATES]:

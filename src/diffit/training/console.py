@@ -169,4 +169,5 @@ class Console:
 
 
 def sample_command(network: Path | None) -> str:
-    return shlex.join(["diffit", "sample", "--network", str(network), "--outdir", "samples", "--seeds", "0-63"])
+    folder = "samples" if network is None else f"samples-{network.stem.removeprefix('network-')}"
+    return shlex.join(["diffit", "sample", "--network", str(network), "--outdir", folder, "--seeds", "0-63"])

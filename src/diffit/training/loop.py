@@ -1,5 +1,6 @@
 """A training run from start-up line to the last snapshot. To resume, run the same command again."""
 
+import logging
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.training.batches import feed, fits, microbatches
-from diffit.training.checkpoint import PREFIX, prune_states
+from diffit.training.checkpoint import PREFIX, prune_states, read_progress
 from diffit.training.console import Console, duration
 from diffit.training.evaluator import Evaluator
 from diffit.training.pictures import save_fakes, save_reals
@@ -31,6 +32,7 @@ from diffit.training.run_dir import (
     kimg_number,
     prune_snapshots,
     read_options,
+    retire_later,
     write_options,
 )
 from diffit.training.step import Stepper, build_network
@@ -39,6 +41,8 @@ from diffit.utils.distributed import Processes, alone
 from diffit.utils.precision import check_precision
 from diffit.weights import newest_snapshot, save_network
 from diffit.weights.adapt import init_from
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ def train(
     precision = check_precision(config.training.precision, procs.device)
     state = procs.broadcast(find_state(config, Path(outdir), resume) if procs.is_first else None)
     with torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
-        config = plan(
-            config, archive, procs, autoencoder, recorded=None if state is None else read_options(state.parent)
-        )
+        recorded = progress = None
+        if state is not None:
+            known = (read_options(state.parent), read_progress(state)) if procs.is_first else None
+            recorded, progress = procs.broadcast(known)
+        config = plan(config, archive, procs, autoencoder, recorded=recorded, progress=progress or (0, 0.0))
         training, net = config.training, build_network(config)
         begun = init_from(net, config, training.init_from) if training.init_from and state is None else None
         stepper = Stepper(config, procs, net, precision, autoencoder)
@@ -81,20 +87,11 @@ def train(
             stepper.restore(state)
         evaluator = Evaluator(config, archive, procs, autoencoder, batch=stepper.batch_gpu, precision=precision)
         total = training.steps * training.batch
-        if (
-            state is not None
-            and stepper.images_seen >= total
-            and not evaluator.pending(state.parent, stepper.images_seen)
-        ):
+        if state is not None and stepper.images_seen >= total and is_complete(state.parent, stepper, evaluator):
             return Outcome(state.parent, stepper.images_seen, False, None)
         # Before there is a run folder, because this finds faulty images.
         resident, loading = load_resident(archive, procs, training.workers)
-        run_dir = None
-        if procs.is_first:  # a new run also for a state that was copied away from its own
-            lonely = state is None or read_options(state.parent) is None
-            run_dir = create_run(Path(outdir), config, procs.count) if lonely or state is None else state.parent
-            write_options(run_dir, config)
-        run_dir = procs.broadcast(run_dir)
+        run_dir = procs.broadcast(open_run(Path(outdir), config, procs, state) if procs.is_first else None)
         log = RunLog(run_dir, stepper.images_seen) if procs.is_first else None
         with Console(log, stepper, total) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
@@ -112,6 +109,24 @@ def train(
             return run.finish(interrupted)
 
 
+def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None) -> Path:
+    """The folder of the run: that of the ``state``, or a new one, as for a state that was copied away from its own."""
+    if state is None or read_options(state.parent) is None:
+        run_dir = create_run(outdir, config, procs.count)
+    else:
+        run_dir = state.parent
+        for path in retire_later(state):
+            logger.warning("%s: later than what the run goes on from; it is %s now", run_dir, path.name)
+    write_options(run_dir, config)
+    return run_dir
+
+
+def is_complete(run_dir: Path, stepper: Stepper, evaluator: Evaluator) -> bool:
+    """Whether a run that has seen all its images has its snapshot and its metrics too. All processes ask together."""
+    snapshot = run_dir / f"network-snapshot-{kimg_number(stepper.config, stepper.images_seen)}.safetensors"
+    return bool(stepper.procs.broadcast(snapshot.exists())) and not evaluator.pending(run_dir, stepper.images_seen)
+
+
 @dataclass
 class Run:
     """The steps between start-up and end, with what is written on the way."""
@@ -125,8 +140,8 @@ class Run:
     """None on all but the first process, which write nothing."""
     began: float
     """When the run began by the monotonic clock, less the time between its parts."""
-    grid_seconds: float = 20.0
-    """That a grid of samples takes; measured by the first."""
+    grid_seconds: float = 5.0
+    """That a grid of samples takes, measured by the latest."""
     saved: dict[str, float] = field(default_factory=dict)
     """When the last state (dump) and snapshot (snap) were written."""
 
@@ -143,6 +158,8 @@ class Run:
         training, stepper = self.stepper.config.training, self.stepper
         done, stop = stepper.images_seen >= total, False
         with stop_signals() as received:
+            if done and not self.snapshot_path.exists():
+                self.save_snapshot()  # it was stopped between the last state and this
             if resumed and (done or self.crossed(training.metrics_ticks)):
                 self.evaluate()  # unless that was done before the run was stopped
             began, seen = time.monotonic(), stepper.images_seen
@@ -219,9 +236,9 @@ class Run:
         return answer == 2, answer == 1
 
     def time_is_up(self) -> bool:
-        """Whether what is left of the minutes asked for is what the last grids and snapshot take."""
+        """Whether the minutes that are left are what the last grids and snapshot take, as the first process sees it."""
         minutes = self.stepper.config.training.minutes
-        if minutes is None or "kimg" not in self.stepper.config.training.chosen:
+        if self.log is None or minutes is None or "kimg" not in self.stepper.config.training.chosen:
             return False
         grids = 2 if self.stepper.ema_warming_up else 1
         return self.stepper.seconds + grids * self.grid_seconds + 2 >= minutes * 60
@@ -245,16 +262,23 @@ class Run:
             prune_states(self.run_dir)
             self.saved["dump"] = time.monotonic()
 
+    @property
+    def snapshot_path(self) -> Path:
+        number = kimg_number(self.stepper.config, self.stepper.images_seen)
+        return self.run_dir / f"network-snapshot-{number}.safetensors"
+
     def save_snapshot(self) -> None:
         """The averaged weights and a grid of them, and while the average is warming up a grid of the raw weights."""
         if self.log is None:
             return
-        stepper, number = self.stepper, kimg_number(self.stepper.config, self.stepper.images_seen)
-        path = self.run_dir / f"network-snapshot-{number}.safetensors"
+        stepper, path = self.stepper, self.snapshot_path
+        number = path.stem.removeprefix("network-snapshot-")
         self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
         save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
         grid = self.run_dir / f"fakes{number}.png"
+        began = time.monotonic()
         save_fakes(stepper, stepper.ema, grid)
+        self.grid_seconds = time.monotonic() - began
         self.log.picture("fakes", grid, stepper.images_seen)
         if stepper.ema_warming_up:
             save_fakes(stepper, stepper.net, self.run_dir / f"fakes{number}-raw.png")

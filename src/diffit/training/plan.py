@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from diffit.configs.resolve import accumulation, with_length
+from diffit.configs.resolve import accumulation, unasked, with_length
 from diffit.configs.schema import Config
 from diffit.data.open import Archive
 from diffit.errors import UserError
@@ -20,6 +20,7 @@ from diffit.utils.precision import check_precision, resolve_precision
 GIB = 2**30
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
 PROGRAM = int(0.5 * GIB)  # torch itself
+MARGIN = 1.1  # on the length by the clock
 MEASURED_SECONDS = 8.0  # of steps, for the rate
 
 
@@ -30,11 +31,13 @@ def plan(
     autoencoder: Autoencoder | None = None,
     *,
     recorded: Config | None = None,
+    progress: tuple[int, float] = (0, 0.0),
 ) -> Config:
     """``config`` with the microbatch and the length that this machine allows, where they were not asked for.
 
-    A run that goes on keeps what it ``recorded``, but for the length where other ``minutes`` are asked for. All
-    processes call this together. Raises :class:`UserError` where training does not fit the memory.
+    A run that goes on keeps what it ``recorded``, but for the length where other ``minutes`` are asked for;
+    ``progress`` is what it has done, in images and seconds. All processes call this together. Raises
+    :class:`UserError` where training does not fit the memory.
     """
     timed = config.training.minutes is not None and "kimg" in config.training.chosen
     if recorded is not None:
@@ -46,10 +49,14 @@ def plan(
     if timed or (procs.device.type == "cuda" and recorded is None):
         config, rate = measure(config, archive, procs, autoencoder)
         if timed:
-            # A little more than fits: the clock ends the run, and a machine that gets faster does not idle.
             assert training.minutes is not None
-            kimg = max(rate * training.minutes * 60, 2 * training.batch) / 1000
-            config = config.model_copy(update={"training": with_length(config.training, float(f"{kimg:.3g}"))})
+            (seen, seconds), batch = progress, training.batch
+            images = seen + max(rate * (training.minutes * 60 - seconds), 2 * batch)
+            # More than fits: the clock ends the run, and a machine that gets faster does not idle.
+            kimg = float(f"{MARGIN * images / 1000:.3g}")
+            if recorded is None:
+                return with_length(config, kimg)
+            return config.model_copy(update={"training": config.training.model_copy(update={"kimg": kimg})})
     return config
 
 
@@ -67,7 +74,8 @@ def fit_batch(config: Config, procs: Processes) -> int:
     """
     training, count = config.training, procs.count
     precision = resolve_precision(training.precision, procs.device)
-    free = procs.broadcast(available_memory(procs.device) // (count if procs.device.type == "cpu" else 1))
+    # The least of all processes'.
+    free = -procs.max(-available_memory(procs.device) // (count if procs.device.type == "cpu" else 1))
     asked = training.batch_gpu is not None and "batch_gpu" not in training.chosen
     accumulation(training.batch, training.batch_gpu if asked else None, count)  # UserError where they do not divide
     share = training.batch // count
@@ -104,6 +112,8 @@ def measure(
         try:
             return config, _rate(config, archive, procs, autoencoder)
         except torch.OutOfMemoryError:
+            if procs.count > 1:  # the others are in the middle of a step: who starts it must give a smaller one
+                raise
             torch.cuda.empty_cache()
             size = config.training.batch_gpu or 1
             smaller = _divisors(config.training.batch // procs.count, size - 1)
@@ -151,11 +161,12 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
 def take_over(config: Config, recorded: Config) -> Config:
     """``config`` for going on with a run: what was not asked for is as the run began with it.
 
-    A longer ``minutes`` is measured again.
+    Other ``minutes`` are measured again.
     """
     old, new = recorded.training, config.training
-    names = {*new.chosen, "chosen"} | ({"batch_gpu"} if new.batch_gpu is None else set())
-    if "kimg" in new.chosen and new.minutes != old.minutes:
-        names -= {"kimg", "chosen"}
+    names = unasked(config)
+    if new.minutes != old.minutes:
+        names -= {"kimg"}
     changes: dict[str, Any] = {name: getattr(old, name) for name in names}
+    changes["chosen"] = tuple(sorted(set(new.chosen) | (set(old.chosen) & names)))
     return config.model_copy(update={"training": new.model_copy(update=changes)})

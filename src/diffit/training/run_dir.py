@@ -1,6 +1,7 @@
 """The folder of a run: its name, its log, its statistics, and finding one to take up again."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffit.configs.resolve import unasked
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.training.checkpoint import states
+from diffit.training.checkpoint import PREFIX, states
 from diffit.utils.files import disk_errors, whole_file
 from diffit.weights import snapshots
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = "training_options.json"
 
@@ -33,15 +37,25 @@ FREE: Any = {
 
 def same_run(asked: Config, recorded: Config) -> bool:
     """Whether two configurations differ at most in what may change on resuming, or was not asked for."""
-    chosen = set(asked.training.chosen) | ({"batch_gpu"} if asked.training.batch_gpu is None else set())
-    free = FREE | {"training": FREE["training"] | chosen}
-    return asked.model_dump(exclude=free) == recorded.model_dump(exclude=free)
+    return not differences(asked, recorded)
+
+
+def differences(asked: Config, recorded: Config) -> list[str]:
+    """What is asked for otherwise than a run has it, as ``lr 0.001 (the run has 0.002)``."""
+    free = FREE | {"training": FREE["training"] | unasked(asked)}
+    ours, theirs = (config.model_dump(exclude=free) for config in (asked, recorded))
+    return [
+        f"{name} {ours[room].get(name)} (the run has {theirs[room].get(name)})"
+        for room in ("data", "training", "diffusion", "autoencoder", "model")
+        if ours[room] != theirs[room]
+        for name in dict.fromkeys([*(ours[room] or {}), *(theirs[room] or {})])
+        if (ours[room] or {}).get(name) != (theirs[room] or {}).get(name)
+    ] + (["preset"] if asked.preset != recorded.preset else [])
 
 
 def kimg_number(config: Config, images_seen: int) -> str:
     """kimg in file names, ``000200``, with as many decimals as keep two saves apart."""
-    smallest = min(config.training.tick, config.training.batch / 1000)
-    decimals = 0 if config.training.tick >= 1 else max(math.ceil(-math.log10(smallest)), 0)
+    decimals = 0 if config.training.tick >= 1 else max(math.ceil(-math.log10(config.training.batch / 1000)), 0)
     whole = images_seen // 1000 if not decimals else images_seen / 1000
     return f"{whole:0{6 + (decimals and decimals + 1)}.{decimals}f}"
 
@@ -79,13 +93,37 @@ def read_options(run_dir: Path) -> Config | None:
 
 
 def find_resumable(outdir: Path, config: Config) -> Path | None:
-    """The newest training state of the newest run in ``outdir`` whose options match ``config``."""
+    """The newest training state of the newest run in ``outdir`` whose options match ``config``.
+
+    Where the newest run is another one, a warning says in what it differs and how to go on with it.
+    """
+    nearest: tuple[Path, list[str]] | None = None
     for run_dir in reversed(runs(outdir)):
-        options = read_options(run_dir)
-        found = states(run_dir)
-        if options is not None and same_run(options, config) and found:
+        options, found = read_options(run_dir), states(run_dir)
+        if options is None or not found:
+            continue
+        other = differences(config, options)
+        if not other:
             return found[-1]
+        nearest = nearest or (run_dir, other)
+    if nearest is not None:
+        run_dir, other = nearest
+        logger.warning(
+            "a new run begins: %s differs in %s; to go on with it nevertheless: --resume %s",
+            run_dir, ", ".join(other[:3]) + (", …" if len(other) > 3 else ""), run_dir,
+        )  # fmt: skip
     return None
+
+
+def retire_later(state: Path) -> list[Path]:
+    """Rename the states and snapshots of a run that are later than the one that it goes on from; their new names.
+
+    A run that goes back would otherwise be taken up, pruned and sampled at the end of the branch that was left.
+    """
+    run_dir, number = state.parent, float(state.name.removeprefix(PREFIX))
+    later = [path for path in states(run_dir) if float(path.name.removeprefix(PREFIX)) > number]
+    later += [path for path in snapshots(run_dir) if float(path.stem.removeprefix("network-snapshot-")) > number]
+    return [path.rename(path.with_name(f"retired-{path.name}")) for path in later]
 
 
 def locate_state(path: Path) -> Path:

@@ -37,7 +37,7 @@ class Processes:
 
     def broadcast(self, value: Any) -> Any:
         """The first process's ``value`` (anything JSON-like), on all of them."""
-        if self.count == 1:
+        if self.count == 1 or not dist.is_initialized():
             return value
         box = [value]
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
@@ -45,7 +45,7 @@ class Processes:
 
     def max(self, value: int) -> int:
         """The largest of all processes' values."""
-        if self.count == 1:
+        if self.count == 1 or not dist.is_initialized():
             return value
         tensor = torch.tensor(value, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -96,11 +96,15 @@ def processes(*, join: bool = True) -> Iterator[Processes]:
     """Join the process group that torchrun's environment describes, and leave it at the end.
 
     After an error it is not left: that may wait for processes which themselves wait for this one.
-    Without ``join`` they are only counted, for what needs neither the others nor a GPU.
+    Without ``join`` they are only counted, for what does not need the others.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if not join:
-        yield Processes(rank=int(os.environ.get("RANK", 0)), count=count, device=torch.device("cpu"))
+        try:
+            device = pick_device()
+        except UserError:  # more processes are planned than this machine has GPUs
+            device = torch.device("cuda", 0)
+        yield Processes(rank=int(os.environ.get("RANK", 0)), count=count, device=device)
         return
     device = pick_device()
     if device.type == "cuda":

@@ -37,6 +37,8 @@ def init_from(net: DiffiT, config: Config, path: str | Path) -> str:
             f"--init-from {path}: a network of the {source.model.family} family, the run's is of the "
             f"{config.model.family} family; give a file of the same kind"
         )
+    if source.model.num_classes != config.model.num_classes and not source.training.label_drop:
+        state.pop(LABELS, None)  # nothing has trained its null class
     state = _levels_from_the_bottom(state, net)
     own, notes, fresh = net.state_dict(), list[str](), list[str]()
     carried = 0
@@ -44,9 +46,10 @@ def init_from(net: DiffiT, config: Config, path: str | Path) -> str:
         found = None if key == FIXED else _fitting(key, state, target, net, notes)
         if found is not None:
             target.copy_(found)
+        if found is None or (key == LABELS and found is not state[LABELS]):
+            fresh += [key] if key != FIXED else []
+        else:
             carried += 1
-        elif key != FIXED:
-            fresh.append(key)
     if LABELS in state and LABELS not in own:
         own[TIME_BIAS].add_(state[LABELS][-1])
         notes.append("the null class is part of the time token now")
@@ -73,10 +76,12 @@ def _fitting(key: str, state: Mapping[str, Tensor], target: Tensor, net: DiffiT,
         notes.append(f"label table begun again for {len(target) - 1} classes, null class kept")
         return torch.cat([target[:-1], found[-1:]])
     if key in INPUTS and found.shape[0] == target.shape[0] and found.shape[2:] == target.shape[2:]:
+        if 1 not in (found.shape[1], target.shape[1]):
+            return None
         notes.append(f"input of {found.shape[1]} channels as {target.shape[1]}")
         # Gray is one channel that all three see; three equal channels are as loud as one.
         mixed = found.sum(1, keepdim=True) if target.shape[1] == 1 else found / target.shape[1]
-        return mixed.expand_as(target) if found.shape[1] == 1 or target.shape[1] == 1 else None
+        return mixed.expand_as(target)
     if key in OUTPUTS and found.shape[1:] == target.shape[1:] and 1 in (len(found), len(target)):
         return found.mean(0, keepdim=True).expand_as(target)
     return None
