@@ -277,7 +277,7 @@ def test_latents_for_an_image_space_model_and_a_vae_for_one_are_refused(latents,
         train(tmp_path / "out", pets, vae, "--vae", vae, preset="debug")
     run = train(tmp_path / "runs", pets, vae, "--kimg", 0.008, preset="debug")
     with pytest.raises(UserError, match="is an image-space model"):
-        sample(run / "network-snapshot-000000.160.safetensors", tmp_path / "out", vae)
+        sample(run, tmp_path / "out", vae)
     assert not (tmp_path / "out").exists()
 
 

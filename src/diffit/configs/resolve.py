@@ -134,7 +134,8 @@ def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[
     if "ema_halflife_kimg" in options:
         training["ema_decay"] = options.get("ema_decay")  # one of the two
     chosen = ["kimg"] if timed else []
-    if timed or training["kimg"] != preset.kimg:
+    # A preset of less than 1 kimg tries the code, not learning.
+    if preset.kimg >= 1 and (timed or training["kimg"] != preset.kimg):
         chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick") if name not in options]
         if "ema_decay" not in options:
             chosen.append("ema_decay")
