@@ -312,9 +312,9 @@ def test_a_short_run_has_a_short_ramp_and_half_life_and_prints_some_lines():
     assert training.lr_rampup_kimg == pytest.approx(0.5)
     assert training.ema_halflife_kimg == pytest.approx(0.5)
     assert 20 <= training.kimg / training.tick <= 100
-    assert set(training.chosen) == {"lr_rampup_kimg", "ema_halflife_kimg", "tick"}
+    assert set(training.chosen) == {"lr_rampup_kimg", "ema_halflife_kimg", "tick", "ema_decay"}
     spelled = resolve("cifar10", {"kimg": 10.0, "lr_rampup_kimg": 3.0, "ema_halflife_kimg": 2.0, "tick": 1.0}).training
-    assert (spelled.lr_rampup_kimg, spelled.ema_halflife_kimg, spelled.tick, spelled.chosen) == (3.0, 2.0, 1.0, ())
+    assert (spelled.lr_rampup_kimg, spelled.ema_halflife_kimg, spelled.tick) == (3.0, 2.0, 1.0)
 
 
 def test_a_longer_run_keeps_the_recipe_of_its_preset():

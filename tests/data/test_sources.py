@@ -238,7 +238,7 @@ def test_lmdb_values_are_images_in_natural_order_of_their_keys(tmp_path):
 def test_lmdb_without_the_package_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "data.mdb").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(UserError, match=r"pip install lmdb"):
+    with pytest.raises(UserError, match=r"pip install 'diffit-torch\[data\]'"):
         open_source(tmp_path)
 
 

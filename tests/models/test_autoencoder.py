@@ -187,7 +187,7 @@ def test_wrong_names_and_scales_are_named(tmp_path):
 
 def test_without_diffusers_the_remedy_is_named(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'diffit\[latent\]'"):
+    with pytest.raises(UserError, match=r"pip install 'diffit-torch\[latent\]'"):
         load_autoencoder(folder)
 
 

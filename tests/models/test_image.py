@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, ImageModel, StageSpec, Training
 from diffit.diffusion import edm
-from diffit.models.cost import estimate
+from diffit.models.cost import count_work, estimate
 from diffit.models.image import DiffiTResBlock, ImageDiffiT
 
 STAGES = (
@@ -256,7 +256,7 @@ def test_multiply_accumulates_are_those_counted_by_hand():
     down = 36 * 9 * 8 * 12 + 9 * 9 * 12 * 16
     up = 36 * (9 * 16 * 12 + 24 * 12) + 144 * (9 * 12 * 8 + 16 * 8)
     token = 256 * 16 + 16 * 16 + 9 * 16
-    assert estimate(small_config(augment_dim=9, num_classes=3), 4).macs == stages + ends + down + up + token
+    assert count_work(small_config(augment_dim=9, num_classes=3)).macs == stages + ends + down + up + token
 
 
 def test_the_state_is_five_float32_copies_of_the_weights():

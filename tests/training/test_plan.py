@@ -79,8 +79,8 @@ def test_the_length_by_the_clock_is_the_rate_times_the_minutes(monkeypatch, tmp_
     monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
     config = plan(resolve("small16", {"minutes": 10.0}, FACTS), archive, ONE)
     training = config.training
-    assert training.kimg == 30.0
-    assert training.lr_rampup_kimg == training.ema_halflife_kimg == pytest.approx(1.5)
+    assert training.kimg == 33.0  # a tenth more than the clock will allow
+    assert training.lr_rampup_kimg == training.ema_halflife_kimg == pytest.approx(1.65)
     assert 20 <= training.kimg / training.tick <= 100
     assert training.batch_gpu == training.batch
     spelled = plan(resolve("small16", {"kimg": 3.0}, FACTS), archive, ONE)
@@ -95,10 +95,16 @@ def test_a_resumed_run_keeps_what_was_not_asked_for(monkeypatch, tmp_path):
     assert same_run(asked, recorded)
     assert not same_run(resolve("small16", {"minutes": 10.0, "lr": 1e-3}, FACTS), recorded)
     monkeypatch.setattr(planning, "_rate", lambda *_: 10.0)  # on a slower machine
-    assert plan(asked, archive, ONE, recorded=recorded).training == recorded.training
+    again = plan(asked, archive, ONE, recorded=recorded).training
+    assert again.model_dump(exclude={"chosen"}) == recorded.training.model_dump(exclude={"chosen"})
+    assert set(again.chosen) == set(recorded.training.chosen)
     longer = resolve("small16", {"minutes": 60.0}, FACTS)
     assert same_run(longer, recorded)
-    assert plan(longer, archive, ONE, recorded=recorded).training.kimg == 36.0
+    progress = (30_000, 600.0)
+    goes_on = plan(longer, archive, ONE, recorded=recorded, progress=progress).training
+    assert goes_on.kimg == pytest.approx(1.1 * (30 + 10 * 3000 / 1000), rel=0.01)
+    assert goes_on.lr_rampup_kimg == recorded.training.lr_rampup_kimg
+    assert "batch_gpu" in goes_on.chosen
     assert take_over(longer, recorded).training.lr_rampup_kimg == recorded.training.lr_rampup_kimg
 
 
