@@ -155,7 +155,7 @@ def test_pixels_train_and_sample_on_the_cosine_schedule(tmp_path):
     run = train(tmp_path / "runs", data, Path(), *options, "--augment", 0, preset="debug")
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     assert any(name.startswith("loss_t_") for name in stats(run)[0])
-    network = run / "network-snapshot-000000.160.safetensors"
+    network = run / "network-snapshot-000000.800.safetensors"
     assert load_network(network)[1].diffusion.schedule == "cosine"
     for sampler in ("ddim", "ddpm", "dpm++", "heun"):
         words = [
@@ -287,7 +287,7 @@ def test_an_unknown_hub_id_without_network_is_one_line(tmp_path):
     done = command("sample", "--network", name, "--outdir", tmp_path / "out", check=False, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {name}: no such file here, and the Hub did not give it")
+    assert line.startswith(f"error: {name}: no such file here, and not available from the Hub")
     assert not (tmp_path / "out").exists()
 
 
