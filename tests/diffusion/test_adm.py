@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
+from diffit.configs.schema import ADMDiffusion
 from diffit.diffusion.adm import (
     ADMLoss,
     Schedule,
@@ -18,6 +19,7 @@ from diffit.diffusion.adm import (
     discretized_gaussian_log_likelihood,
     linear_betas,
     predictor,
+    schedule_of,
     space_timesteps,
     split_output,
 )
@@ -81,6 +83,12 @@ def test_betas_are_the_published_ones():
     assert_close(linear_betas().tolist(), linear_by_hand(), rtol=1e-13, atol=0)
     assert_close(cosine_betas().tolist(), cosine_by_hand(), rtol=1e-9, atol=0)
     assert cosine_betas().max() == 0.999
+
+
+def test_a_configuration_names_its_schedule():
+    found = schedule_of(ADMDiffusion(schedule="cosine", timesteps=50))
+    assert_close(found.betas, cosine_betas(50), rtol=0, atol=0)
+    assert found.timesteps.tolist() == list(range(50))
 
 
 def test_fewer_steps_end_in_as_much_noise():
@@ -353,16 +361,21 @@ def test_clipping_holds_the_predicted_image_within_its_range():
 
 
 def test_ddim_takes_the_noise_that_belongs_to_the_clipped_image():
-    """x₀ is clamped, and ε is then what leads from it to x: without clipping anything the same as with."""
+    """x₀ is clamped, and ε is then what leads from it to x; the last step forgets ε, so the states are compared."""
     respaced, start = LINEAR.respace(9), randn(2, 1, 3, 3)
     a = [1.0, *Tables(respaced.betas.tolist()).alpha_bar]
-    x = start
+    x, expected, clipped = start, [], []
     for i in reversed(range(9)):
-        eps = -2 * x
-        x0 = ((x - math.sqrt(1 - a[i + 1]) * eps) / math.sqrt(a[i + 1])).clamp(-1, 1)
+        x0 = (x - math.sqrt(1 - a[i + 1]) * torch.tanh(x)) / math.sqrt(a[i + 1])
+        clipped.append((x0.abs() > 1).double().mean().item())
+        x0 = x0.clamp(-1, 1)
         eps = (x - math.sqrt(a[i + 1]) * x0) / math.sqrt(1 - a[i + 1])
         x = math.sqrt(a[i]) * x0 + math.sqrt(1 - a[i]) * eps
-    assert_close(ddim(lambda x, t: -2 * x, start, respaced, clip=True), x, rtol=1e-9, atol=1e-9)
+        expected.append(x)
+    states: list[Tensor] = []
+    ddim(lambda x, t: torch.tanh(x), start, respaced, clip=True, after_step=lambda i, t, x: states.append(x) or x)
+    assert_close(states, expected, rtol=1e-9, atol=1e-9)
+    assert any(0 < share < 1 for share in clipped)
 
 
 def test_nothing_is_clipped_unless_asked_for():
