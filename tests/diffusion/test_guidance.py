@@ -122,6 +122,11 @@ def test_an_interval_guides_above_its_lower_end_up_to_and_with_its_upper(scale):
     assert calls == [0.51, 2.0]
 
 
+def test_within_the_interval_the_scale_is_that_of_the_level():
+    scale = within(lambda sigma: 1 + float(sigma), 0.5, 2.0)
+    assert [scale(torch.tensor(sigma)) for sigma in (0.25, 0.75, 1.5, 3.0)] == [1.0, 1.75, 2.5, 1.0]
+
+
 def test_an_interval_of_noise_levels_can_be_asked_of_timesteps():
     calls: list[float] = []
     denoise = guided(conditional, counted(calls), within(3.0, 0.5, 2.0, lambda t: t / 100))

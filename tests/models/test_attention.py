@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffit.models.attention import (
+    MAX_WINDOWS,
     TMSA,
     fused_attention,
     in_parts,
+    is_relative_position_index,
     plain_attention,
+    relative_position_index,
     window_partition,
     window_unpartition,
 )
@@ -200,6 +203,38 @@ def test_state_dict_keys_and_shapes_are_those_of_the_official_weights(window):
     }
 
 
+windows = pytest.mark.parametrize("window", [(1, 1), (2, 3), (4, 2)])
+
+
+def index_by_hand(h: int, w: int) -> Tensor:
+    """CONTRACT §3, a pair of tokens at a time."""
+    places = list(itertools.product(range(h), range(w)))
+    return torch.tensor([[(y - b + h - 1) * (2 * w - 1) + x - a + w - 1 for b, a in places] for y, x in places])
+
+
+@windows
+def test_the_index_of_the_official_weights_is_recognised_and_no_other(window):
+    index = index_by_hand(*window)
+    assert torch.equal(relative_position_index(window), index)
+    assert is_relative_position_index(index, window)
+    for place in (0, len(index) - 1):
+        other = index.clone()
+        other[place, 0] += 1
+        assert not is_relative_position_index(other, window)
+    assert not is_relative_position_index(index[:-1], window)
+    assert not is_relative_position_index(index, (window[0] + 1, window[1]))
+
+
+@windows
+def test_an_index_in_a_file_is_checked_and_not_kept(window):
+    module = tmsa(window, None)
+    state = module.state_dict()
+    module.load_state_dict(state | {"relative_position_index": index_by_hand(*window)})
+    assert module.state_dict().keys() == state.keys()
+    with pytest.raises(RuntimeError, match=rf"relative_position_index is not that of a \({window[0]}, {window[1]}\)"):
+        module.load_state_dict(state | {"relative_position_index": index_by_hand(*window) + 1})
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("head_width", [64, 72])
 @pytest.mark.parametrize(("size", "window"), [((4, 8), 4), ((8, 8), None), ((6, 5), 4), ((16, 16), None)], ids=str)
@@ -224,6 +259,10 @@ def test_on_a_gpu_the_fused_kernel_has_the_bias_gradient_of_float64(side, head_w
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         fused = gradients(module, *(a.float().cuda() for a in arguments))
     assert_all_close(fused, plain, tolerance)
+
+
+def test_as_many_windows_go_to_a_kernel_as_the_second_dimension_of_a_cuda_grid_has():
+    assert MAX_WINDOWS == 2**16 - 1
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(6, [6]), (7, [6, 1]), (12, [6, 6]), (13, [6, 6, 1])])
