@@ -5,6 +5,7 @@ Everything here keeps tokens in their place on the map, ``(B, H, W, D)``, so tha
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,10 +103,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias."""
     bias = bias.to(q.dtype)[None]  # a float32 bias next to a bfloat16 q is misread by some kernels
+    attention = partial(in_parts, partial(F.scaled_dot_product_attention, attn_mask=bias), limit=MAX_WINDOWS)
     if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return attention(q, k, v)
     with sdpa_kernel(_BACKENDS):
-        return in_parts(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias), q, k, v, MAX_WINDOWS)
+        return attention(q, k, v)
 
 
 def in_parts(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, limit: int) -> Tensor:
