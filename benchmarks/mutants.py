@@ -1,8 +1,8 @@
 """Mutation trial of the core modules: `make mutants`.
 
 Each mutant is one edit of one place, of those that mutmut knows, in a process forked from one that has the libraries
-loaded already, against the fast tests of its module alone. Annotations, type aliases, raised errors, decorators and
-imports are left as they are.
+loaded already, against the fast tests of its module alone. Left as they are: annotations, type aliases, raised errors,
+decorators, imports, and the arguments of HINTS.
 
     python -m benchmarks.mutants [module …] [--sample N]
 
@@ -41,6 +41,8 @@ TESTS = {
     "metrics.frechet": ["metrics/test_frechet.py"],
 }
 PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--assert=plain", "-m", "not slow and not gpu")
+HINTS = ("non_blocking", "pin_memory", "strict")
+"""Arguments that change no number: how fast a copy is, and zip's check of an invariant."""
 LIBRARIES = (
     "torch",
     "numpy",
@@ -91,16 +93,28 @@ def _is_alias_or_docstring(node: cst.CSTNode) -> bool:
 def mutants_of(source: str) -> list[Mutant]:
     """Every edit that compiles, in the order of the lines."""
     wrapper = MetadataWrapper(cst.parse_module(source))
-    sites = Sites()
+    sites, bare = Sites(), _without_hints(wrapper.module)
     wrapper.visit(sites)
-    found = {}
+    found: dict[str, Mutant] = {}
     for line, node in sites.found:
         for kind, operator in mutation_operators:
             for changed in operator(node) if isinstance(node, kind) else ():
-                code = wrapper.module.deep_replace(node, changed).code
-                if code != source and _compiles(code):
-                    found.setdefault(code, Mutant(line, _difference(source, code), code))
+                module = wrapper.module.deep_replace(node, changed)
+                code = module.code
+                if code not in found and _compiles(code) and _without_hints(module) != bare:
+                    found[code] = Mutant(line, _difference(source, code), code)
     return sorted(found.values(), key=lambda mutant: mutant.line)
+
+
+class _DropHints(cst.CSTTransformer):
+    def leave_Arg(self, original_node: cst.Arg, updated_node: cst.Arg) -> cst.Arg | cst.RemovalSentinel:
+        keyword = original_node.keyword
+        return cst.RemoveFromParent() if keyword is not None and keyword.value in HINTS else updated_node
+
+
+def _without_hints(module: cst.Module) -> str:
+    """The code without hints, commas put aside: dropping an argument leaves one behind."""
+    return module.visit(_DropHints()).code.replace(", )", ")")
 
 
 def _compiles(code: str) -> bool:
