@@ -769,6 +769,7 @@ def test_timesteps_are_drawn_uniformly_and_the_bins_are_equal():
     loss = ADMLoss(LINEAR)
     assert loss.level_name == "t"
     levels = loss.draw_level(torch.zeros(50_000, 1), torch.Generator().manual_seed(0))
+    assert torch.equal(levels, loss.draw_level(torch.zeros(50_000, 1), torch.Generator().manual_seed(0)))
     assert levels.dtype == torch.int64
     assert (levels.min(), levels.max()) == (0, 999)
     counts = torch.bincount(torch.bucketize(levels, loss.bin_edges(5)), minlength=5)
