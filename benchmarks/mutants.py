@@ -93,15 +93,14 @@ def _is_alias_or_docstring(node: cst.CSTNode) -> bool:
 def mutants_of(source: str) -> list[Mutant]:
     """Every edit that compiles, in the order of the lines."""
     wrapper = MetadataWrapper(cst.parse_module(source))
-    sites, bare = Sites(), _without_hints(wrapper.module)
+    sites, bare = Sites(), _without_hints(source)
     wrapper.visit(sites)
     found: dict[str, Mutant] = {}
     for line, node in sites.found:
         for kind, operator in mutation_operators:
             for changed in operator(node) if isinstance(node, kind) else ():
-                module = wrapper.module.deep_replace(node, changed)
-                code = module.code
-                if code not in found and _compiles(code) and _without_hints(module) != bare:
+                code = cst.ensure_type(wrapper.module.deep_replace(node, changed), cst.Module).code
+                if code not in found and _compiles(code) and _without_hints(code) != bare:
                     found[code] = Mutant(line, _difference(source, code), code)
     return sorted(found.values(), key=lambda mutant: mutant.line)
 
@@ -112,9 +111,9 @@ class _DropHints(cst.CSTTransformer):
         return cst.RemoveFromParent() if keyword is not None and keyword.value in HINTS else updated_node
 
 
-def _without_hints(module: cst.Module) -> str:
+def _without_hints(code: str) -> str:
     """The code without hints, commas put aside: dropping an argument leaves one behind."""
-    return module.visit(_DropHints()).code.replace(", )", ")")
+    return cst.parse_module(code).visit(_DropHints()).code.replace(", )", ")")
 
 
 def _compiles(code: str) -> bool:
@@ -148,27 +147,53 @@ class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.code, str(self.path), "exec"), module.__dict__)
 
 
-def passes(module: str, code: str, limit: float) -> bool:
-    """Whether the tests of ``module`` pass with ``code`` in its place, within ``limit`` seconds."""
-    child = os.fork()
-    if not child:
-        import pytest
+@dataclass(frozen=True)
+class Trial:
+    """The tests of ``module`` with a text in its place, in a process of their own."""
 
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        sys.meta_path.insert(0, Substitute(f"diffit.{module}", path_of(module), code))
-        tests = [str(ROOT / "tests" / test) for test in TESTS[module]]
-        os._exit(int(pytest.main([*tests, *PYTEST]) != 0))
-    ends = time.monotonic() + limit
-    while time.monotonic() < ends:
-        done, status = os.waitpid(child, os.WNOHANG)
+    process: int
+    ends: float
+
+    @classmethod
+    def start(cls, module: str, code: str, limit: float) -> "Trial":
+        child = os.fork()
+        if not child:
+            import pytest
+
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+            sys.meta_path.insert(0, Substitute(f"diffit.{module}", path_of(module), code))
+            tests = [str(ROOT / "tests" / test) for test in TESTS[module]]
+            os._exit(int(pytest.main([*tests, *PYTEST]) != 0))
+        return cls(child, time.monotonic() + limit)
+
+    def passed(self) -> bool | None:
+        """None while it runs; a trial over its limit has failed."""
+        done, status = os.waitpid(self.process, os.WNOHANG)
         if done:
             return status == 0
+        if time.monotonic() < self.ends:
+            return None
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+        return False
+
+
+def survivors_of(module: str, mutants: list[Mutant], limit: float) -> Iterator[Mutant]:
+    """Tries as many at once as there are cores."""
+    waiting = list(reversed(mutants))
+    running: dict[Mutant, Trial] = {}
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            mutant = waiting.pop()
+            running[mutant] = Trial.start(module, mutant.code, limit)
         time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+        for mutant, verdict in [(mutant, trial.passed()) for mutant, trial in running.items()]:
+            if verdict is not None:
+                del running[mutant]
+            if verdict:
+                yield mutant
 
 
 def path_of(module: str) -> Path:
@@ -188,19 +213,18 @@ def main() -> None:
     for module in arguments.modules:
         source = path_of(module).read_text()
         began = time.monotonic()
-        if not passes(module, source, 600):
+        if list(survivors_of(module, [Mutant(0, "none", source)], 600)) == []:
             sys.exit(f"{module}: its tests fail without a mutant; run them first")
-        limit = 30 + 3 * (time.monotonic() - began)
+        limit = 30 + 4 * (time.monotonic() - began)
         mutants = mutants_of(source)
         if arguments.sample and arguments.sample < len(mutants):
             mutants = sorted(random.Random(0).sample(mutants, arguments.sample), key=lambda mutant: mutant.line)
-        survivors = []
-        for mutant in mutants:
-            if passes(module, mutant.code, limit):
-                survivors.append(mutant)
-                print(f"survived {module}:{mutant.line}: {mutant.change}", flush=True)
-        total, killed = total + len(mutants), killed + len(mutants) - len(survivors)
-        print(f"{module}: {len(mutants) - len(survivors)} of {len(mutants)} killed", flush=True)
+        survivors = 0
+        for mutant in survivors_of(module, mutants, limit):
+            survivors += 1
+            print(f"survived {module}:{mutant.line}: {mutant.change}", flush=True)
+        total, killed = total + len(mutants), killed + len(mutants) - survivors
+        print(f"{module}: {len(mutants) - survivors} of {len(mutants)} killed", flush=True)
     print(f"killed {killed} of {total} mutants, {killed / total:.1%}")
 
 
