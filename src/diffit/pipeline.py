@@ -23,7 +23,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
-from diffit.sampling.labels import Labels, find_class
+from diffit.sampling.labels import Labels, find_class, sampled_classes
 from diffit.sampling.model import Model
 from diffit.utils import hub
 from diffit.utils.files import whole_folder
@@ -249,11 +249,12 @@ class DiffiTPipeline(DiffusionPipeline):
 
     def _labels(self, given: list[int | str] | None, count: int, generator: Generators) -> Labels:
         """Classes as given, or chosen at random by the generators; None for an unconditional model."""
-        classes = self.transformer.settings.model.num_classes
+        classes = sampled_classes(self.transformer.settings)
         if given is not None or not classes:
             return given
         sources = generator if isinstance(generator, Sequence) else [generator] * count
-        return [int(torch.randint(classes, (), generator=g, device=g.device if g else None)) for g in sources]
+        drawn = [torch.randint(len(classes), (), generator=g, device=g.device if g else None) for g in sources]
+        return [classes[int(i)] for i in drawn]
 
     def _noise(self, count: int, generator: Generators, latents: Tensor | None) -> Tensor:
         """The state to start from: float64 (B, C, h, w), as :func:`diffit.sample` has it."""

@@ -122,23 +122,35 @@ def test_no_archive_at_all_is_an_error(tmp_path):
         check(tmp_path)
 
 
-def test_a_grid_goes_row_by_row_and_fills_up_with_black():
+def test_a_grid_goes_row_by_row_with_gaps_and_fills_up_with_white():
     images = torch.arange(5, dtype=torch.uint8).add(1).view(5, 1, 1, 1).expand(5, 3, 64, 64)
     picture = np.asarray(make_grid(images, (3, 2)))
-    assert picture.shape == (128, 192, 3)
-    assert picture[::64, ::64, 1].tolist() == [[1, 2, 3], [4, 5, 0]]
-    assert make_grid(images).size == (3 * 64, 2 * 64)
-    assert make_grid(images[:4]).size == (128, 128)
+    assert picture.shape == (130, 196, 3)
+    assert picture[::66, ::66, 1].tolist() == [[1, 2, 3], [4, 5, 255]]
+    assert (picture[64:66] == 255).all()
+    assert (picture[:, 64:66] == 255).all()
+    assert make_grid(images).size == (3 * 66 - 2, 2 * 66 - 2)
+    assert make_grid(images[:4]).size == (130, 130)
     with pytest.raises(ValueError, match="do not fit"):
         make_grid(images, (2, 2))
     with pytest.raises(ValueError, match="expected uint8"):
         make_grid(images.float())
 
 
+def test_names_stand_before_the_rows_and_leave_the_images_alone():
+    images = torch.full((4, 3, 64, 64), 200, dtype=torch.uint8)
+    bare, named = (np.asarray(make_grid(images, (2, 2), names)) for names in ((), ("cat", "d" * 100)))
+    margin = named.shape[1] - bare.shape[1]
+    np.testing.assert_array_equal(named[:, margin:], bare)
+    assert margin < 300
+    assert named[:64, :margin].min() < 100  # written, and cut where it is too long
+    assert named[:64, : margin // 2].min() > 200  # to the right
+
+
 def test_tiny_images_are_enlarged_without_blending(tmp_path):
     digits = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_grid(digits, tmp_path / "new" / "grid.png", grid=(3, 2))
     with Image.open(tmp_path / "new" / "grid.png") as picture:
-        assert (picture.size, picture.mode) == ((192, 128), "L")
-        np.testing.assert_array_equal(np.asarray(picture)[4:64:8, 68:128:8], digits[1, 0])
+        assert (picture.size, picture.mode) == ((196, 130), "L")
+        np.testing.assert_array_equal(np.asarray(picture)[4:64:8, 70:130:8], digits[1, 0])
     assert os.listdir(tmp_path / "new") == ["grid.png"]

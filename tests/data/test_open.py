@@ -9,6 +9,7 @@ import torch
 from diffit.configs.resolve import resolve
 from diffit.data.open import facts_of, open_data, open_val
 from diffit.errors import UserError
+from diffit.training.run_dir import same_run
 from helpers import write_archive
 
 
@@ -60,3 +61,10 @@ def test_classes_without_names_are_compared_by_number(pets, tmp_path):
     path = renamed(pets.path, tmp_path / "more.zip", None, [3, 0])
     with pytest.raises(UserError, match="4 classes, the training images have 3"):
         open_val(path, pets, config_for(pets))
+
+
+def test_classes_without_images_are_known_to_the_configuration_and_do_not_begin_another_run(pets, tmp_path):
+    whole, gap = config_for(pets), renamed(pets.path, tmp_path / "gap.zip", ["ant", "bee", "cat"], [0, 2, 2, 0])
+    holed = resolve("debug", {"cond": True, "batch": 4}, facts_of(open_data(gap, True, None)))
+    assert (holed.model.num_classes, holed.data.empty_classes) == (3, (1,))
+    assert same_run(holed, whole)

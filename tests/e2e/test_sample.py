@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+import diffit
 from diffit.cli import cli
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
+from diffit.sampling.labels import choose_labels
 from diffit.training.step import build_network
+from diffit.utils.randomness import PerSampleNoise
 from diffit.weights.file import save_network
 from helpers import command, write_archive
 
@@ -87,7 +90,11 @@ def test_a_killed_run_is_continued_by_the_same_command(network, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "diffit", *map(str, words)])
     marks = tmp_path / "out/.samples_200x16x16x3.npz.marks"
     deadline = time.monotonic() + 60
-    while not (marks.exists() and np.load(marks, mmap_mode="r").any()) and time.monotonic() < deadline:
+    # The record is written when the arrays are there.
+    while (
+        not ((tmp_path / "out/samples.json").exists() and np.load(marks, mmap_mode="r").any())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -131,13 +138,41 @@ def test_classes_go_by_name_or_number_and_change_the_image(network, tmp_path):
     assert (by_name != other).any()
 
 
+def cells(path, rows, columns):
+    """The images of a grid, (rows, 16, columns, 16, 3), without its gaps and the names at the left."""
+    picture = np.array(Image.open(path))[:, 2 - 66 * columns :]
+    picture = np.pad(picture, ((0, 2), (0, 2), (0, 0))).reshape(rows, 66, columns, 66, 3)
+    return picture[:, :64:4, :, :64:4].astype(int)
+
+
+def test_a_trajectory_starts_in_noise_and_ends_in_the_samples(network, tmp_path):
+    folder = sample(network, tmp_path / "out", "--seeds", "0-5", "--trajectory", "--steps", 3)
+    assert not list(folder.glob("*.gif"))
+    with Image.open(tmp_path / "out-trajectory.gif") as gif:
+        assert (gif.n_frames, gif.size) == (4, (8 * 66 - 2, 66 - 2))  # six images are one whole row of four
+    model = diffit.load(network)
+    steps = model.trajectory(range(6), steps=3)
+    torch.testing.assert_close(steps[-1][0], model.sample(range(6), steps=3))
+    state, denoised = steps[0]
+    noise = PerSampleNoise(range(6))(torch.empty(6, 3, 16, 16, dtype=torch.float64)).float()
+    torch.testing.assert_close(
+        state / state.std(dim=(1, 2, 3), keepdim=True), noise / noise.std(dim=(1, 2, 3), keepdim=True)
+    )
+    torch.testing.assert_close(
+        denoised,
+        model.denoiser(choose_labels(model.config, range(6)))(noise.double() * 80, torch.tensor(80.0)).float(),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
 def test_class_grid_has_a_row_a_class_and_a_column_a_seed(network, tmp_path):
     sample(network, tmp_path / "out", "--seeds", "0-3", "--class-grid", "--batch", 5)
-    grid = np.array(Image.open(tmp_path / "out-class-grid.png")).reshape(3, 64, 4, 64, 3)[:, ::4, :, ::4].astype(int)
+    grid = cells(tmp_path / "out-class-grid.png", 3, 4)
     bees = pixels(sample(network, tmp_path / "bees", "--seeds", "0-3", "--class", "bee"))
     assert_same_images(grid[1].transpose(1, 0, 2, 3), bees)
     sample(network, tmp_path / "some", "--seeds", "0-3", "--class-grid", "--class", "cat,ant")
-    some = np.array(Image.open(tmp_path / "some-class-grid.png")).reshape(2, 64, 4, 64, 3)[:, ::4, :, ::4].astype(int)
+    some = cells(tmp_path / "some-class-grid.png", 2, 4)
     assert_same_images(
         some.transpose(0, 2, 1, 3, 4).reshape(8, 16, 16, 3), grid[[2, 0]].transpose(0, 2, 1, 3, 4).reshape(8, 16, 16, 3)
     )
@@ -164,6 +199,9 @@ def test_guidance_has_an_effect(network, tmp_path):
         (["--S-noise", "2"], "no noise is added at S_churn 0"),
         (["--cfg-scale", "1", "--cfg-interval", "0.2,5"], "without guidance it has no effect"),
         (["--sigma-min", "100"], "sigma_min 100 must be below sigma_max 80"),
+        (["--class", "bee", "--labels", "random"], "--class bee and --labels random both choose the classes"),
+        (["--subdirs", "--format", "npz"], "--subdirs is of PNG files"),
+        (["--class-grid", "--trajectory"], "takes no --trajectory"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),
     ],
 )

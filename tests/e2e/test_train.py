@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +18,10 @@ from torch.testing import assert_close
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
+from diffit.training import loop
 from diffit.training.checkpoint import states
 from diffit.training.loop import train
+from diffit.training.step import Stepper
 from diffit.utils.distributed import Processes
 from diffit.weights.file import load_network, save_network
 from helpers import command, write_archive
@@ -62,7 +65,23 @@ def test_a_run_leaves_what_the_documentation_says(pets, tmp_path):
     lines = [json.loads(line) for line in (outcome.run_dir / "stats.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in lines] == [0.04, 0.08, 0.12, 0.16]
     assert all(isinstance(value, int | float) for line in lines for value in line.values())
-    assert Image.open(outcome.run_dir / "fakes000000.160.png").size == (2 * 16 * 4, 2 * 16 * 4)
+    grids = [Image.open(outcome.run_dir / f"{name}.png") for name in ("reals", "fakes_init", "fakes000000.160")]
+    assert {grid.height for grid in grids} == {2 * 66 - 2}
+    assert len({grid.width for grid in grids}) == 1
+    assert grids[0].width > 2 * 66 - 2  # the names of the classes stand before the rows
+    with Image.open(outcome.run_dir / "progress.gif") as gif:
+        assert (gif.n_frames, gif.size) == (3, grids[0].size)  # the beginning, and every 0.08 kimg
+
+
+def test_a_row_of_a_grid_is_of_one_class_real_and_sampled(pets, tmp_path):
+    run_dir = run(pets, tmp_path, kimg=0.008, grid=(3, 2), seed=1).run_dir
+    archive = ImageArchive(pets, cond=True)
+    reals = np.asarray(Image.open(run_dir / "reals.png"))[:, 2 - 66 * 3 :]
+    for row, label in enumerate((0, 1)):  # of three classes the first two, as far as two rows reach
+        of_class = {archive[i].numpy().tobytes() for i in range(len(archive)) if int(archive.labels[i]) == label}
+        for column in range(3):
+            cell = reals[row * 66 : row * 66 + 64 : 4, column * 66 : column * 66 + 64 : 4]
+            assert cell.transpose(2, 0, 1).tobytes() in of_class
 
 
 def test_stopped_and_resumed_equals_run_through_to_the_last_bit(pets, tmp_path):
@@ -104,6 +123,62 @@ def test_a_state_that_was_copied_away_goes_on_in_a_new_run(pets, tmp_path):
     assert second.run_dir.name.startswith("00001")
     assert [path.name for path in copy.parent.iterdir()] == [name]
     assert_identical(tensors(second.run_dir), tensors(run(pets, tmp_path / "through", kimg=0.08, **ramp).run_dir))
+
+
+def test_a_damaged_state_is_put_aside_for_the_one_before_and_the_run_ends_as_if_nothing_had_been(
+    pets, tmp_path, caplog
+):
+    whole = run(pets, tmp_path / "whole", kimg=0.12, dump=1)
+    run_dir = run(pets, tmp_path / "hurt", kimg=0.08, dump=1).run_dir
+    newest = states(run_dir)[-1]
+    with (newest / "ema.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"x")
+    again = run(pets, tmp_path / "hurt", kimg=0.12, dump=1)
+    assert again.run_dir == run_dir
+    assert (run_dir / f"damaged-{newest.name}").is_dir()
+    (said,) = (record.getMessage() for record in caplog.records if "is missing or damaged" in record.getMessage())
+    assert "ema.safetensors is missing or damaged" in said
+    assert_identical(tensors(again.run_dir), tensors(whole.run_dir))
+    for state in states(run_dir):
+        (state / "state.json").unlink()
+    with pytest.raises(UserError, match="every state is damaged; --resume none begins again"):
+        run(pets, tmp_path / "hurt", kimg=0.2)
+
+
+def test_data_that_fail_in_the_middle_cost_nothing(pets, tmp_path, monkeypatch):
+    """The images that are there are trained on, the state is saved, and the same command goes on with mended data."""
+    whole = run(pets, tmp_path / "whole", kimg=0.08)
+    honest = loop.feed
+
+    def breaking(*given, **named):
+        images = honest(*given, **named)
+        for _ in range(9):  # two microbatches a step: in the middle of the fifth
+            yield next(images)
+        raise UserError("pets.zip: ant.png is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "feed", breaking)
+        with pytest.raises(
+            UserError, match=r"ant.png is damaged; everything up to 0.032 kimg is saved in .*run the same"
+        ):
+            run(pets, tmp_path / "broken", kimg=0.08)
+    assert_identical(tensors(run(pets, tmp_path / "broken", kimg=0.08).run_dir), tensors(whole.run_dir))
+
+
+def test_after_too_many_spikes_a_run_goes_back_and_on_behind_them(pets, tmp_path, monkeypatch):
+    honest = Stepper.microbatch_loss
+
+    def spiking(self, *given):
+        return honest(self, *given) * (1e6 if 240 <= self.images_seen < 264 else 1)
+
+    monkeypatch.setattr(Stepper, "microbatch_loss", spiking)
+    with pytest.raises(UserError, match="3 steps in a row were skipped"):
+        run(pets, tmp_path / "a", kimg=0.4, max_skipped=3, dump=1)
+    outcome = run(pets, tmp_path / "b", kimg=0.4, max_skipped=3, dump=1, on_spike="rollback")
+    log = (outcome.run_dir / "log.txt").read_text()
+    assert "3 steps skipped: back to training-state-000000.240" in log
+    assert outcome.images_seen == 400
 
 
 def test_a_longer_run_goes_on_with_the_ramp_that_it_began_with(pets, tmp_path):
@@ -178,11 +253,12 @@ def test_gradients_that_stay_non_finite_end_the_run_with_the_good_weights_saved(
     state, config = load_network(source.snapshot)[0].state_dict(), load_network(source.snapshot)[1]
     state["head.bias"] = torch.full_like(state["head.bias"], float("nan"))
     save_network(tmp_path / "bad.safetensors", state, config)
-    with pytest.raises(UserError, match=r"in a row had a non-finite gradient.*--lr"):
+    with pytest.raises(UserError, match=r"3 steps in a row were skipped.*--lr"):
         run(pets, tmp_path / "b", kimg=10.0, init_from=str(tmp_path / "bad.safetensors"), max_skipped=3)
     (run_dir,) = (tmp_path / "b").iterdir()
     saved = tensors(run_dir)["model"]
     assert torch.equal(saved["tokenizer.weight"], state["tokenizer.weight"])
+    assert [path.name for path in states(run_dir)] == ["training-state-000000.024"]  # after the third, and not later
 
 
 def test_gradient_checkpointing_and_compilation_change_rounding_only(pets, tmp_path):
@@ -255,7 +331,7 @@ def test_ctrl_c_saves_everything_and_the_same_command_goes_on(pets, tmp_path, nu
         time.sleep(0.1)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "run the same command again" in output
     (run_dir,) = (tmp_path / "r").iterdir()
     seen = json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["images"]

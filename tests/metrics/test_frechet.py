@@ -156,6 +156,7 @@ def test_one_process_that_saw_no_images_reduces_to_sums_of_the_asked_dimension()
     assert found.count == 0
     assert found.mean.shape == (5,)
     assert found.cov.shape == (5, 5)
+    assert found.mean.dtype == found.cov.dtype == torch.float64  # other processes add theirs to it
 
 
 def test_one_process_reduces_without_a_process_group_to_unbiased_moments():
@@ -197,6 +198,8 @@ def test_arrays_that_are_no_moments_are_refused_with_their_shapes():
     assert moments(np.array([[1.0, 2.0], [3.0, 2.0]]))[1].tolist() == [[2, 0], [0, 0]]
     with pytest.raises(ValueError, match="one row; a covariance needs two or more"):
         moments(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"^cov has shape"):
+        finite_sample_bias(mu, 5, 5)
     with pytest.raises(ValueError, match="features has values that are not finite"):
         moments(np.full((4, 3), np.inf))
 
@@ -234,6 +237,12 @@ def test_the_metric_states_its_bias_from_two_images_for_each_dimension_on(n1, n2
     assert ("sfid_bias" in numbers) == stated
     if stated:
         assert numbers["sfid_bias"] == pytest.approx(finite_sample_bias(cov, n1, n2 or float("inf")))
+
+
+@pytest.mark.parametrize("output", ["pool", "spatial"])
+def test_it_asks_for_the_moments_of_its_features_of_as_many_samples_as_it_says(output):
+    need = FID(50, output=output).need
+    assert (need.output, need.count, need.accumulator) == (output, 50, Moments)
 
 
 def test_a_covariance_of_d_dimensions_is_asked_of_a_tenth_as_many_images_and_of_two():

@@ -5,7 +5,7 @@ import pytest
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, Data
 from diffit.errors import UserError
-from diffit.sampling.labels import class_names, find_class
+from diffit.sampling.labels import choose_labels, class_names, find_class, sampled_classes
 
 
 def config_of(*names: str) -> Config:
@@ -58,3 +58,15 @@ def test_imagenet_has_its_names_without_any_in_the_file():
     known = {"tench": 0, "goldfish": 1, "golden retriever": 207, "Golden Retriever": 207, "toilet tissue": 999}
     assert {name: find_class(name, config) for name in known} == known
     assert len(set(class_names(config))) == 1000
+
+
+def test_a_class_without_images_is_never_sampled():
+    config = config_of("ant", "bee", "cat", "dog")
+    data = config.data.model_copy(update={"empty_classes": (1, 3)})
+    config = config.model_copy(update={"data": data})
+    assert sampled_classes(config) == [0, 2]
+    assert choose_labels(config, range(4), "balanced").tolist() == [0, 2, 0, 2]
+    assert set(choose_labels(config, range(50)).tolist()) == {0, 2}
+    for given in ("bee", 3):
+        with pytest.raises(UserError, match=f"class {given}: had no image in training"):
+            find_class(given, config)

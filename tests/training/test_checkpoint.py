@@ -5,7 +5,14 @@ import torch
 from torch.testing import assert_close
 
 from diffit.errors import UserError
-from diffit.training.checkpoint import load_optimizer_tensors, load_state, optimizer_tensors, save_state, states
+from diffit.training.checkpoint import (
+    load_optimizer_tensors,
+    load_state,
+    optimizer_tensors,
+    save_state,
+    states,
+    verify_state,
+)
 
 
 def trained(seed: int = 0, steps: int = 3):
@@ -56,14 +63,14 @@ def test_a_damaged_state_is_refused_and_the_file_named(tmp_path, name, damage):
         data[-1] ^= 1
         (folder / name).write_bytes(data)
     with pytest.raises(UserError, match=name):
-        load_state(folder)
+        verify_state(folder)
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", "nonsense", '{"name": "a web page", "icons": []}'])
 def test_a_folder_with_a_manifest_of_another_kind_is_no_state(tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(UserError, match="not a training state"):
-        load_state(tmp_path)
+        verify_state(tmp_path)
 
 
 def test_nothing_in_a_state_is_a_pickle(tmp_path):
@@ -91,3 +98,13 @@ def test_states_come_oldest_first_and_unfinished_ones_not_at_all(tmp_path):
     for name in ("training-state-001000", "training-state-000200", ".training-state-000300.17.part"):
         (tmp_path / name).mkdir()
     assert [path.name for path in states(tmp_path)] == ["training-state-000200", "training-state-001000"]
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf", "shape"])
+def test_moments_that_would_break_the_optimiser_are_refused(damage):
+    net, optimizer = trained()
+    moments = optimizer_tensors(optimizer, net)
+    key = "exp_avg_sq.0.weight"
+    moments[key] = moments[key][:1] if damage == "shape" else torch.full_like(moments[key], float(damage))
+    with pytest.raises(UserError, match=f"the state's {key} is not finite, or of another shape"):
+        load_optimizer_tensors(optimizer, net, moments)

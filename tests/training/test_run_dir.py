@@ -1,7 +1,11 @@
 import json
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
+import torch
 
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.errors import UserError
@@ -14,6 +18,8 @@ from diffit.training.run_dir import (
     truncate_jsonl,
     write_options,
 )
+from diffit.training.tracking import require_tracker
+from diffit.utils.images import make_grid
 
 FACTS = DataFacts(3, (16, 16), 3)
 
@@ -101,7 +107,7 @@ def test_records_of_other_things_stay_when_a_run_is_resumed(tmp_path):
 
 @pytest.mark.parametrize("name", ["log.txt", "stats.jsonl"])
 def test_a_disk_that_is_full_for_records_is_a_user_error(tmp_path, name):
-    records = RunLog(tmp_path, 0)
+    records = RunLog(tmp_path, config(), 0)
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(UserError, match="the disk is full"):
         records.line("text") if name == "log.txt" else records.stats(8, {"loss": 1.0})
@@ -111,9 +117,45 @@ def test_a_disk_that_is_full_for_records_is_a_user_error(tmp_path, name):
 def test_statistics_are_flat_and_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    records = RunLog(tmp_path, 0)
+    records = RunLog(tmp_path, config(), 0)
     records.stats(8, {"kimg": 0.008, "loss": 2.5})
     records.close()
     assert json.loads((tmp_path / "stats.jsonl").read_text()) == {"images": 8, "kimg": 0.008, "loss": 2.5}
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(8, 2.5)]
+
+
+class Recorder(ModuleType):
+    """In place of wandb: notes what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *given, **named: self.calls.append((name, given, named)) or (name, *given)
+
+
+def test_another_tracker_gets_numbers_and_grids_and_goes_on_under_the_name_of_the_run(tmp_path, monkeypatch):
+    wandb = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    records = RunLog(tmp_path, config(track="wandb"), 0)
+    records.stats(8, {"kimg": 0.008, "loss": 2.5})
+    make_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).save(tmp_path / "grid.png")
+    records.picture("fakes", tmp_path / "grid.png", 8)
+    records.metric(tmp_path / "metric-fd.jsonl", {"metric": "fd", "images": 8, "results": {"fd": 1.5}})
+    records.close()
+    (started, _, how), *others, (ended, _, _) = wandb.calls
+    assert (started, ended, how["id"], how["resume"]) == ("init", "finish", tmp_path.name, "allow")
+    logged = [(given[0], named["step"]) for name, given, named in others if name == "log"]
+    picture = {"fakes": ("Image", str(tmp_path / "grid.png"))}
+    assert logged == [({"kimg": 0.008, "loss": 2.5}, 8), (picture, 8), ({"fd/fd": 1.5}, 8)]
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_any_work():
+    with pytest.raises(UserError, match="--track trackio: that package is not installed; pip install trackio"):
+        require_tracker("trackio")
+    require_tracker(None)

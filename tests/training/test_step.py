@@ -9,6 +9,8 @@ from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.models.autoencoder import load_autoencoder
 from diffit.training.batches import feed, microbatches
+from diffit.training.checkpoint import optimizer_tensors
+from diffit.training.guard import ENOUGH
 from diffit.training.step import Stepper, build_network, clean_samples, drop_labels
 from diffit.utils.distributed import Processes
 from helpers import write_archive, write_vae
@@ -105,23 +107,66 @@ def test_learning_rate_ramps_up_linearly_and_stays(tmp_path):
     assert_close(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
+def snapshot(stepper):
+    """Copies of all that a step may move but the place in the data."""
+    found = {f"net.{name}": tensor for name, tensor in stepper.net.state_dict().items()}
+    found |= {f"ema.{name}": tensor for name, tensor in stepper.ema.state_dict().items()}
+    found |= optimizer_tensors(stepper.optimizer, stepper.net)
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_with_a_non_finite_gradient_changes_nothing_and_is_counted(tmp_path, precision):
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30, 100.0])
+def test_a_step_with_a_gradient_not_finite_or_far_larger_than_before_changes_nothing_and_is_counted(
+    tmp_path, precision, factor
+):
     stepper, images = make(tmp_path, precision)
+    for _ in range(ENOUGH):
+        stepper.step(images)
+    before = snapshot(stepper)
+    poison = [p.register_hook(lambda gradient: gradient * factor) for p in stepper.net.parameters()]
     stepper.step(images)
-    before, moments = weights(stepper), {k: v.clone() for k, v in stepper.optimizer.state_dict()["state"][0].items()}
-    poison = stepper.net.tokenizer.bias.register_hook(lambda gradient: gradient * float("nan"))
-    stepper.step(images)
-    for name, tensor in stepper.net.state_dict().items():
+    after = snapshot(stepper)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
         assert torch.equal(tensor, before[name]), name
-    for kind, tensor in stepper.optimizer.state_dict()["state"][0].items():
-        assert torch.equal(tensor, moments[kind]), kind
     assert int(stepper.meter.skipped) == int(stepper.meter.skipped_in_a_row) == 1
-    poison.remove()
+    for handle in poison:
+        handle.remove()
     stepper.step(images)
-    assert int(stepper.meter.skipped) == 1
     assert int(stepper.meter.skipped_in_a_row) == 0
-    assert not torch.equal(weights(stepper)["tokenizer.bias"], before["tokenizer.bias"])
+    assert not torch.equal(snapshot(stepper)["net.head.weight"], before["net.head.weight"])
+
+
+def test_a_spike_is_taken_where_it_is_to_be_ignored(tmp_path):
+    stepper, images = make(tmp_path, on_spike="ignore")
+    for _ in range(ENOUGH):
+        stepper.step(images)
+    before = weights(stepper)
+    for parameter in stepper.net.parameters():
+        parameter.register_hook(lambda gradient: gradient * 100)
+    stepper.step(images)
+    assert int(stepper.meter.skipped) == 0
+    assert not torch.equal(stepper.net.head.weight, before["head.weight"])
+
+
+def test_guards_change_no_bit_of_a_healthy_run(tmp_path):
+    found = []
+    for options in ({"on_spike": "ignore"}, {"grad_clip": 1e3}):
+        stepper, images = make(tmp_path, **options)
+        for _ in range(2 * ENOUGH):
+            stepper.step(images)
+        found.append(snapshot(stepper))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+def test_a_gradient_is_scaled_down_to_the_norm_that_is_asked_for(tmp_path):
+    stepper, images = make(tmp_path, grad_clip=1e-3)
+    seen = []
+    stepper.optimizer.step = lambda *a, **k: seen.extend(p.grad.clone() for p in stepper.net.parameters())  # type: ignore[method-assign]
+    stepper.step(images)
+    assert_close(float(torch.cat([gradient.flatten() for gradient in seen]).norm()), 1e-3, rtol=1e-3, atol=0)
 
 
 def test_average_follows_the_weights_as_the_half_life_says(tmp_path):

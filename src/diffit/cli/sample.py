@@ -15,6 +15,7 @@ from diffit.errors import UserError
 if TYPE_CHECKING:
     from diffit.sampling import Model
 
+TRAJECTORY_IMAGES = 16
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 SAMPLERS = ["heun", "euler", "dpm++", "ddpm", "ddim"]
 
@@ -55,10 +56,11 @@ OPTIONS: Options = {
     click.option("--num-samples", type=click.IntRange(min=1), help="Short for --seeds 0-(N−1)."),
     click.option("--class", "classes", metavar="NAME|INDEX,…",
                  help="Class of the images; several take turns.  [default: as --labels says]"),
-    click.option("--labels", "policy", type=click.Choice(["random", "balanced"]), default="random", show_default=True,
-                 help="Classes chosen at random by each seed, or in turn."),
+    click.option("--labels", "policy", type=click.Choice(["random", "balanced"]),
+                 help="Classes chosen at random by each seed, or in turn.  [default: random]"),
     switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per class, a column per seed."),
     click.option("--grid", type=Size(), metavar="WxH", help="Also write OUTDIR-grid.png with the first images."),
+    switch("--trajectory", help="Also write OUTDIR-trajectory.gif: how the first 16 images come about."),
   ],
   "Solver and guidance": SETTINGS,
   "Machine and output": [
@@ -95,17 +97,24 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     The image of a seed is the same whatever the batch and the number of processes. Under torchrun the same command
     uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
-    own = ("seeds", "num_samples", "classes", "policy", "class_grid", "grid", "vae", "batch", "precision", "compile",
-           "format_", "subdirs")  # fmt: skip
-    seeds, num_samples, classes, policy, class_grid, grid, vae, batch, precision, compile, format_, subdirs = (
-        options.pop(name) for name in own
-    )
+    own = ("seeds", "num_samples", "classes", "policy", "class_grid", "grid", "trajectory", "vae", "batch", "precision",
+           "compile", "format_", "subdirs")  # fmt: skip
+    (seeds, num_samples, classes, policy, class_grid, grid, trajectory, vae, batch, precision, compile, format_,
+     subdirs) = (options.pop(name) for name in own)  # fmt: skip
     chosen = choose_seeds(seeds, num_samples)
     if class_grid and (grid is not None or format_ == "npz"):
         other = "--grid" if grid is not None else "--format npz"
         raise UserError(f"--class-grid writes one picture and takes no {other}: leave one of them out")
+    if class_grid and trajectory:
+        raise UserError("--class-grid writes one picture and takes no --trajectory: leave one of them out")
+    if classes is not None and policy is not None:
+        raise UserError(f"--class {classes} and --labels {policy} both choose the classes: leave one of them out")
+    if subdirs and format_ == "npz":
+        raise UserError("--subdirs is of PNG files, and --format npz writes one array: leave one of them out")
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.sampling import NpzFile, PngFolder, find_classes, load
+    from diffit.sampling.labels import sampled_classes
+    from diffit.sampling.model import beside
     from diffit.utils.distributed import processes
 
     with processes() as procs:
@@ -117,7 +126,7 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             click.echo(describe(model, len(chosen), indices))
         began = time.monotonic()
         if class_grid:
-            rows = indices or range(model.config.model.num_classes)
+            rows = indices or sampled_classes(model.config)
             path = model.save_class_grid(outdir, chosen, rows, procs=procs, batch=batch)
             count = len(chosen) * len(rows)
         else:
@@ -126,6 +135,11 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             columns_rows = None if grid is None else (grid[1], grid[0])
             path = model.save(output, chosen, labels, procs=procs, batch=batch, grid=columns_rows, source=network)
             count = len(chosen)
+        if trajectory and procs.is_first:
+            some = slice(TRAJECTORY_IMAGES)
+            gif = beside(outdir, "trajectory", ".gif")
+            model.save_trajectory(gif, chosen[some], labels[some] if isinstance(labels, list) else labels)
+            click.echo(f"how the first {min(len(chosen), TRAJECTORY_IMAGES)} come about: {gif}")
         if procs.is_first:
             seconds = time.monotonic() - began
             click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from diffit.data.open import Archive
     from diffit.models.autoencoder import Autoencoder
 
-INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 MINUTES = 10.0  # of a run whose network and length are left to us
 
 BASE = "diffit.base"  # of click's context: the configuration of a run that --config names
@@ -105,6 +105,11 @@ OPTIONS: Options = {
         click.option("--P-mean", "P_mean", type=float, help="Mean of ln sigma in training (EDM).  [default: -1.2]"),
         click.option("--P-std", "P_std", type=float, help="Standard deviation of ln sigma (EDM).  [default: 1.2]"),
         click.option("--cfg-scale", type=float, help="Guidance scale that the file will be sampled with by default."),
+        click.option("--grad-clip", type=float, metavar="NORM",
+                     help="Scale gradients down to this norm.  [default: the preset's, none]"),
+        click.option("--on-spike", type=click.Choice(["skip", "rollback", "ignore"]),
+                     help="Steps whose gradient is far larger than before: leave them out, or after 20 in a row also "
+                          "go back to the newest state.  [default: skip]"),
         click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
     ],
     "Machine": [
@@ -115,6 +120,8 @@ OPTIONS: Options = {
         switch("--fp16", hidden=True),
         switch("--grad-ckpt", help="Recompute activations: less memory, more time.  [default: no]"),
         switch("--compile", help="torch.compile the network.  [default: no]"),
+        click.option("--timeout-minutes", type=float,
+                     help="Minutes that one process waits for another in a step.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),
         click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and what it takes."),
         click.option("--json", "as_json", is_flag=True, help="With --dry-run, print the configuration as JSON."),
@@ -139,6 +146,8 @@ OPTIONS: Options = {
                      help="Solver of the samples for metrics.  [default: the model's]"),
         click.option("--metrics-steps", type=click.IntRange(min=1),
                      help="Steps of that solver.  [default: the model's]"),
+        click.option("--track", type=click.Choice(["wandb", "trackio"]),
+                     help="Also send numbers and grids there.  [default: TensorBoard's events alone]"),
     ],
 }  # fmt: skip
 
@@ -211,8 +220,8 @@ def train(**options: Any) -> None:
             )
         elif not outcome.interrupted and config.training.minutes is not None and procs.is_first:
             click.echo(f"to go on: {longer(sys.argv, 3 * config.training.minutes)}")
-    if outcome.interrupted:
-        sys.exit(INTERRUPTED)
+        if outcome.interrupted:  # in here: the other processes may be gone, and are not waited for
+            sys.exit(128 + (outcome.signal or signal.SIGINT))
 
 
 def longer(words: list[str], minutes: float) -> str:

@@ -39,6 +39,8 @@ class DataFacts:
     image_size: tuple[int, int]
     num_classes: int = 0
     class_names: tuple[str, ...] | None = None
+    empty_classes: tuple[int, ...] = ()
+    """Numbered, but without an image."""
     latent_scale: float | None = None
     """Of cached latents; None for images."""
     latent_shape: tuple[int, int, int] | None = None
@@ -298,7 +300,7 @@ def _change_classes(changed: dict[str, Any], options: Mapping[str, Any], facts: 
         changed["model"]["num_classes"] = 0
     elif facts:
         changed["model"]["num_classes"] = facts.num_classes
-        changed["data"]["class_names"] = facts.class_names
+        changed["data"] |= {"class_names": facts.class_names, "empty_classes": facts.empty_classes}
     if "cfg_scale" not in options and not (cond and changed["training"]["label_drop"]):
         changed["sampling"] |= {"cfg_scale": 1.0, "cfg_power": None}
 

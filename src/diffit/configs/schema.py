@@ -221,8 +221,14 @@ class Training(Frozen):
     """auto is bf16 on a CUDA device that has it and fp32 elsewhere."""
     grad_ckpt: bool = False
     compile: bool = False
+    grad_clip: Positive | None = None
+    """Norm that a gradient is scaled down to."""
+    on_spike: Literal["skip", "rollback", "ignore"] = "skip"
+    """What to do with a gradient far larger than those before it; one that is not finite is always skipped."""
     max_skipped: Count = 20
-    """Steps in a row with a non-finite gradient after which the run stops."""
+    """Skipped steps in a row after which the run stops, or goes back to its newest state (rollback)."""
+    timeout_minutes: Positive = 10.0
+    """That one process waits for another in a step."""
     workers: Annotated[int, Field(ge=0)] = 2
     tick: Positive = 50.0
     """kimg between lines of statistics."""
@@ -248,6 +254,8 @@ class Training(Frozen):
     metrics_sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] | None = None
     metrics_steps: Count | None = None
     """How the samples for metrics are made; None is as the model samples by default."""
+    track: Literal["wandb", "trackio"] | None = None
+    """A package that numbers and grids go to, next to TensorBoard's events."""
     chosen: tuple[str, ...] = ()
     """Fields that follow from the length, the data or the machine: a resumed run keeps those that it began with."""
 
@@ -283,6 +291,8 @@ class Data(Frozen):
     """An archive of held-out images, for the held-out loss."""
     cond: bool = False
     class_names: tuple[str, ...] | None = None
+    empty_classes: tuple[int, ...] = ()
+    """Numbered, but without an image: nothing trains them, so they are not sampled."""
 
 
 class Config(Frozen):

@@ -146,8 +146,8 @@ def _check_classes(report: CheckReport, cond: bool) -> None:
         return
     if empty := [label for label in range(report.num_classes) if label not in report.class_counts]:
         report.warnings.append(
-            f"{len(empty)} of {report.num_classes} classes have no images ({name_some([str(i) for i in empty])}), and "
-            f"with --cond a model samples them too: `{convert_command(report.path)}` leaves them out"
+            f"{len(empty)} of {report.num_classes} classes have no images ({name_some([str(i) for i in empty])}), so "
+            f"that no model samples them: `{convert_command(report.path)}` numbers the others densely"
         )
 
 

@@ -29,9 +29,16 @@ def facts_of(archive: Archive | None) -> DataFacts | None:
     names = tuple(archive.class_names) if archive.class_names else None
     if isinstance(archive, LatentArchive):
         scale, shape = archive.header.scale, archive.latent_shape
-        return DataFacts(3, archive.image_size, archive.num_classes, names, scale, shape)
+        return DataFacts(3, archive.image_size, archive.num_classes, names, _empty_classes(archive), scale, shape)
     channels, height, width = archive.image_shape
-    return DataFacts(channels, (height, width), archive.num_classes, names)
+    return DataFacts(channels, (height, width), archive.num_classes, names, _empty_classes(archive))
+
+
+def _empty_classes(archive: Archive) -> tuple[int, ...]:
+    if archive.labels is None:
+        return ()
+    counts = torch.bincount(archive.labels, minlength=archive.num_classes)
+    return tuple((counts == 0).nonzero().flatten().tolist())
 
 
 def open_val(path: str | Path, archive: Archive, config: Config) -> Archive:

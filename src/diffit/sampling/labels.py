@@ -36,9 +36,16 @@ def find_class(given: str | int, config: Config, argument: str = "class") -> int
     A name is matched as it stands or else, without regard to case, as the whole name or one of the synonyms between
     its commas, where that is only one class. Raises :class:`UserError`, about ``argument``, with names that are near.
     """
+    if not config.model.num_classes:
+        raise UserError(f"{argument} {given}: the model has no classes; leave it out")
+    label = _match(given, config, argument)
+    if label in config.data.empty_classes:
+        raise UserError(f"{argument} {given}: had no image in training, so the model never learnt it; choose another")
+    return label
+
+
+def _match(given: str | int, config: Config, argument: str) -> int:
     count, names, text = config.model.num_classes, class_names(config), str(given)
-    if not count:
-        raise UserError(f"{argument} {text}: the model has no classes; leave it out")
     if isinstance(given, str) and text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < count:
@@ -69,6 +76,17 @@ def find_classes(given: str, config: Config, argument: str = "class") -> list[in
     return [find_class(part.strip(), config, argument) for part in parts]
 
 
+def sampled_classes(config: Config) -> list[int]:
+    """The classes that had images in training, in order; none for an unconditional model."""
+    return [label for label in range(config.model.num_classes) if label not in config.data.empty_classes]
+
+
+def class_title(config: Config, label: int) -> str:
+    """The name of a class, or else its number in words."""
+    names = class_names(config)
+    return names[label] if label < len(names) else f"class {label}"
+
+
 def random_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
     """A class drawn uniformly for every seed, ``(len(seeds),)`` int64 on the CPU."""
     return torch.tensor([numpy_generator(seed, LABEL).integers(num_classes) for seed in seeds], dtype=torch.int64)
@@ -80,16 +98,16 @@ def choose_labels(config: Config, seeds: Sequence[int], labels: Labels = "random
     ``labels`` as in :data:`Labels`: ``random`` and None are drawn by the seed, ``balanced`` gives the seeds classes
     in turn. Raises :class:`UserError` for unknown classes, and for another number of them than of seeds.
     """
-    classes = config.model.num_classes
+    classes = sampled_classes(config)
     policy = labels if isinstance(labels, str) and labels in ("random", "balanced") else None
     if labels is not None and policy is None and not classes:
         raise UserError(f"labels {labels}: the model has no classes; leave them out")
     if not classes:
         return None
     if labels is None or policy == "random":
-        return random_labels(seeds, classes)
+        return torch.tensor(classes)[random_labels(seeds, len(classes))]
     if policy == "balanced":
-        return torch.tensor(list(seeds), dtype=torch.int64) % classes
+        return torch.tensor(classes)[torch.tensor(list(seeds), dtype=torch.int64) % len(classes)]
     if isinstance(labels, str) or np.ndim(labels) == 0:
         return torch.full((len(seeds),), _index(labels, config))
     listed = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
@@ -110,9 +128,8 @@ def training_labels(config: Config, real: Tensor | None, seeds: Sequence[int]) -
 
     A function of the seed, as the images are.
     """
-    classes = config.model.num_classes
-    if not classes:
+    if not config.model.num_classes:
         return None, "none: the model is unconditional"
     if real is None:
-        return random_labels(seeds, classes), "uniform over the classes"
+        return choose_labels(config, seeds), "uniform over the classes"
     return real[random_labels(seeds, len(real))], "drawn from the labels of the training set"

@@ -18,16 +18,17 @@ from diffit.errors import UserError
 from diffit.models import DiffiT
 from diffit.models.autoencoder import Autoencoder, autoencoder_of
 from diffit.models.latent import LatentDiffiT
-from diffit.sampling.labels import Labels, choose_labels, class_names
+from diffit.sampling.labels import Labels, choose_labels, class_names, class_title
 from diffit.sampling.outputs import Job, Output, SamplingBar
 from diffit.sampling.settings import with_sampling
 from diffit.utils.distributed import Processes, pick_device
-from diffit.utils.images import save_grid, to_uint8
+from diffit.utils.images import make_grid, save_gif, save_grid, to_uint8
 from diffit.utils.precision import DTYPES, autocast, channels_last, check_precision
 from diffit.utils.randomness import PerSampleNoise
 from diffit.weights import load_network
 
 CLASS_GRID_LIMIT = 4096  # images in one picture
+TRAJECTORY_COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,37 @@ class Model:
             with autocast(device, self.precision):
                 noise = solver(noise.double(), **hooks)
         return noise.float() if self.autoencoder is None else self.autoencoder.decode(noise.float())
+
+    def trajectory(self, seeds: Sequence[int], labels: Labels = None, **settings: Any) -> list[tuple[Tensor, Tensor]]:
+        """State and denoised estimate at every step, each ``(B, C, H, W)`` float32 on the CPU; the last is the sample.
+
+        The states are scaled to the deviation of the data, ½, whatever the noise level. Of a latent model both are
+        what the autoencoder decodes.
+        """
+        steps = list[tuple[Tensor, Tensor]]()
+
+        def shown(x: Tensor) -> Tensor:
+            return (x.float() if self.autoencoder is None else self.autoencoder.decode(x.float())).cpu()
+
+        def keep_step(i: int, level: Tensor, x: Tensor, denoised: Tensor) -> None:
+            spread = x.float().flatten(1).std(1).clamp(min=0.5).view(-1, 1, 1, 1)
+            steps.append((shown(x.float() * (0.5 / spread)), shown(denoised)))
+
+        final = self.sample(seeds, labels, callback=keep_step, **settings).cpu()
+        return [*steps, (final, final)]
+
+    def save_trajectory(self, path: Path, seeds: Sequence[int], labels: Labels = None) -> Path:
+        """:meth:`trajectory` as an animation: the states to the left, what they are taken to show to the right."""
+        columns = min(len(seeds), TRAJECTORY_COLUMNS)
+        frames = []
+        for pair in self.trajectory(seeds, labels):
+            both = [to_uint8(x.clamp(-1, 1), self.config.sampling.rounding).split(columns) for x in pair]
+            if len(both[0][-1]) < columns:
+                both = [list(parts[:-1]) for parts in both]  # whole rows only
+            rows = [part for row in zip(*both, strict=True) for part in row]
+            frames.append(make_grid(torch.cat(rows), (2 * columns, len(rows) // 2)))
+        save_gif(frames, path)
+        return path
 
     def generate(
         self,
@@ -182,7 +214,8 @@ class Model:
         if procs.is_first:
             labels = torch.tensor(list(classes)).repeat_interleave(len(seeds))
             parts = self.generate(list(seeds) * len(classes), labels, batch=batch, progress=True)
-            save_grid(torch.cat([images for _, images in parts]), path, (len(seeds), len(classes)))
+            names = [class_title(self.config, label) for label in classes]
+            save_grid(torch.cat([images for _, images in parts]), path, (len(seeds), len(classes)), names)
         procs.barrier()
         return path
 
@@ -234,10 +267,10 @@ class Model:
         return guided(evaluate(labels), evaluate(null), scale, channels, tolerance=sampling.cfg_skip)
 
 
-def beside(outdir: Path, name: str) -> Path:
+def beside(outdir: Path, name: str, suffix: str = ".png") -> Path:
     """A picture's place next to the folder of samples: in it, other programs would take it for one of them."""
     folder = outdir.resolve()
-    return folder.with_name(f"{folder.name}-{name}.png")
+    return folder.with_name(f"{folder.name}-{name}{suffix}")
 
 
 def prepare(net: DiffiT, precision: str = "fp32") -> DiffiT:

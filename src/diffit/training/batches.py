@@ -1,8 +1,10 @@
 """The order of the images, and the microbatches of each process, as functions of (seed, images seen)."""
 
+import os
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +46,10 @@ def microbatches(
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches the workers too, but the run still needs their images to end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals to the run's process group would reach the workers too, whose images it needs to end its step."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def fits(need: int, free: int, sharers: int = 1) -> bool:
@@ -106,12 +109,32 @@ def feed(
         multiprocessing_context="spawn" if workers and device.type == "cuda" else None,
         worker_init_fn=_leave_signals_to_the_run,
     )
-    for images in loader:
+    for images in _loaded(loader):
         if isinstance(images, UserError):
             raise images
         indices = sent.pop(0)
         labels = None if archive.labels is None else archive.labels[indices]
         yield _to(images, device), None if labels is None else _to(labels, device)
+
+
+def _loaded(loader: Any) -> Iterator[Any]:
+    """What ``loader`` loads. UserError where one of its workers is gone."""
+    # torch's handler would raise wherever the step is when a worker dies, between the weights and their average too.
+    before = signal.getsignal(signal.SIGCHLD)
+    found = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    while True:
+        try:
+            images = next(found)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads images has died, perhaps for want of memory (fewer --workers take less)"
+            ) from None
+        yield images
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

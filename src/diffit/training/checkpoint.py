@@ -35,7 +35,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, ten
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
         parameter = parameters[name]
-        if value.shape == parameter.shape:
+        scalar = kind == "step"
+        if (value.shape != parameter.shape and not scalar) or not value.isfinite().all():
+            raise UserError(
+                f"the state's {key} is not finite, or of another shape than its weight; --resume an earlier state"
+            )
+        if not scalar:
             # The fused kernel reads parameter and moments in step through memory: strides must agree (channels_last).
             value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         optimizer.state[parameter][kind] = value.to(parameter.device)
@@ -58,8 +63,8 @@ def save_state(
         (part / "manifest.json").write_text(json.dumps(sums, indent=2))
 
 
-def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors of ``model``, ``ema`` and ``optimizer``, and the metadata; every file is checked against the manifest."""
+def verify_state(folder: Path) -> None:
+    """Raises :class:`UserError` unless every file of a state is as the manifest has it."""
     try:
         sums = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -69,6 +74,13 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
     for name, expected in sums.items():
         if not (folder / name).is_file() or sha256_of(folder / name) != expected:
             raise UserError(f"{folder}: {name} is missing or damaged; remove this state to resume from an earlier one")
+
+
+def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors of ``model``, ``ema`` and ``optimizer``, and the metadata, of a state that :func:`verify_state` passed.
+
+    Each process reads it, and only one need verify it.
+    """
     tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
     return tensors, json.loads((folder / "state.json").read_text())
 

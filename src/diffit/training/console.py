@@ -22,7 +22,6 @@ from diffit.training.step import Stepper
 
 GIB = 2**30
 MANY_EPOCHS, FEW_IMAGES = 200, 20_000
-COLUMNS = {"loss": ".4f", "val_loss": ".4f", "grad_norm": ".3g", "lr": ".2g", "img_per_sec": ".1f", "memory_gib": ".2f"}
 
 
 def duration(seconds: float) -> str:
@@ -84,15 +83,15 @@ class Console:
             f"memory    about {cost.training_bytes / GIB:.2f} GiB a process, "
             f"{cost.activation_bytes / GIB:.2f} of it for activations",
             f"loading   {loading}",
-            *self._warnings(archive, images),
+            *self._warnings(archive),
         ):
             self.say(line)
 
-    def _warnings(self, archive: Archive, images: int) -> Iterator[str]:
+    def _warnings(self, archive: Archive) -> Iterator[str]:
         """What a person should know before waiting."""
         config = self.stepper.config
         training = config.training
-        epochs = images / len(archive)
+        epochs = self.total / len(archive)
         if epochs > MANY_EPOCHS and len(archive) < FEW_IMAGES:
             yield (
                 f"note      {len(archive)} images will be seen {epochs:.0f} times each: samples will come to repeat "
@@ -125,7 +124,7 @@ class Console:
             rate = (images_seen - self.first) / (now - self.began)
             left = duration(self._seconds_left(images_seen, rate))
             self.say(f"time      about {left} at {rate:.1f} img/s, measured over three steps")
-            self.say("loss      1.0 is nothing learnt yet")
+            self.say("loss      1.0 is nothing learnt yet; in brackets from low to high noise")
         elif now - self.updated >= self.interval:
             self.updated = now
             self.show(images_seen, float(loss), now)
@@ -148,9 +147,13 @@ class Console:
         return left
 
     def tick(self, scalars: dict[str, Any]) -> None:
-        shown = "   ".join(f"{name} {scalars[name]:{form}}" for name, form in COLUMNS.items() if name in scalars)
-        skipped = f"   skipped {scalars['skipped_steps']}" if scalars["skipped_steps"] else ""
-        self.say(f"{scalars['kimg']:.2f} kimg   {shown}{skipped}")
+        """The line fits 80 columns; the rest is in the statistics."""
+        by_noise = " ".join(f"{value:.2f}" for name, value in scalars.items() if name.startswith("loss_"))
+        parts = [f"{scalars['kimg']:.2f} kimg", f"loss {scalars['loss']:.4f} ({by_noise})"]
+        parts += [f"val {scalars['val_loss']:.4f}"] if "val_loss" in scalars else []
+        parts += [f"{scalars['img_per_sec']:.1f} img/s"]
+        parts += [f"skipped {scalars['skipped_steps']}"] if scalars["skipped_steps"] else []
+        self.say("   ".join(parts))
 
     def metric(self, record: dict[str, Any]) -> None:
         numbers = format_numbers(record["results"])

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def ema_beta(batch: int, images_seen: int, halflife_kimg: float, rampup_ratio: float) -> float:
@@ -16,6 +16,9 @@ def ema_beta(batch: int, images_seen: int, halflife_kimg: float, rampup_ratio: f
     return 0.5 ** (batch / halflife) if halflife > 0 else 0.0
 
 
-def update_ema(average: Iterable[Tensor], current: Iterable[Tensor], beta: float) -> None:
-    """average ← beta·average + (1 − beta)·current, in place and outside autograd."""
-    get_ema_multi_avg_fn(beta)(tuple(average), tuple(current), None)
+@torch.no_grad()
+def update_ema(average: Iterable[Tensor], current: Iterable[Tensor], beta: float, skip: Tensor | None = None) -> None:
+    """average ← beta·average + (1 − beta)·current, in place and outside autograd; not a bit moves where ``skip`` ()."""
+    share = 1 - beta if skip is None else torch.where(skip, 0.0, 1 - beta)  # on the device: nothing waits for it
+    for mean, value in zip(average, current, strict=True):
+        mean.lerp_(value, share)

@@ -32,11 +32,12 @@ class Meter:
         self.sums.index_add_(1, bins, values)
         self.last_loss = loss.mean()
 
-    def add_gradients(self, norm: Tensor) -> None:
-        finite = norm.isfinite()
-        self.gradients += torch.stack([norm.nan_to_num(0, 0, 0).double(), finite.double()])
-        self.skipped += ~finite
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
+    def add_gradients(self, norm: Tensor, skipped: Tensor) -> None:
+        """``norm`` of a step's gradient, and whether the step is left out."""
+        taken = ~skipped
+        self.gradients += torch.stack([torch.where(taken, norm, 0.0), taken]).double()
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
     def read(self, processes: int) -> dict[str, float]:
         """The means since the last reading, over all processes; resets them. ``skipped`` counts the whole run."""

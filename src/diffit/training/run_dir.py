@@ -3,19 +3,16 @@
 import json
 import logging
 import math
-import os
 import re
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from diffit.configs.resolve import unasked
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.training.checkpoint import PREFIX, states
+from diffit.training.checkpoint import PREFIX, states, verify_state
+from diffit.training.tracking import open_trackers
 from diffit.utils.files import disk_errors, whole_file
 from diffit.weights import snapshots
 
@@ -28,10 +25,10 @@ FREE: Any = {
     "training": {
         "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
         "max_skipped", "grid", "desc", "minutes", "snap_minutes", "dump_minutes", "keep", "metrics_sampler",
-        "metrics_steps", "chosen",
+        "metrics_steps", "chosen", "track", "on_spike", "timeout_minutes",
     },
     "sampling": True,
-    "data": {"val"},
+    "data": {"val", "empty_classes"},
 }  # fmt: skip
 
 
@@ -123,7 +120,13 @@ def retire_later(state: Path) -> list[Path]:
     run_dir, number = state.parent, float(state.name.removeprefix(PREFIX))
     later = [path for path in states(run_dir) if float(path.name.removeprefix(PREFIX)) > number]
     later += [path for path in snapshots(run_dir) if float(path.stem.removeprefix("network-snapshot-")) > number]
-    return [path.rename(path.with_name(f"retired-{path.name}")) for path in later]
+    return [put_aside(path, "retired") for path in later]
+
+
+def put_aside(path: Path, word: str) -> Path:
+    """Rename what a run no longer uses, ``word`` first; its new name."""
+    names = (f"{word}{number}-{path.name}" for number in ("", *range(2, 1000)))
+    return path.rename(next(aside for name in names if not (aside := path.with_name(name)).exists()))
 
 
 def locate_state(path: Path) -> Path:
@@ -137,10 +140,27 @@ def locate_state(path: Path) -> Path:
 
 
 def find_state(config: Config, outdir: Path, resume: str) -> Path | None:
-    """The state to go on from: ``resume`` is ``auto``, ``none``, or the path of a state or a run."""
+    """The state to go on from: ``resume`` is ``auto``, ``none``, or the path of a state or a run.
+
+    Its files are whole. ``auto`` puts a damaged one aside and takes the one before; UserError where there is none.
+    """
     if resume == "none":
         return None
-    return find_resumable(outdir, config) if resume == "auto" else locate_state(Path(resume))
+    if resume != "auto":
+        state = locate_state(Path(resume))
+        verify_state(state)
+        return state
+    newest = find_resumable(outdir, config)
+    for state in reversed(states(newest.parent) if newest else []):
+        try:
+            verify_state(state)
+            return state
+        except UserError as error:
+            aside = put_aside(state, "damaged")
+            logger.warning("%s; it is %s now, and the state before it is taken", error, aside.name)
+    if newest is not None:
+        raise UserError(f"{newest.parent}: every state is damaged; --resume none begins again")
+    return None
 
 
 def prune_snapshots(run_dir: Path, keep: int) -> None:
@@ -150,16 +170,13 @@ def prune_snapshots(run_dir: Path, keep: int) -> None:
 
 
 class RunLog:
-    """``log.txt``, ``stats.jsonl`` and TensorBoard events of a run. Only the first process has one."""
+    """``log.txt``, ``stats.jsonl`` and what trackers keep of a run. Only the first process has one."""
 
-    def __init__(self, run_dir: Path, images_seen: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, images_seen: int) -> None:
         self.run_dir = run_dir
         for path in (run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")):
             truncate_jsonl(path, images_seen)
-        self.board = _tensorboard(run_dir, images_seen)
-        options = run_dir / OPTIONS
-        if self.board is not None and options.exists():
-            self.board.add_text("options", f"```json\n{options.read_text()}\n```", images_seen)
+        self.trackers = open_trackers(run_dir, config, images_seen)
 
     def line(self, text: str) -> None:
         with disk_errors(self.run_dir), (self.run_dir / "log.txt").open("a") as file:
@@ -169,29 +186,27 @@ class RunLog:
         with disk_errors(self.run_dir):
             with (self.run_dir / "stats.jsonl").open("a") as file:
                 file.write(json.dumps({"images": images_seen, **scalars}) + "\n")
-            if self.board is not None:
-                for name, value in scalars.items():
-                    self.board.add_scalar(name, value, images_seen)
-                self.board.flush()
+            self._track(scalars, images_seen)
 
     def metric(self, path: Path, record: dict[str, Any]) -> None:
-        """Add a record, which has ``images``, to its JSON-lines file, and its numbers to TensorBoard."""
+        """Add a record, which has ``images``, to its JSON-lines file, and its numbers to the trackers."""
         with disk_errors(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            for name, value in record["results"].items():
-                self.board.add_scalar(f"{record['metric']}/{name}".replace(":", "-"), value, record["images"])
-            self.board.flush()
+        results = {f"{record['metric']}/{name}": value for name, value in record["results"].items()}
+        self._track(results, record["images"])
+
+    def _track(self, values: dict[str, float], images_seen: int) -> None:
+        for tracker in self.trackers:
+            tracker.scalars(values, images_seen)
 
     def picture(self, name: str, path: Path, images_seen: int) -> None:
-        """A grid that was written, for TensorBoard."""
-        if self.board is not None:
-            pixels = np.array(Image.open(path))
-            self.board.add_image(name, pixels, images_seen, dataformats="HW" if pixels.ndim == 2 else "HWC")
+        """A grid that was written."""
+        for tracker in self.trackers:
+            tracker.picture(name, path, images_seen)
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def truncate_jsonl(path: Path, images_seen: int) -> None:
@@ -208,12 +223,3 @@ def truncate_jsonl(path: Path, images_seen: int) -> None:
             kept.append(line + "\n")
     with whole_file(path) as part:
         part.write_text("".join(kept))
-
-
-def _tensorboard(run_dir: Path, images_seen: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return SummaryWriter(str(run_dir), purge_step=images_seen + 1)

@@ -19,6 +19,7 @@ from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
 from diffit.training.checkpoint import load_optimizer_tensors, load_state, save_state
 from diffit.training.ema import ema_beta, update_ema
+from diffit.training.guard import Guard
 from diffit.training.meter import Meter
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
@@ -105,11 +106,15 @@ class Stepper:
             self.net.compile(fullgraph=not training.grad_ckpt)
         self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1:
-            self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.ddp = DistributedDataParallel(
+                self.net, process_group=procs.steps, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         self.loss = build_loss(config, procs.device)
         self.augment = Augment(training.augment) if training.augment else None
         self.generator = torch.Generator(procs.device)
         self.meter = Meter(self.loss, procs.device)
+        self.guard = Guard(procs.device, spikes=training.on_spike != "ignore")
+        self.one = torch.ones((), device=procs.device)
 
     def step(self, feed: Iterator[tuple[Tensor, Tensor | None]]) -> None:
         training = self.config.training
@@ -126,10 +131,17 @@ class Stepper:
                 loss = self.microbatch_loss(images, labels, self.procs.rank + round_ * self.procs.count)
                 self.scaler.scale(loss.mean() / self.rounds).backward()
 
+        parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self.scaler.scale(self.one)
+        skip = self.guard.skips(norm)
+        self.meter.add_gradients(norm, skip)
+        # The scaler leaves out the step, on all processes alike, where it finds a gradient that is not finite.
+        gradients[0].mul_(torch.where(skip, torch.nan, 1.0))
         self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
-        self.meter.add_gradients(torch.nn.utils.get_total_norm(gradients))
-        self.scaler.step(self.optimizer)  # skipped where a gradient is not finite, on all processes alike
+        if training.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, training.grad_clip, norm)
+        self.scaler.step(self.optimizer)
         self.scaler.update(None if self.precision == "fp16" else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -137,7 +149,7 @@ class Stepper:
         beta = training.ema_decay
         if beta is None:
             beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
-        update_ema(self.ema.parameters(), self.net.parameters(), beta)
+        update_ema(self.ema.parameters(), self.net.parameters(), beta, skip)
 
     def save(self, folder: Path) -> None:
         """Write all that training changes as a training state."""
@@ -145,6 +157,7 @@ class Stepper:
             "images_seen": self.images_seen,
             "seconds": round(self.seconds, 1),
             "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state_dict(),
             "config": self.config.model_dump(mode="json"),
         }
         save_state(folder, self.net, self.ema, self.optimizer, metadata)
@@ -157,6 +170,8 @@ class Stepper:
         load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
         if metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
+        if "guard" in metadata:  # states of before 0.2 have none
+            self.guard.load_state_dict(metadata["guard"])
         self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
 
     @property

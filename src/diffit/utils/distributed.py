@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 PATIENCE = timedelta(hours=6)
 
 
+ANSWER = timedelta(seconds=5)  # that a process which is at work has to say so
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among the others."""
@@ -26,6 +30,17 @@ class Processes:
     rank: int
     count: int
     device: torch.device
+    steps: Any = None
+    """The group that training steps in, where no process waits long for another; None is the patient one."""
+    watch: Any = None
+    """A group to ask who is still there."""
+
+    def impatient(self, minutes: float) -> "Processes":
+        """The same processes, which wait so long for one another in training steps. All call this together."""
+        if self.count == 1:
+            return self
+        limit = timedelta(minutes=minutes)
+        return replace(self, steps=dist.new_group(timeout=limit), watch=dist.new_group(backend="gloo", timeout=limit))
 
     @property
     def is_first(self) -> bool:
@@ -42,6 +57,26 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
         return box[0]
+
+    def maxima(self, values: Sequence[int]) -> list[int]:
+        """The largest of all processes' values at each place, asked for in the group of the steps."""
+        if self.count == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.steps)
+        found: list[int] = tensor.tolist()
+        return found
+
+    def missing(self) -> str | None:
+        """After a failed step: which processes do not answer any more, in words; None where that cannot be told."""
+        try:
+            dist.monitored_barrier(self.watch, timeout=ANSWER, wait_all_ranks=True)
+        except RuntimeError as error:
+            if named := re.search(r"Ranks ([\d, ]+) failed", str(error)):
+                return f"process {named[1]} of {self.count} (counted from 0) does not answer any more"
+            if self.rank and "rank 0" in str(error) and "Connection" not in str(error):
+                return f"process 0 of {self.count} does not answer any more"
+        return None
 
     def max(self, value: int) -> int:
         """The largest of all processes' values."""
@@ -75,6 +110,11 @@ class Processes:
         for rank, message in enumerate(messages):
             if message is not None:
                 raise UserError(f"process {rank} of {self.count}: {message}")
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone, or did not answer in time."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def alone(device: torch.device | str | None = None) -> Processes:

@@ -1,0 +1,319 @@
+"""The steps of a run between start-up and end, with what is saved, shown and judged on the way."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from diffit.data.open import Archive
+from diffit.errors import UserError
+from diffit.training.checkpoint import PREFIX, prune_states, states
+from diffit.training.console import Console
+from diffit.training.evaluator import Evaluator
+from diffit.training.pictures import save_fakes, save_progress, save_reals
+from diffit.training.report import write_report
+from diffit.training.run_dir import RunLog, kimg_number, prune_snapshots, write_options
+from diffit.training.signals import StopSignals
+from diffit.training.step import Stepper
+from diffit.training.validation import validate
+from diffit.utils.distributed import Processes, is_lost_connection
+from diffit.weights import newest_snapshot, save_network
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended."""
+
+    run_dir: Path
+    images_seen: int
+    interrupted: bool
+    snapshot: Path | None
+    signal: int | None = None
+    """That interrupted it."""
+
+
+class Stopped(Exception):
+    """In the middle of metrics, which the next start makes."""
+
+
+ASK_EVERY_MS, MOST_STEPS = 1000, 100
+MOST_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Due:
+    """What all processes have agreed to do after a step."""
+
+    stop: bool = False
+    time_is_up: bool = False
+    state: bool = False
+    snapshot: bool = False
+
+
+@dataclass
+class Run:
+    """The steps between start-up and end, with what is written on the way."""
+
+    stepper: Stepper
+    run_dir: Path
+    console: Console
+    evaluator: Evaluator
+    val: Archive | None
+    log: RunLog | None
+    """None on all but the first process, which write nothing."""
+    signals: StopSignals
+    began: float
+    """When the run began by the monotonic clock, less the time between its parts."""
+    grid_seconds: float = 5.0
+    """That a grid of samples takes, measured by the latest."""
+    saved: dict[str, float] = field(default_factory=dict)
+    """When the last state and snapshot were written."""
+    asked: tuple[float, int] = (0.0, 0)
+    """When the processes last agreed, and at how many images."""
+    steps_between: int = 1
+    """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
+    rollbacks: int = 0
+
+    def first_grids(self, archive: Archive) -> None:
+        """``reals.png`` and ``fakes_init.png``."""
+        if self.log is not None:
+            self.console.say("grids     of training images and of the untrained network, for comparison")
+            self.signals.unless_in_haste(lambda: save_reals(self.stepper, archive, self.run_dir / "reals.png"))
+            began = time.monotonic()
+            fakes = self.run_dir / "fakes_init.png"
+            self.signals.unless_in_haste(lambda: save_fakes(self.stepper, self.stepper.ema, fakes))
+            self.grid_seconds = time.monotonic() - began
+        self.stepper.procs.barrier()
+
+    def steps(self, images: Iterator[tuple[Tensor, Tensor | None]], total: int, *, resumed: bool) -> bool:
+        """Train until ``total`` images are seen or the time is up; whether the run was asked to stop before."""
+        training, stepper = self.stepper.config.training, self.stepper
+        done, due = stepper.images_seen >= total, Due()
+        if done and not stepper.procs.broadcast(self.snapshot_path.exists()):
+            self.save_snapshot()  # it was stopped between the last state and this
+        if resumed and (done or self.crossed(training.metrics_ticks)):
+            self.evaluate()  # unless that was done before the run was stopped
+        began, seen = time.monotonic(), stepper.images_seen
+        self.saved, self.asked = {"state": began, "snapshot": began}, (began, seen)
+        while not (done or due.stop):
+            self.step(images)
+            due = self.agree()
+            done = stepper.images_seen >= total or due.time_is_up
+            end = done or due.stop
+            if due.time_is_up:
+                self.end_here()
+            if due.state and not end:
+                self.save_state()
+            if due.snapshot and not end:
+                self.save_snapshot()
+            if end or self.crossed(1):
+                self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
+                judge = done or self.crossed(training.metrics_ticks)
+                # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
+                if end or judge or self.crossed(training.dump):
+                    self.save_state()
+                if end or self.crossed(training.snap):
+                    self.save_snapshot()
+                if judge and not due.stop:
+                    self.evaluate()
+                began, seen = time.monotonic(), stepper.images_seen
+        return due.stop and not done
+
+    def step(self, images: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+        """One step. Where it fails, the state is saved: until the optimiser moves, weights are those of the last step.
+
+        Raises :class:`UserError` where data cannot be read or another process is gone.
+        """
+        stepper = self.stepper
+        try:
+            stepper.step(images)
+        except (UserError, RuntimeError) as error:
+            why = explain(error, stepper.procs, self.signals)
+            self.write_state()
+            if why is None:
+                raise
+            raise UserError(
+                f"{why}; everything up to {stepper.images_seen / 1000:g} kimg is saved in {self.run_dir}: run the same "
+                "command again to go on"
+            ) from None
+        stepper.seconds = time.monotonic() - self.began
+        self.console.measured(stepper.images_seen, stepper.meter.last_loss)
+
+    def crossed(self, ticks: int) -> bool:
+        """Whether the last step crossed a multiple of so many ticks: a function of the images seen, as resume needs."""
+        if not ticks:
+            return False
+        training, seen = self.stepper.config.training, self.stepper.images_seen
+        period = ticks * training.tick * 1000
+        return int(seen / period) > int((seen - training.batch) / period)
+
+    def overdue(self, what: str) -> bool:
+        """Whether the first process, which alone saves, has not saved a state or snapshot for long."""
+        training = self.stepper.config.training
+        period = 60 * (training.dump_minutes if what == "state" else training.snap_minutes)
+        if what == "snapshot" and period:  # other processes wait for its grid, which may take a fiftieth of the time
+            period = max(period, 50 * self.grid_seconds)
+        return self.log is not None and 0 < period < time.monotonic() - self.saved[what]
+
+    def end_here(self) -> None:
+        """The time is up: what was trained is the whole length, for whoever runs the same command again."""
+        stepper = self.stepper
+        training = stepper.config.training.model_copy(update={"kimg": stepper.images_seen / 1000})
+        stepper.config = stepper.config.model_copy(update={"training": training})
+        if self.log is not None:
+            write_options(self.run_dir, stepper.config)
+
+    def agree(self) -> Due:
+        """What is due now: the same answer on all processes. Nothing is, between the steps at which they ask.
+
+        Raises :class:`UserError` where steps stay without effect.
+        """
+        stepper, procs = self.stepper, self.stepper.procs
+        batch = stepper.config.training.batch
+        steps = (stepper.images_seen - self.asked[1]) // batch
+        if steps < self.steps_between:
+            return Due()
+        if int(stepper.meter.skipped_in_a_row) >= stepper.config.training.max_skipped:
+            self.go_back_or_give_up()
+        now = time.monotonic()
+        milliseconds = int(1000 * (now - self.asked[0]) / steps)
+        self.asked = (now, stepper.images_seen)
+        flags = (self.signals.requested, self.time_is_up(), self.overdue("state"), self.overdue("snapshot"))
+        *agreed, milliseconds = procs.maxima([*map(int, flags), milliseconds])
+        if procs.count > 1 or procs.device.type == "cuda":
+            self.steps_between = min(max(ASK_EVERY_MS // max(milliseconds, 1), 1), MOST_STEPS)
+        return Due(*map(bool, agreed))
+
+    def go_back_or_give_up(self) -> None:
+        """After so many steps in a row without effect."""
+        stepper, training = self.stepper, self.stepper.config.training
+        state = stepper.procs.broadcast(next(iter(reversed(states(self.run_dir))), None))
+        if training.on_spike == "rollback" and state is not None and self.rollbacks < MOST_ROLLBACKS:
+            self.rollbacks += 1
+            seen, seconds = stepper.images_seen, stepper.seconds
+            stepper.restore(state)
+            stepper.images_seen, stepper.seconds = seen, seconds  # on behind the images that did it
+            stepper.meter.skipped_in_a_row.zero_()
+            self.console.say(f"{seen / 1000:.2f} kimg   {training.max_skipped} steps skipped: back to {state.name}")
+            return
+        self.save_state()  # a launcher ends all processes with the first: the state must be on disk by then
+        raise UserError(
+            f"{training.max_skipped} steps in a row were skipped, for a gradient that was not finite or far larger "
+            f"than before; the last good weights are saved in {self.run_dir}. Remedies: a lower --lr, --precision "
+            "bf16 or fp32, a look at the data with `diffit data check`, --on-spike ignore; then go on with "
+            f"--resume {self.run_dir}"
+        )
+
+    def time_is_up(self) -> bool:
+        """Whether the minutes that are left are what the last grids and snapshot take, as the first process sees it."""
+        minutes = self.stepper.config.training.minutes
+        if self.log is None or minutes is None or "kimg" not in self.stepper.config.training.chosen:
+            return False
+        grids = 2 if self.stepper.ema_warming_up else 1
+        return self.stepper.seconds + grids * self.grid_seconds + 2 >= minutes * 60
+
+    def write_stats(self, images: int, seconds: float) -> None:
+        """One line of statistics, of the ``images`` and ``seconds`` since the last."""
+        stepper, batch = self.stepper, self.stepper.config.training.batch
+        scalars = {"kimg": stepper.images_seen / 1000, "steps": stepper.images_seen // batch}
+        scalars |= stepper.meter.read(stepper.procs.count)
+        scalars |= {"lr": stepper.optimizer.param_groups[0]["lr"], "img_per_sec": images / seconds, "sec": seconds}
+        scalars["memory_gib"] = peak_memory(stepper.procs.device) / 2**30
+        if self.val is not None:
+            scalars["val_loss"] = validate(stepper, self.val)
+        if self.log is not None:
+            self.log.stats(stepper.images_seen, scalars)
+            self.console.tick(scalars)
+
+    def save_state(self) -> None:
+        """By the first process; the others wait for it, here and not in a step, where waiting has a limit."""
+        self.write_state()
+        self.stepper.procs.barrier()
+
+    def write_state(self) -> None:
+        if self.log is not None:
+            self.stepper.save(self.run_dir / f"{PREFIX}{kimg_number(self.stepper.config, self.stepper.images_seen)}")
+            prune_states(self.run_dir)
+            self.saved["state"] = time.monotonic()
+
+    @property
+    def snapshot_path(self) -> Path:
+        number = kimg_number(self.stepper.config, self.stepper.images_seen)
+        return self.run_dir / f"network-snapshot-{number}.safetensors"
+
+    def save_snapshot(self) -> None:
+        """The averaged weights and their grids, by the first process, for which the others wait."""
+        stepper, path = self.stepper, self.snapshot_path
+        if self.log is not None:
+            self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
+            save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
+            self.signals.unless_in_haste(self.save_grids)
+            prune_snapshots(self.run_dir, stepper.config.training.keep)
+            self.saved["snapshot"] = time.monotonic()
+        stepper.procs.barrier()
+
+    def save_grids(self) -> None:
+        """A grid of the averaged weights, and while the average is warming up one of the raw weights."""
+        stepper, began = self.stepper, time.monotonic()
+        number = kimg_number(stepper.config, stepper.images_seen)
+        grid = self.run_dir / f"fakes{number}.png"
+        assert self.log is not None
+        save_fakes(stepper, stepper.ema, grid)
+        self.grid_seconds = time.monotonic() - began
+        self.log.picture("fakes", grid, stepper.images_seen)
+        if stepper.ema_warming_up:
+            save_fakes(stepper, stepper.net, self.run_dir / f"fakes{number}-raw.png")
+
+    def evaluate(self) -> None:
+        """Metrics of the averaged weights, by all processes, where there is no record of them yet."""
+        if self.evaluator.pending(self.run_dir, self.stepper.images_seen):
+            self.signals.unless_in_haste(self.judge)
+            if self.signals.in_haste:
+                raise Stopped
+
+    def judge(self) -> None:
+        try:
+            for record in self.evaluator(self.stepper.ema, self.stepper.images_seen, self.log):
+                self.console.metric(record)
+        except RuntimeError as error:
+            if not (self.signals.in_haste and is_lost_connection(error)):
+                raise
+        if self.log is not None:
+            write_report(self.run_dir)
+
+    def finish(self, interrupted: bool) -> Outcome:
+        if not self.signals.in_haste:
+            self.stepper.procs.barrier()
+        snapshot = newest_snapshot(self.run_dir)
+        if self.log is not None:
+            if not self.signals.in_haste:
+                save_progress(self.run_dir)
+            write_report(self.run_dir)
+            self.console.finish(interrupted, snapshot)
+            self.log.close()
+        number = self.signals.number if interrupted else None
+        return Outcome(self.run_dir, self.stepper.images_seen, interrupted, snapshot, number)
+
+
+def explain(error: Exception, procs: Processes, signals: StopSignals) -> str | None:
+    """What a failed step means, in words for the one who started it; None for what nobody foresaw."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "a step did not fit the GPU's memory (a smaller --batch-gpu or --grad-ckpt makes it)"
+    if procs.count > 1 and is_lost_connection(error):
+        if signals.number is not None:
+            return "stopped by the launcher"
+        return procs.missing() or "the connection to another process is gone"
+    return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,74 @@
+"""Requests to stop: Ctrl-C, SIGTERM, the warnings of job schedulers, and a launcher that is gone."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+
+
+class _CutShort(BaseException):
+    """Leaves the work that may be cut short."""
+
+
+class StopSignals:
+    """Remembers the first signal and acknowledges it; a second Ctrl-C leaves at once.
+
+    Attributes:
+        number: of the first signal; None before.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.cutting = False
+        self.launched = "TORCHELASTIC_RUN_ID" in os.environ
+        self.parent = os.getppid()
+        self.speaks = os.environ.get("RANK", "0") == "0"
+
+    def __enter__(self) -> Self:
+        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop: on a signal, or because the launcher of this process is gone."""
+        if self.number is None and self.launched and os.getppid() != self.parent:
+            self._note(signal.SIGTERM, None)
+        return self.number is not None
+
+    @property
+    def in_haste(self) -> bool:
+        """Whether whoever asked will kill what has not ended in a while: all but a person at a terminal."""
+        return self.number is not None and (self.number != signal.SIGINT or self.launched)
+
+    def unless_in_haste(self, work: Callable[[], None]) -> None:
+        """Do ``work`` that can be made again, such as a grid or a metric: it is cut short where someone is in haste."""
+        self.cutting = True
+        try:
+            if not self.in_haste:
+                work()
+        except _CutShort:
+            pass
+        finally:
+            self.cutting = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            # A launcher passes on the Ctrl-C that the terminal has sent already.
+            if number == self.number == signal.SIGINT and not self.launched:
+                raise KeyboardInterrupt
+            return
+        self.number = number
+        if self.speaks:  # not by a logger or console, which may be at work right now
+            os.write(2, b"\nstopping after this step, and saving; Ctrl-C once more leaves at once\n")
+        if self.cutting and self.in_haste:
+            raise _CutShort
