@@ -1,0 +1,316 @@
+"""Faults of training runs: killed, signalled, a rank lost or hung, a loader process lost, other numbers of processes.
+
+Each row starts real commands and hurts them from outside; a wrapper only makes steps slow or switches residence off.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from helpers import write_archive  # noqa: E402
+
+OPTIONS = [
+    "--preset",
+    "debug",
+    "--cond",
+    "--grid",
+    "2x2",
+    "--batch-gpu",
+    "4",
+    "--tick",
+    "0.04",
+    "--dump",
+    "1",
+    "--keep",
+    "0",
+]
+
+# Steps of a chosen length, and data that are streamed by workers though they would fit the memory.
+WRAPPER = """
+import sys, time
+from diffit.training import loop, step
+seconds, streamed = float(sys.argv.pop(1)), sys.argv.pop(1) == "streamed"
+honest = step.Stepper.step
+def slow(self, feed):
+    honest(self, feed)
+    time.sleep(seconds)
+step.Stepper.step = slow
+if streamed:
+    loop.load_resident = lambda archive, procs, workers: (None, "streamed")
+from diffit.__main__ import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was injected how often, and what came of it; ``failures`` says where it was not as promised."""
+
+    fault: str
+    tried: int
+    seen: str
+    failures: tuple[str, ...] = ()
+
+
+class Place:
+    """A temporary folder with data, in which commands run."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="diffit-faults-"))
+        self.data = write_archive(self.folder / "pets.zip", 24)
+        self.wrapper = self.folder / "wrapper.py"
+        self.wrapper.write_text(WRAPPER)
+
+    def start(
+        self, outdir: str, *options: object, processes: int = 1, seconds: float = 0.0, streamed: bool = False
+    ) -> "subprocess.Popen[str]":
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]  # fmt: skip
+        words = [*launcher, self.wrapper, seconds, "streamed" if streamed else "resident", "train"]
+        words += ["--outdir", self.folder / outdir, "--data", self.data, *OPTIONS, *options]
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")
+        }  # fmt: skip
+        output = (self.folder / f"{outdir}.log").open("a")
+        return subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, env=environment, text=True)
+
+    def log(self, outdir: str) -> str:
+        return (self.folder / f"{outdir}.log").read_text()
+
+    def run_dir(self, outdir: str) -> Path | None:
+        return next(iter(sorted((self.folder / outdir).glob("0*"))), None)
+
+    def states(self, outdir: str) -> list[str]:
+        run = self.run_dir(outdir)
+        return sorted(path.name for path in run.glob("training-state-*")) if run else []
+
+    def wait_for(self, outdir: str, pattern: str, seconds: float = 90) -> bool:
+        """Until the run's folder holds a file of that pattern, or its log that text."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            run = self.run_dir(outdir)
+            if (run and list(run.glob(pattern))) or pattern in self.log(outdir):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ranks(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The training processes below torchrun, in the order of their ranks."""
+    return [
+        child for child in family(process) if child.ppid() == process.pid and "wrapper.py" in " ".join(child.cmdline())
+    ]
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """What a run's newest state and snapshot hold, but for the seconds it took."""
+    state = sorted(run.glob("training-state-*"))[-1]
+    found = {name: (state / f"{name}.safetensors").read_bytes() for name in ("model", "ema", "optimizer")}
+    snapshot = sorted(run.glob("network-snapshot-*"))[-1]
+    return found | {"snapshot": snapshot.read_bytes()[-4096:], "names": f"{state.name} {snapshot.name}".encode()}
+
+
+def leftovers(run: Path) -> list[str]:
+    return [
+        path.name for path in run.iterdir() if path.name.startswith(".") or path.suffix in (".part", ".old", ".tmp")
+    ]
+
+
+def kills(count: int, seed: int) -> Row:
+    """SIGKILL at random moments, and the same command again until it is done."""
+    place, rng, failures = Place(), random.Random(seed), []
+    place.start("whole", "--kimg", "0.8").wait()
+    expected = content(place.run_dir("whole"))  # type: ignore[arg-type]
+    done = 0
+    while done < count:
+        name = f"killed{done}"
+        while True:
+            process = place.start(name, "--kimg", "0.8")
+            try:
+                process.wait(rng.uniform(3, 12) if done < count else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                done += 1
+                continue
+            if process.returncode:
+                failures.append(f"{name}: exit {process.returncode}: {place.log(name).splitlines()[-1]}")
+            break
+        run = place.run_dir(name)
+        if run is None or content(run) != expected:
+            failures.append(f"{name}: ended in other bytes")
+        elif left := leftovers(run):
+            failures.append(f"{name}: left {left}")
+    place.close()
+    return Row("SIGKILL at random moments", count, "the same bytes at the end, nothing left over", tuple(failures))
+
+
+CASES = [("step", ("--kimg", "50")), ("start-up", ("--kimg", "50")),
+         ("grid", ("--kimg", "50", "--grid", "48x48", "--snap", "1")),
+         ("metric", ("--kimg", "50", "--metrics", "fd20000_full:pixels", "--metrics-ticks", "1"))]  # fmt: skip
+MARKS = {
+    "step": "stats.jsonl",
+    "start-up": "reals.png",
+    "grid": "then a grid of its samples",
+    "metric": "training-state-*",
+}
+
+
+def signals(processes: int, numbers: list[int], streamed: bool) -> Iterator[Row]:
+    """Each signal in each phase, with steps of four seconds; the time until all processes are gone."""
+    for phase, options in CASES:
+        for number in numbers:
+            place, failures, name = Place(), [], "run"
+            process = place.start(
+                name, *options, processes=processes, seconds=4.0 if phase == "step" else 0.05, streamed=streamed
+            )
+            reached = place.wait_for(name, MARKS[phase], 120)
+            time.sleep(0.3)
+            below, began = family(process), time.monotonic()
+            process.send_signal(number)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                failures.append("still there after 60 s")
+                process.kill()
+            took = time.monotonic() - began
+            _, alive = psutil.wait_procs(below, timeout=6)  # loader processes look for their parent every five seconds
+            states = place.states(name)
+            if not reached:
+                failures.append(f"{phase} was not reached")
+            if took > 20:
+                failures.append(f"took {took:.0f} s")
+            if processes == 1 and process.returncode != 128 + number:
+                failures.append(f"exit status {process.returncode}")
+            if alive:
+                failures.append(f"{len(alive)} orphans")
+                for orphan in alive:
+                    orphan.kill()
+            if not states:
+                failures.append("no state")
+            if "Traceback" in place.log(name).split("torch/distributed/elastic")[0] and processes == 1:
+                failures.append("a traceback")
+            logged = place.log(name)[-1500:]
+            seen = f"gone in {took:.1f} s, {len(states)} states, exit {process.returncode}"
+            kind = f"{signal.Signals(number).name} in a {phase}, {processes} process{'es' if processes > 1 else ''}"
+            yield Row(kind + (", streamed" if streamed else ""), 1, seen, tuple(f"{f}\n{logged}" for f in failures))
+            place.close()
+
+
+def lost_rank(number: int, timeout_minutes: float) -> Row:
+    """One of two ranks killed or stopped in the middle; the other's message, its time, and the restart."""
+    place, failures = Place(), []
+    options = ("--kimg", "0.8", "--timeout-minutes", timeout_minutes)
+    place.start("whole", *options, processes=2).wait()
+    process = place.start("run", *options, processes=2, seconds=0.1)
+    place.wait_for("run", "training-state-000000.120", 120)
+    victim = ranks(process)[1]
+    survivor = ranks(process)[0]
+    victim.send_signal(number)
+    began = time.monotonic()
+    psutil.wait_procs([survivor], timeout=60 * timeout_minutes + 30)
+    took = time.monotonic() - began
+    if survivor.is_running():
+        failures.append("the other rank is still there")
+    said = [line for line in place.log("run").splitlines() if "everything up to" in line]
+    if not said:
+        failures.append("no message")
+    elif number == signal.SIGSTOP and "process 1 of 2" not in said[0]:
+        failures.append(f"the message does not name the rank: {said[0]}")
+    for child in [*ranks(process), victim]:
+        if child.is_running():
+            child.kill()
+    process.kill()
+    process.wait()
+    place.start("run", *options, processes=2).wait()
+    if content(place.run_dir("run")) != content(place.run_dir("whole")):  # type: ignore[arg-type]
+        failures.append("the restart ended in other bytes")
+    place.close()
+    return Row(
+        f"{signal.Signals(number).name} to one of two ranks", 1, f"the other gone after {took:.1f} s", tuple(failures)
+    )
+
+
+def lost_worker(number: int) -> Row:
+    """A loader process ended from outside."""
+    place, failures = Place(), []
+    process = place.start("run", "--kimg", "50", "--workers", "2", seconds=0.2, streamed=True)
+    place.wait_for("run", "stats.jsonl", 90)
+    workers = [child for child in family(process) if child.pid != process.pid]
+    workers[0].send_signal(number)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        failures.append("still there after 60 s")
+        process.kill()
+    log = place.log("run")
+    if "a process that reads images has died" not in log or "Traceback" in log:
+        failures.append(log[-1500:])
+    if not place.states("run"):
+        failures.append("no state")
+    place.close()
+    return Row(f"{signal.Signals(number).name} to a loader process", 1, "state saved, one line", tuple(failures))
+
+
+def worlds() -> Row:
+    """One process, then two, four and one again, against one throughout."""
+    place, failures = Place(), []
+    options = ("--batch-gpu", "2")
+    place.start("whole", *options, "--kimg", "0.32").wait()
+    for kimg, processes in ((0.08, 1), (0.16, 2), (0.24, 4), (0.32, 1)):
+        place.start("run", *options, "--kimg", kimg, processes=processes).wait()
+    losses = []
+    for name in ("whole", "run"):
+        run = place.run_dir(name)
+        assert run is not None
+        losses.append([json.loads(line)["loss"] for line in (run / "stats.jsonl").read_text().splitlines()])
+    worst = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
+    if worst > 1e-6:
+        failures.append(f"losses {worst:.1e} apart")
+    place.close()
+    return Row("1, 2, 4, 1 processes", 1, f"losses at most {worst:.1e} apart", tuple(failures))
+
+
+def run(*, whole: bool) -> Iterator[Row]:
+    """All rows; not ``whole`` is a short form."""
+    yield kills(50 if whole else 3, 0)
+    one = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] if whole else [signal.SIGTERM]
+    for processes, streamed in ((1, False), (1, True), (2, False), (2, True)) if whole else ((2, False),):
+        yield from signals(processes, one, streamed)
+    yield lost_rank(signal.SIGKILL, 0.5)
+    yield lost_rank(signal.SIGSTOP, 0.25)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV) if whole else (signal.SIGKILL,):
+        yield lost_worker(number)
+    yield worlds()
+
+
+if __name__ == "__main__":
+    for row in run(whole="--short" not in sys.argv):
+        print(f"{'FAILED' if row.failures else 'ok':7}{row.fault:55}{row.tried:4}  {row.seen}", flush=True)
+        for failure in row.failures:
+            print(f"         {failure}")
