@@ -5,6 +5,7 @@ a block runs and why, ``NOT_RUN`` what is only looked at, ``PROVIDED`` which fil
 one that no command before it has made. What none of these covers is run as it stands, so it fails if it is wrong.
 """
 
+import json
 import os
 import re
 import shlex
@@ -24,10 +25,12 @@ from diffit.cli import cli, run
 from diffit.cli.train import train
 from diffit.configs import get_preset
 from diffit.configs.schema import Config
+from diffit.metrics.classifier import HEADER, Classifier
 from diffit.models import build
 from diffit.models.attention import relative_position_index
 from diffit.models.latent import LatentDiffiT
 from diffit.weights import save_network
+from diffit.weights.file import save_tensors
 from helpers import write_archive, write_vae
 
 pytestmark = pytest.mark.slow
@@ -50,8 +53,8 @@ ADAPTED = [  # (pattern, replacement), in this order
     (r"(data convert .*--resolution) (?:\d\dx\d\d|\d\d)(?![\dx])", r"\1 16x16"),
     (r"(metrics calc .*--ref) datasets/\S+", r"\1 datasets/mine.zip"),
     # There is no network to fetch Inception's weights: features of random filters. They are no FID, so it is fd.
-    (r"(diffit metrics (?:calc|ref|copies).*)", r"\1 --detector filters.pt"),
-    (r"(train(?:\.py)? .*--metrics[ =])fid\d+k\w*", r"\1fd16_full:filters.pt"),
+    (r"(diffit metrics (?:calc|ref|copies).*)", r"\1 --detector filters.safetensors"),
+    (r"(train(?:\.py)? .*--metrics[ =])fid\d+k\w*", r"\1fd16_full:filters.safetensors"),
     (r"(--metrics[ =])(?:fid|adm)\d+k\w*", r"\1fd16_full"),
     (r"(--metrics[ =])([a-z]+)\d+k", r"\g<1>\g<2>16"),
     # A trained network, a GPU and days of time.
@@ -113,20 +116,13 @@ def official(path: Path) -> None:
 
 
 def filters(path: Path) -> None:
-    class Filters(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 6, 3)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.relu(self.conv(images.float() / 64)).mean(dim=[2, 3])
-
-    torch.jit.script(Filters().eval()).save(str(path))
+    header = {"format": "pt", HEADER: json.dumps({"channels": 3, "classes": 2})}
+    save_tensors(Classifier(3, 2).state_dict(), path, header)
 
 
 def statistics(path: Path) -> None:
     archive(source := path.with_name("reference.zip"))
-    diffit("metrics", "ref", "--data", source, "--dest", path, "--detector", "filters.pt")
+    diffit("metrics", "ref", "--data", source, "--dest", path, "--detector", "filters.safetensors")
 
 
 PROVIDED = [  # (names, what makes them)
@@ -226,7 +222,7 @@ def places(tmp_path_factory):
         doc.relative_to(ROOT).as_posix(): (tmp_path_factory.mktemp(doc.stem), dict(STAND_INS)) for doc in DOCUMENTS
     }
     for folder, _ in found.values():
-        filters(folder / "filters.pt")
+        filters(folder / "filters.safetensors")
     return found
 
 

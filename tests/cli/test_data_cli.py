@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffit.cli import cli, run
+from diffit.errors import UserError
+from diffit.utils.locks import exclusive
 from helpers import write_archive
 
 
@@ -54,6 +56,15 @@ def test_convert_then_check_says_what_happened_and_what_to_do_next(raw, tmp_path
         assert part in result.output
     with Image.open(tmp_path / "out-grid.png") as grid:
         assert grid.size == (3 * 64, 2 * 64)
+
+
+def test_of_two_conversions_at_once_the_second_is_told(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffit.utils.locks.HEARTBEAT", 0.1)
+    with exclusive(tmp_path / "out.zip", "", beside=True):
+        result = invoke("data convert --source raw --dest out.zip")
+    assert str(result.exception).startswith(f"out.zip: in use by process {os.getpid()} on ")
+    assert isinstance(result.exception, UserError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
 
 
 def test_skipped_images_are_named_and_counted(raw):

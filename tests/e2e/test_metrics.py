@@ -100,6 +100,7 @@ def test_what_a_metric_lacks_is_said_before_the_run_begins(pets, tmp_path, monke
         (("fid10k_full",), "weights of FID are not here"),
         (("fd50_full:pixels",), "50 images are too few"),
         (("fd90_full:elsewhere.pt",), r"elsewhere\.pt': no such file"),
+        ((f"fd90_full:{pets}",), r"pets\.zip: would be loaded as TorchScript"),
         (("fd90_ful",), "unknown metric"),
     ):
         with pytest.raises(UserError, match=message):

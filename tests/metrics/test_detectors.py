@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.testing import assert_close
 
+from diffit.cli import cli
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
 from diffit.metrics import inception
@@ -40,10 +42,10 @@ def test_pixels_are_the_pixels_and_not_for_large_images():
 
 
 def test_a_torchscript_file_is_a_detector_named_after_it(torchscript, monkeypatch):
-    detector = make_detector(str(torchscript), ONE)
+    detector = make_detector(str(torchscript), ONE, allow_scripts=True)
     x = images()
     monkeypatch.chdir(torchscript.parent)
-    assert make_detector(f"./{torchscript.name}", ONE).key == detector.key
+    assert make_detector(f"./{torchscript.name}", ONE, allow_scripts=True).key == detector.key
     assert detector.name == f"filters-{detector.key[:8]}"
     assert_close(detector(x)["pool"], torch.jit.load(str(torchscript))(x))
     with pytest.raises(UserError, match=r"filters\.pt: fails on uint8 images \(4, 1, 8, 8\)"):
@@ -115,8 +117,42 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, spec):
                        ("torch.pt", lambda p: torch.save({"fc.weight": Trap(left)}, p))):  # fmt: skip
         save(tmp_path / name)
         with pytest.raises(UserError, match=rf"{name}: not "):
-            make_detector(spec.format(tmp_path / name), ONE)
+            make_detector(spec.format(tmp_path / name), ONE, allow_scripts=True)
         assert not left.exists()
+
+
+class Writer(torch.nn.Module):
+    """Overwrites a file when it is called, by an operation that TorchScript has for mapping one into memory."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = str(path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        written = torch.from_file(self.path, shared=True, size=4, dtype=torch.float32).fill_(0.0)
+        return x.float().flatten(1) + written[0]
+
+
+def test_a_script_is_not_run_unless_it_is_allowed(tmp_path, caplog):
+    target = tmp_path / "precious"
+    target.write_bytes(b"\1" * 16)
+    torch.jit.script(Writer(target)).save(str(tmp_path / "writer.pt"))
+    with pytest.raises(UserError, match=r"writer\.pt: .* a program .* can write files; use .* or pass --allow-scripts"):
+        make_detector(str(tmp_path / "writer.pt"), ONE)
+    assert target.read_bytes() == b"\1" * 16
+    assert not caplog.text
+    make_detector(str(tmp_path / "writer.pt"), ONE, allow_scripts=True)(images())
+    assert target.read_bytes() == b"\0" * 16, "a script has become harmless: --allow-scripts can go"
+    assert "writer.pt: a script is a program" in caplog.text
+
+
+@pytest.mark.parametrize("given", [["--detector", "{}", "--metrics", "fd4"], ["--metrics", "fd4:{}"]])
+def test_the_command_line_refuses_scripts_as_well(torchscript, tmp_path, given):
+    archive = write_archive(tmp_path / "a.zip", 12)
+    words = ["metrics", "calc", "--images", archive, "--ref", archive, *(word.format(torchscript) for word in given)]
+    for more, error in ((["--allow-scripts"], type(None)), ([], UserError)):
+        result = CliRunner().invoke(cli, [*map(str, words), *more])
+        assert isinstance(result.exception, error), result.output
 
 
 def test_files_that_are_no_detectors_are_named(tmp_path, inception_weights):
@@ -126,7 +162,7 @@ def test_files_that_are_no_detectors_are_named(tmp_path, inception_weights):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message) as caught:
-            make_detector(str(tmp_path / name), ONE)
+            make_detector(str(tmp_path / name), ONE, allow_scripts=True)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file; known: inception, pixels"):
         make_detector("vgg", ONE)
@@ -145,4 +181,4 @@ def test_features_that_are_not_finite_are_an_error(tmp_path):
 
     torch.jit.script(Broken()).save(str(tmp_path / "broken.pt"))
     with pytest.raises(UserError, match="features of an image are not finite"):
-        make_detector(str(tmp_path / "broken.pt"), ONE)(images())
+        make_detector(str(tmp_path / "broken.pt"), ONE, allow_scripts=True)(images())

@@ -44,7 +44,7 @@ def fake(tmp_path_factory):
 
 def numbers(fake, real, names, detector, batch=64):
     images = open_images(fake)
-    suite = Suite(names, real, images.shape, ONE, detector=str(detector), batch=batch)
+    suite = Suite(names, real, images.shape, ONE, detector=str(detector), batch=batch, allow_scripts=True)
     return {record["metric"].split(":")[0]: record["results"] for record in evaluate_images(suite, images, batch=batch)}
 
 
@@ -92,7 +92,7 @@ def test_unknown_names_are_answered_with_the_known(text):
 
 
 def test_numbers_are_those_of_the_functions_on_all_features(fake, real, torchscript):
-    detector = make_detector(str(torchscript), ONE)
+    detector = make_detector(str(torchscript), ONE, allow_scripts=True)
     x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
     found = numbers(fake, real, ["fd60_full", "kd60_full", "fd40"], torchscript)
     chosen = choose(60, 60)
@@ -117,7 +117,7 @@ def test_the_bias_is_stated_only_where_the_images_suffice_for_an_estimate(tmp_pa
 
 def test_precision_and_recall_use_the_neighbours_of_the_name(real, tmp_path, torchscript):
     fake = write_archive(tmp_path / "fake.zip", 1000, side=16, classes=2)
-    detector = make_detector(str(torchscript), ONE)
+    detector = make_detector(str(torchscript), ONE, allow_scripts=True)
     x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
     found = numbers(fake, real, ["pr1k3_full", "pr1k5_full"], torchscript)
     for k in (3, 5):
@@ -153,7 +153,7 @@ def test_two_processes_and_uneven_shards_change_nothing(fake, real, torchscript,
     for processes, batch in ((1, 7), (2, 7), (2, 64)):
         done = command(
             "metrics", "calc", "--images", fake, "--ref", real, "--metrics", "fd60_full,kd60_full,fd40",
-            "--detector", torchscript, "--batch", batch, processes=processes,
+            "--detector", torchscript, "--allow-scripts", "--batch", batch, processes=processes,
             DIFFIT_CACHE=str(tmp_path / f"{processes}-{batch}"),
         )  # fmt: skip
         records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -236,7 +236,7 @@ def complete(images):
 def stand_in(monkeypatch, extract):
     """A detector that goes by the name of FID's."""
     detector = Detector("inception", "a key", extract, ONE.device)
-    monkeypatch.setattr("diffit.metrics.suite.make_detector", lambda spec, procs: detector)
+    monkeypatch.setattr("diffit.metrics.suite.make_detector", lambda spec, procs, allow_scripts: detector)
     return detector
 
 
@@ -375,10 +375,10 @@ def test_only_the_adm_suite_has_two_precisions():
 
 def test_the_seed_chooses_the_subset_of_images(fake, real, torchscript):
     images = open_images(fake)
-    suite = Suite(["fd20_full"], real, images.shape, ONE, detector=str(torchscript))
+    suite = Suite(["fd20_full"], real, images.shape, ONE, detector=str(torchscript), allow_scripts=True)
     values = [evaluate_images(suite, images, seed=seed)[0]["results"]["fd"] for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
-    detector = make_detector(str(torchscript), ONE)
+    detector = make_detector(str(torchscript), ONE, allow_scripts=True)
     x, y = (detector(ImageArchive(path).load_all())["pool"] for path in (fake, real))
     expected = frechet_distance(*moments(x[choose(60, 20, seed=1)]), *moments(y))
     assert_close(values[2], expected, rtol=1e-8, atol=0)
@@ -419,4 +419,4 @@ def test_mistakes_are_one_line_each_and_said_first(fake, real, tmp_path, torchsc
 
 def numbers_of(images, ref, names, detector):
     opened = open_images(images)
-    evaluate_images(Suite(names, ref, opened.shape, ONE, detector=str(detector)), opened)
+    evaluate_images(Suite(names, ref, opened.shape, ONE, detector=str(detector), allow_scripts=True), opened)

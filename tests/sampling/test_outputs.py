@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from diffit.models.latent import LatentDiffiT
 from diffit.sampling import Model, NpzFile, PngFolder
 from diffit.sampling.outputs import fingerprint
 from diffit.utils.distributed import Processes
+from diffit.utils.files import whole_file
 from diffit.utils.images import to_uint8
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -100,6 +103,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_files(tmp_path, how):
     write(tmp_path / "whole", net, config, **how)
     stopped = write(tmp_path / "parts", net, config, stop_at=2 * CALLS + 2, **how)
     assert stopped == 4
+    assert not (tmp_path / "parts/.lock").exists()
     assert not (tmp_path / "parts/dataset.json").exists()
     assert not (tmp_path / "parts/samples_7x8x8x3.npz").exists()
     assert write(tmp_path / "parts", net, config, **how) == 3
@@ -110,6 +114,45 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_files(tmp_path, how):
         assert all((whole[key] == parts[key]).all() for key in ("arr_0", "arr_1"))
     else:
         assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("npz", [False, True])
+def test_of_two_at_once_the_second_is_told_and_the_first_ends_as_if_alone(tmp_path, npz, monkeypatch):
+    monkeypatch.setattr("diffit.utils.locks.HEARTBEAT", 0.1)
+    net, config = tiny()
+    write(tmp_path / "alone", net, config, npz=npz)
+    second = ImageDiffiT.from_config(config.model).eval()
+    told = []
+
+    def start_another(*_):
+        if not told:
+            with pytest.raises(UserError) as caught:
+                save(tmp_path / "both", second, config, SEEDS, npz=npz)
+            told.append(str(caught.value))
+
+    net.register_forward_pre_hook(start_another)
+    write(tmp_path / "both", net, config, npz=npz)
+    assert f"both: in use by process {os.getpid()} on " in told[0]
+    assert told[0].endswith("wait for it, or use another --outdir")
+    assert content(tmp_path / "both").keys() == content(tmp_path / "alone").keys()
+    if npz:
+        assert (arrays(tmp_path / "both")["arr_0"] == arrays(tmp_path / "alone")["arr_0"]).all()
+    else:
+        assert content(tmp_path / "both") == content(tmp_path / "alone")
+
+
+def test_what_a_killed_command_left_half_written_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with whole_file(tmp_path / "000004.png") as part:
+        name = part.name.replace(str(os.getpid()), str(dead.pid))
+    (tmp_path / "000004.png").unlink()
+    for folder in (tmp_path, tmp_path / "000000"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"half")
+    net, config = tiny()
+    write(tmp_path, net, config, subdirs=True)
+    assert not [found for found in content(tmp_path) if name in found]
 
 
 def test_a_finished_folder_is_not_drawn_again(tmp_path):

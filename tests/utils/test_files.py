@@ -4,12 +4,16 @@ import contextlib
 import errno
 import itertools
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from diffit.errors import UserError
-from diffit.utils.files import disk_errors, whole_file, whole_folder
+from diffit.utils.files import disk_errors, sweep, whole_file, whole_folder
 
 both = pytest.mark.parametrize("whole", [whole_file, whole_folder])
 
@@ -99,7 +103,7 @@ def test_a_failure_at_the_last_moment_leaves_the_old(whole, call, tmp_path, monk
             real(*arguments)
 
         monkeypatch.setattr(os, call, fail)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(UserError):
             write(whole, tmp_path / "thing", "new")
         monkeypatch.undo()
         if next(count) > nth:  # the one that was to fail was made
@@ -139,10 +143,20 @@ def test_what_a_user_can_mend_is_said(code, said, tmp_path):
         raise OSError(code, os.strerror(code))
 
 
-def test_other_errors_of_the_disk_pass_unchanged(tmp_path):
-    with pytest.raises(OSError, match="broken") as caught, disk_errors(tmp_path):
-        raise OSError(errno.EIO, "broken")
-    assert caught.value.errno == errno.EIO
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(ConnectionError), disk_errors(tmp_path):
+        raise ConnectionResetError(errno.ECONNRESET, "of the network")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_failing_disk_is_said_with_the_place(named, tmp_path):
+    error = OSError(errno.EIO, "Input/output error", *([str(tmp_path / "inner")] if named else []))
+    place = tmp_path / ("inner" if named else "thing")
+    with (
+        pytest.raises(UserError, match=rf"^{place}: the disk cannot be read or written"),
+        disk_errors(tmp_path / "thing"),
+    ):
+        raise error
 
 
 @both
@@ -211,3 +225,52 @@ def test_what_a_killed_process_left_does_not_stop_the_next_of_its_number(tmp_pat
         patch.setattr("shutil.rmtree", killed)  # from here on nothing is cleaned away
     write(whole_folder, tmp_path / "thing", "new")
     assert content(tmp_path) == dict.fromkeys(names, "new")
+
+
+def dead_process() -> int:
+    """The number of one that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+@both
+def test_what_dead_processes_left_is_swept_and_that_of_living_ones_stays(whole, tmp_path):
+    (tmp_path / ".notes.part").write_text("of the user")
+    with whole(tmp_path / "dead") as part:
+        left = part.with_name(part.name.replace(f".{os.getpid()}-", f".{dead_process()}-"))
+    with whole(left):
+        pass
+    with whole(tmp_path / "living") as ours:
+        sweep(tmp_path)
+        assert set(tmp_path.iterdir()) == {tmp_path / ".notes.part", tmp_path / "dead", ours}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["replaced", "not replaced"])
+def test_a_folder_that_was_on_its_way_out_comes_back_unless_the_new_one_is_there(whole, tmp_path):
+    with whole_folder(tmp_path / "thing") as part:
+        machine = part.name.split("-")[-1].removesuffix(".part")
+        fill(part, "new")
+    old = tmp_path / f".thing.{dead_process()}-{machine}.old"
+    if not whole:
+        (tmp_path / "thing").rename(old)
+    else:
+        shutil.copytree(tmp_path / "thing", old)
+    sweep(tmp_path)
+    assert content(tmp_path) == {"thing/flat.txt": "new", "thing/inner/deep.txt": "new"}
+
+
+def test_of_two_processes_of_one_number_the_earlier_is_dead(tmp_path, monkeypatch):
+    with whole_file(tmp_path / "thing") as part:
+        for age, there in ((-1, True), (3600, False)):  # seconds from when the file was made to when we began
+            monkeypatch.setattr(psutil.Process, "create_time", lambda self, age=age: part.stat().st_ctime + age)
+            sweep(tmp_path)
+            assert part.exists() == there
+        part.touch()
+
+
+def test_the_files_of_another_host_are_left_alone(tmp_path):
+    path = tmp_path / f".thing.{dead_process()}-00000000.part"
+    path.touch()
+    sweep(tmp_path)
+    assert path.exists()

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from diffit.data.latents import Header, LatentArchive, is_latents, scale_warning
 from diffit.data.transforms import TRANSFORMS
 from diffit.models.autoencoder import SCALE
 from diffit.utils.images import save_grid
+from diffit.utils.locks import exclusive
 from diffit.utils.progress import progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,7 +75,7 @@ def convert(source: Path, dest: Path, resolution: tuple[int, int] | None, **opti
     """
     started = time.monotonic()
     size = resolution and (resolution[1], resolution[0])
-    with progress("converting") as show:
+    with exclusive(dest, "use another --dest", beside=True), progress("converting") as show:
         report = convert_source(source, dest, progress=show, resolution=size, **options)
     _print_conversion(source, report)
     _line("wrote", f"{dest} in {time.monotonic() - started:.1f} s")
@@ -125,7 +127,11 @@ def encode(source: Path, dest: Path, vae: str, scale: float, tiling: bool, **opt
 
     with processes() as procs:
         autoencoder = load_autoencoder(vae, scale=scale, device=procs.device, tiling=tiling)
-        with progress("encoding", quiet=not procs.is_first, lines=True) as show:
+        with ExitStack() as held:
+            with procs.together():
+                if procs.is_first:
+                    held.enter_context(exclusive(dest, "use another --dest", beside=True))
+            show = held.enter_context(progress("encoding", quiet=not procs.is_first, lines=True))
             header = encode_archive(source, dest, autoencoder, procs=procs, progress=show, **options)
         if procs.is_first:
             _print_latents(header)

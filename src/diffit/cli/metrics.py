@@ -23,7 +23,11 @@ BATCH = click.option(
 VAE = click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]")
 DETECTOR = click.option(
     "--detector", metavar="NAME|FILE", default="inception", show_default=True,
-    help="Features: inception, pixels, or a file (TorchScript, or of `train-detector`).",
+    help="Features: inception, pixels, or a file of `train-detector`.",
+)  # fmt: skip
+SCRIPTS = click.option(
+    "--allow-scripts", is_flag=True,
+    help="Let --detector be TorchScript too: a program, which runs with your rights and can write files.",
 )  # fmt: skip
 
 
@@ -43,6 +47,7 @@ CALC: Options = {
                  help="fid50k_full, kid50k_full, is50k, pr50k3_full, adm50k (adm50k_fp64: exact distances); any number "
                  "for 50k (pr1500_3_full); joined by commas."),
     DETECTOR,
+    SCRIPTS,
     click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True,
                  help="Evaluate so many times with new seeds: the best, and minimum, mean and standard deviation."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
@@ -94,13 +99,18 @@ def require_one(options: dict[str, Any]) -> None:
         raise UserError(f"{', '.join(given)} with --images: they exist already; leave it out, or use --network")
 
 
+def detection(options: dict[str, Any]) -> dict[str, Any]:
+    """What a suite is told of the detectors."""
+    return {name: options[name] for name in ("detector", "allow_scripts", "batch")}
+
+
 def evaluate_folder(options: dict[str, Any], procs: "Processes") -> list[dict[str, Any]]:
     from diffit.metrics.evaluate import evaluate_images
     from diffit.metrics.images import open_images
     from diffit.metrics.suite import Suite
 
     batch, images = options["batch"], open_images(options["images"])
-    suite = Suite(options["names"], options["ref"], images.shape, procs, detector=options["detector"], batch=batch)
+    suite = Suite(options["names"], options["ref"], images.shape, procs, **detection(options))
     return evaluate_images(suite, images, seed=options["seed"], batch=batch, progress=True)
 
 
@@ -115,7 +125,7 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
     model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
     model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
     shape = model.config.image_shape
-    suite = Suite(options["names"], options["ref"], shape, procs, detector=options["detector"], batch=batch)
+    suite = Suite(options["names"], options["ref"], shape, procs, **detection(options))
     digest = state_hash(load_network(network)[0].state_dict())  # of the file, whatever the precision
     facts = {"network": Path(network).name, "weights_sha256": digest}
     labels = labels_of(options["ref"], model.config.model.num_classes)
@@ -154,16 +164,19 @@ def report(records: list[dict[str, Any]]) -> None:
 @click.option("--data", type=FILE, required=True, help="Image archive.")
 @click.option("--dest", type=FILE, required=True, help="NAME.npz to write.")
 @DETECTOR
+@SCRIPTS
 @BATCH
-def ref(data: Path, dest: Path, detector: str, batch: int) -> None:
+def ref(data: Path, dest: Path, detector: str, allow_scripts: bool, batch: int) -> None:
     """Write the statistics of an archive: mu, sigma, and for Inception mu_s, sigma_s."""
+    from diffit.metrics.detectors import make_detector
     from diffit.metrics.reference import write_statistics
     from diffit.utils.distributed import processes
 
     if dest.suffix != ".npz":
         raise UserError(f"--dest {dest}: statistics go into a file NAME.npz")
     with processes() as procs:
-        text = write_statistics(data, dest, detector, procs, batch=batch, progress=True)
+        found = make_detector(detector, procs, allow_scripts=allow_scripts)
+        text = write_statistics(data, dest, found, procs, batch=batch, progress=True)
         if procs.is_first:
             click.echo(text)
 
@@ -228,6 +241,7 @@ COPIES = [
     click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, help="Samples to look at."),
     VAE,
     DETECTOR,
+    SCRIPTS,
     BATCH,
 ]  # fmt: skip
 
@@ -250,7 +264,7 @@ def copies(**options: Any) -> None:
     with processes() as procs:
         if procs.count > 1:
             raise UserError("copies runs in one process; start it without torchrun")
-        detector = make_detector(options["detector"], procs)
+        detector = make_detector(options["detector"], procs, allow_scripts=options["allow_scripts"])
         if options["images"] is not None:
             samples = some_of(open_images(options["images"]), options["count"])
         else:

@@ -5,6 +5,7 @@ number is not read as an FID.
 """
 
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from diffit.metrics.classifier import load_classifier
 from diffit.metrics.inception import SHA256, find_weights, load_inception
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
+
+logger = logging.getLogger(__name__)
 
 OFFICIAL = "inception"
 PIXELS_LIMIT = 4096  # dimensions: 128 MiB of covariance, and its eigenvalues in a minute
@@ -53,11 +56,12 @@ class Detector:
         return outputs
 
 
-def make_detector(spec: str, procs: Processes) -> Detector:
+def make_detector(spec: str, procs: Processes, *, allow_scripts: bool = False) -> Detector:
     """The detector that ``spec`` names: ``inception``, ``inception:PATH``, ``pixels``, or a file.
 
-    A file is TorchScript, a function of uint8 (B, C, H, W) to (B, d), or what ``diffit metrics train-detector`` wrote.
-    All processes call this together. Raises UserError before any work where it is missing or of another kind.
+    A file is what ``diffit metrics train-detector`` wrote or, with ``allow_scripts``, TorchScript: a function of uint8
+    (B, C, H, W) to (B, d), and a program. All processes call this together. Raises UserError before any work where it
+    is missing or of another kind.
     """
     device = procs.device
     if spec == OFFICIAL:
@@ -71,8 +75,8 @@ def make_detector(spec: str, procs: Processes) -> Detector:
     path = Path(spec.removeprefix(f"{OFFICIAL}:"))
     if not path.is_file():
         raise UserError(
-            f"detector {spec!r}: no such file; known: inception, pixels, inception:WEIGHTS.pth, a TorchScript "
-            "file (.pt) or one of `diffit metrics train-detector` (.safetensors)"
+            f"detector {spec!r}: no such file; known: inception, pixels, inception:WEIGHTS.pth, a file of "
+            "`diffit metrics train-detector` (.safetensors) or, with --allow-scripts, TorchScript (.pt)"
         )
     key = sha256_of(path)
     if spec.startswith(f"{OFFICIAL}:"):
@@ -81,6 +85,13 @@ def make_detector(spec: str, procs: Processes) -> Detector:
     name = f"{path.stem}-{key[:8]}"
     if path.suffix == ".safetensors":
         return Detector(name, key, load_classifier(path, device), device)
+    if not allow_scripts:
+        raise UserError(
+            f"{path}: would be loaded as TorchScript, a program that runs with your rights and can write files; use "
+            "inception, pixels or a file of `diffit metrics train-detector`, or pass --allow-scripts if you trust it"
+        )
+    if procs.is_first:
+        logger.warning("%s: a script is a program, and runs with your rights", path)
     return Detector(name, key, load_torchscript(path, device), device)
 
 
@@ -96,7 +107,7 @@ def pixels(images: Tensor) -> dict[str, Tensor]:
 
 
 def load_torchscript(path: Path, device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A compiled network: its operations are torch's, and no Python is in it."""
+    """A compiled network. No Python is in it, but operations that open and write files can be, even while it loads."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

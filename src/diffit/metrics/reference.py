@@ -15,7 +15,7 @@ import torch
 
 from diffit import __version__
 from diffit.errors import UserError
-from diffit.metrics.detectors import Detector, make_detector
+from diffit.metrics.detectors import Detector
 from diffit.metrics.features import Need, gather
 from diffit.metrics.frechet import FID, Gaussian
 from diffit.metrics.images import Images, NpzImages, choose, open_images, stream
@@ -198,17 +198,16 @@ def write_reference(path: Path, reference: Reference, found: Mapping[str, Gaussi
 
 
 def write_statistics(
-    data: Path, dest: Path, detector: str, procs: Processes, *, batch: int = 64, progress: bool = False
+    data: Path, dest: Path, detector: Detector, procs: Processes, *, batch: int = 64, progress: bool = False
 ) -> str:
     """The statistics of all images of ``data`` as a file; returns what was done. All processes call this together."""
     images = open_images(data)
     if len(images) < 2:
         raise UserError(f"{data}: {len(images)} image has no covariance; use two or more")
-    found = make_detector(detector, procs)
-    reference = Reference(images.name, found, images, images.fingerprint)
-    metrics = [FID(len(images), full=True), *([FID(len(images), full=True, output="spatial")] * found.official)]
+    reference = Reference(images.name, detector, images, images.fingerprint)
+    metrics = [FID(len(images), full=True), *([FID(len(images), full=True, output="spatial")] * detector.official)]
     needs = [metric.real_need for metric in metrics]
     held = reference.get(needs, procs, batch=batch, progress=progress)
     if procs.is_first:
         write_reference(dest, reference, {need.output: held[need] for need in needs})
-    return f"{dest}: statistics of {len(images)} images, detector {found.name}"
+    return f"{dest}: statistics of {len(images)} images, detector {detector.name}"

@@ -67,13 +67,18 @@ class Suite:
         *,
         detector: str | None = None,
         batch: int = 64,
+        allow_scripts: bool = False,
     ) -> None:
-        """``shape`` (C, H, W) is that of the images to come. All processes call this together."""
+        """``shape`` (C, H, W) is that of the images to come, ``allow_scripts`` goes to :func:`make_detector`.
+
+        All processes call this together.
+        """
         self.procs, self.batch = procs, batch
         self.metrics = parse_metrics(names, detector)
         if not self.metrics:
             raise UserError(f"no metric is named; known are, with any number: {EXAMPLES}")
-        self.detectors = {spec: make_detector(spec, procs) for spec in dict.fromkeys(m.spec for m in self.metrics)}
+        specs = dict.fromkeys(metric.spec for metric in self.metrics)
+        self.detectors = {spec: make_detector(spec, procs, allow_scripts=allow_scripts) for spec in specs}
         self.references: dict[str, Reference] = {}
         for metric in self.metrics:
             found = self.detectors[metric.spec]

@@ -188,15 +188,16 @@ class Model:
         classes = choose_labels(self.config, seeds, labels)
         vae = None if self.autoencoder is None else self.autoencoder.sha256
         job = Job(seeds, classes, self.net, self.config, {"network": source, "precision": self.precision, "vae": vae})
-        output.begin(job, procs)
-        for start, images in self.generate(seeds, classes, procs=procs, batch=batch, progress=True, done=output.done):
-            output.write(start, images)
-        procs.barrier()
-        if not procs.is_first:
-            return output.outdir
-        if grid is not None:
-            save_grid(output.read(grid[0] * grid[1]), beside(output.outdir, "grid"), grid)
-        return output.finish((self.config.model.num_classes and class_names(self.config)) or None)
+        with output.begin(job, procs):
+            parts = self.generate(seeds, classes, procs=procs, batch=batch, progress=True, done=output.done)
+            for start, images in parts:
+                output.write(start, images)
+            procs.barrier()
+            if not procs.is_first:
+                return output.outdir
+            if grid is not None:
+                save_grid(output.read(grid[0] * grid[1]), beside(output.outdir, "grid"), grid)
+            return output.finish((self.config.model.num_classes and class_names(self.config)) or None)
 
     def save_class_grid(
         self, outdir: Path, seeds: Sequence[int], classes: Sequence[int], *, procs: Processes, batch: int = 64

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,9 @@ from torch import Tensor
 from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
-from diffit.utils.files import disk_errors, whole_file
+from diffit.utils.files import disk_errors, sweep, whole_file
 from diffit.utils.images import to_pil
+from diffit.utils.locks import exclusive
 
 RECORD = "samples.json"
 
@@ -60,11 +62,14 @@ def fingerprint(net: torch.nn.Module) -> str:
 
 
 class Output(Protocol):
-    """Takes the images of a job in any order; what an interrupted one has finished is ``done`` the next time."""
+    """Takes the images of a job in any order; what an interrupted one has finished is ``done`` the next time.
+
+    The other methods are called in the context of ``begin``, which keeps other commands out of ``outdir``.
+    """
 
     outdir: Path
 
-    def begin(self, job: Job, procs: Processes) -> None: ...
+    def begin(self, job: Job, procs: Processes) -> AbstractContextManager[None]: ...
     def done(self, part: slice) -> bool: ...
     def write(self, start: int, images: Tensor) -> None: ...
     def read(self, count: int) -> Tensor: ...
@@ -100,6 +105,23 @@ def continues(outdir: Path, record: dict[str, Any]) -> bool:
     )
 
 
+@contextmanager
+def own_folder(outdir: Path, procs: Processes) -> Iterator[None]:
+    """Make ``outdir`` and keep other commands out of it; what a dead one left half written is removed.
+
+    The processes of a job are one command: the first holds the lock, and the others must not write before it does.
+    """
+    with ExitStack() as held:
+        with procs.together():
+            if procs.is_first:
+                with disk_errors(outdir):
+                    outdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive(outdir, "use another --outdir"))
+                for folder in (outdir, *outdir.glob("[0-9]" * 6)):  # of --subdirs
+                    sweep(folder)
+        yield
+
+
 def write_record(outdir: Path, record: dict[str, Any]) -> None:
     with whole_file(outdir / RECORD) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
@@ -116,16 +138,17 @@ class PngFolder:
         self.seeds: Sequence[int] = ()
         self.labels: Tensor | None = None
 
-    def begin(self, job: Job, procs: Processes) -> None:
+    @contextmanager
+    def begin(self, job: Job, procs: Processes) -> Iterator[None]:
         self.seeds, self.labels = job.seeds, job.labels
-        with procs.together():
-            if procs.is_first:
-                with disk_errors(self.outdir):
-                    self.outdir.mkdir(parents=True, exist_ok=True)
+        with own_folder(self.outdir, procs):
+            with procs.together():
+                if procs.is_first:
                     record = job.record(format="png", subdirs=self.subdirs)
                     if not continues(self.outdir, record):
                         write_record(self.outdir, record)
-        procs.barrier()
+            procs.barrier()
+            yield
 
     def name(self, seed: int) -> str:
         return f"{seed - seed % 1000:06d}/{seed:06d}.png" if self.subdirs else f"{seed:06d}.png"
@@ -177,27 +200,32 @@ class NpzFile:
         self.labels: Tensor | None = None
         self.complete = False
 
-    def begin(self, job: Job, procs: Processes) -> None:
+    @contextmanager
+    def begin(self, job: Job, procs: Processes) -> Iterator[None]:
         channels, height, width = job.config.image_shape
         self.shape = (len(job.seeds), height, width, channels)
         self.labels = job.labels
         self.path = self.outdir / f"samples_{'x'.join(map(str, self.shape))}.npz"
         self.rows = self.outdir / f".{self.path.name}.rows"
         self.marks = self.outdir / f".{self.path.name}.marks"
-        with procs.together():
-            if procs.is_first:
-                with disk_errors(self.path):
-                    self.outdir.mkdir(parents=True, exist_ok=True)
-                    record = job.record(format="npz")
-                    same = continues(self.outdir, record)
-                    self.complete = same and self.path.is_file()
-                    if not self.complete and not (same and self.rows.exists() and self.marks.exists()):
-                        self.allocate()
-                        write_record(self.outdir, record)
-        self.complete = bool(procs.broadcast(self.complete))
-        if not self.complete:
-            self.array = np.lib.format.open_memmap(self.rows, "r+")
-            self.finished = np.lib.format.open_memmap(self.marks, "r+")
+        with own_folder(self.outdir, procs):
+            with procs.together():
+                if procs.is_first:
+                    self.resume(job.record(format="npz"))
+            self.complete = bool(procs.broadcast(self.complete))
+            if not self.complete:
+                self.array = np.lib.format.open_memmap(self.rows, "r+")
+                self.finished = np.lib.format.open_memmap(self.marks, "r+")
+            yield
+
+    def resume(self, record: dict[str, Any]) -> None:
+        """Find what an interrupted run left of the same, or begin."""
+        with disk_errors(self.path):
+            same = continues(self.outdir, record)
+            self.complete = same and self.path.is_file()
+            if not self.complete and not (same and self.rows.exists() and self.marks.exists()):
+                self.allocate()
+                write_record(self.outdir, record)
 
     def allocate(self) -> None:
         self.marks.unlink(missing_ok=True)

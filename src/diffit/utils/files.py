@@ -1,14 +1,20 @@
 """Files and folders that are on disk whole or not at all."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from diffit.errors import UserError
 
@@ -21,14 +27,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def _machine() -> str:
+    """Eight digits for where a process number means something: this host and, of its containers, this one."""
+    try:
+        container = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        container = 0
+    return f"{zlib.crc32(f'{socket.gethostname()} {container}'.encode()):08x}"
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A name next to ``path`` that says whose it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.{kind}")
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing right into a :class:`UserError` that names the place."""
+    """Turn a full or failing disk, or a missing right, into a :class:`UserError` that names the place."""
     try:
         yield
     except OSError as error:
@@ -43,6 +59,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: a file stands where a folder is needed; choose another place") from error
         if error.errno == errno.EISDIR:
             raise UserError(f"{path}: a folder stands where a file is to go; choose another place") from error
+        if error.errno == errno.EIO:
+            raise UserError(f"{error.filename or path}: the disk cannot be read or written; check it") from error
         raise
 
 
@@ -54,7 +72,7 @@ def whole_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     with disk_errors(path):
-        part = _beside(path)
+        part = _beside(path, "part")
         try:
             part.touch()
             mode = part.stat().st_mode  # that of ordinary files here; safetensors' would be for their owner alone
@@ -76,7 +94,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        part = _beside(path)
+        part = _beside(path, "part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
@@ -105,7 +123,7 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _beside(path, "old")
     shutil.rmtree(old, ignore_errors=True)  # of a killed process that had the same number
     os.rename(path, old)
     try:
@@ -114,6 +132,38 @@ def _swap(new: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     shutil.rmtree(old)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead processes of this host left half written in ``folder``, next to the files of living ones.
+
+    An older folder whose replacement did not come gets its name back.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"\.(.+)\.(\d{1,9})-([0-9a-f]{8})\.(part|old)", path.name)
+        if match is None or match[3] != _machine() or _has_writer(path, int(match[2])):
+            continue
+        with contextlib.suppress(OSError):  # it is in nobody's way
+            target = path.with_name(match[1])
+            if match[4] == "old" and not target.exists():
+                path.rename(target)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _has_writer(path: Path, pid: int) -> bool:
+    """Whether the process that made ``path`` lives: one that began later only has the same number."""
+    try:
+        process = psutil.Process(pid)
+        # The minute is for a file server whose clock is behind.
+        earlier: bool = process.create_time() < path.stat().st_ctime + 60
+        return earlier and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def sha256_of(path: Path) -> str:
