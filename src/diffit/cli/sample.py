@@ -63,6 +63,7 @@ OPTIONS: Options = {
   "Solver and guidance": SETTINGS,
   "Machine and output": [
     click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]"),
+    click.option("--no-verify", is_flag=True, help="Use a network file that is not as its checksum says."),
     click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images sampled together."),
     click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
                  help="Of the network's arithmetic; auto is bf16 on a GPU that has it, else fp32."),
@@ -96,10 +97,22 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
     own = ("seeds", "num_samples", "classes", "policy", "class_grid", "grid", "vae", "batch", "precision", "compile",
-           "format_", "subdirs")  # fmt: skip
-    seeds, num_samples, classes, policy, class_grid, grid, vae, batch, precision, compile, format_, subdirs = (
-        options.pop(name) for name in own
-    )
+           "format_", "subdirs", "no_verify")  # fmt: skip
+    (
+        seeds,
+        num_samples,
+        classes,
+        policy,
+        class_grid,
+        grid,
+        vae,
+        batch,
+        precision,
+        compile,
+        format_,
+        subdirs,
+        no_verify,
+    ) = (options.pop(name) for name in own)
     chosen = choose_seeds(seeds, num_samples)
     if class_grid and (grid is not None or format_ == "npz"):
         other = "--grid" if grid is not None else "--format npz"
@@ -109,7 +122,8 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     from diffit.utils.distributed import processes
 
     with processes() as procs:
-        model = load(network, device=procs.device, precision=precision, vae=vae).with_sampling(**options)
+        model = load(network, device=procs.device, precision=precision, vae=vae, verify=not no_verify)
+        model = model.with_sampling(**options)
         indices = [] if classes is None else find_classes(classes, model.config, "--class")
         if compile:
             model.net.compile()
