@@ -348,15 +348,15 @@ def test_a_name_that_is_let_through_stays_below_its_folder(raw):
 
 def test_the_content_hash_follows_pixels_names_labels_and_order_alone(tmp_path):
     files = edm_files()
-    zipped = ImageArchive(write_zip(tmp_path / "a.zip", files), cond=True).content_hash()
+    zipped = ImageArchive(write_zip(tmp_path / "a.zip", files), cond=True).hash_files()
     packed = write_zip(tmp_path / "b.zip", files | {"notes.txt": b"x"}, zipfile.ZIP_DEFLATED)
-    assert ImageArchive(packed, cond=True).content_hash() == zipped
-    assert ImageArchive(write_folder(tmp_path / "c", files), cond=True).content_hash() == zipped
+    assert ImageArchive(packed, cond=True).hash_files() == zipped
+    assert ImageArchive(write_folder(tmp_path / "c", files), cond=True).hash_files() == zipped
     swapped = files | {NAMES[0]: files[NAMES[1]], NAMES[1]: files[NAMES[0]]}
     relabelled = edm_files([[name, 0] for name in NAMES])
     fewer = edm_files(count=4)
     others = [
-        ImageArchive(write_zip(tmp_path / f"{i}.zip", other), cond=True).content_hash()
+        ImageArchive(write_zip(tmp_path / f"{i}.zip", other), cond=True).hash_files()
         for i, other in enumerate((swapped, relabelled, fewer))
     ]
     assert len({zipped, *others}) == 4

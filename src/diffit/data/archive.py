@@ -1,13 +1,15 @@
 """Image archives: a folder or zip of images with an optional ``dataset.json``, in the StyleGAN/EDM layout.
 
-``dataset.json`` is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [...]}``.
+``dataset.json`` is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [...]}``. What
+:mod:`diffit.data.convert` writes also has the sums of its files, see :mod:`diffit.data.sums`.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,8 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         self.path = self._files.path
         self.name = self.path.resolve().stem if self._files.is_zip else self.path.resolve().name
         names = require_images(self._files)
+        for problem in self._files.altered(META):
+            raise UserError(problem)
         table, self.class_names = read_labels(self._files)
         self.has_labels = table is not None and all(name in table for name in names)
         if cond:
@@ -162,13 +166,21 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
             )
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
-    def content_hash(self, workers: int = 0) -> str:
+    @cached_property
+    def content_hash(self) -> str:
         """SHA-256 over the names, sizes and CRC-32s of the images, and the labels where ``cond`` loaded them.
 
-        A folder and a zip of the same files have the same. Of a zip only the directory is read.
+        No image is read for it: the CRC-32s are those of a zip's directory or of ``dataset.sfv``, and of a folder
+        without one only names and sizes count. A folder and a zip that ``convert`` wrote of the same have the same.
         """
+        return self._hash(map(partial(self._files.checksum, read=False), self.file_names))
+
+    def hash_files(self, workers: int = 0) -> str:
+        """The same, but the CRC-32s that are recorded nowhere are those of the files, which are read for it."""
+        return self._hash(map_ordered(self._files.checksum, self.file_names, 1 if self._files.is_zip else workers))
+
+    def _hash(self, sums: Iterable[tuple[int, int | None]]) -> str:
         labels = [None] * len(self) if self.labels is None else self.labels.tolist()
-        sums = map_ordered(self._files.checksum, self.file_names, 1 if self._files.is_zip else workers)
         digest = hashlib.sha256()
         for row in zip(self.file_names, sums, labels, strict=True):
             digest.update(json.dumps(row).encode() + b"\n")

@@ -64,7 +64,7 @@ def check(
     """
     files = FileTree(path)
     names = require_images(files)
-    report = CheckReport(files.path, files.num_bytes(), count=len(names))
+    report = CheckReport(files.path, files.num_bytes(), count=len(names), problems=files.altered(META))
     _check_labels(report, files, cond)
 
     histograms: dict[int, npt.NDArray[np.int64]] = {c: np.zeros((c, 256), np.int64) for c in (1, 3)}

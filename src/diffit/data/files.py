@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from diffit.data.formats import IMAGE_SUFFIXES
+from diffit.data.sums import REMEDY, SUMS, parse_sums
 from diffit.errors import UserError
 
 T = TypeVar("T")
@@ -136,6 +137,9 @@ class FileTree:
         visible = (n for n in names if not any(p.startswith(".") or p == "__MACOSX" for p in n.split("/")))
         self.names = sorted(dict.fromkeys(visible), key=natural_key)
         self.images = [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
+        self.sums: dict[str, int] | None = None
+        if SUMS in self.names:
+            self.sums = parse_sums(self.read(SUMS), f"{path}: {SUMS}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}
@@ -212,18 +216,50 @@ class FileTree:
                 size = os.stat(self._on_disk(name)).st_size
             if size > MAX_FILE_BYTES:
                 raise OSError(f"{size} bytes unpacked, more than the limit of {MAX_FILE_BYTES}")
-            return self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
+            data = self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
+            expected = None if self.is_zip or self.sums is None else self.sums.get(name)
+            if expected is not None and zlib.crc32(data) != expected:
+                raise OSError(f"damaged: its CRC-32 is not that in {SUMS}")
+            return data
         except _READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
 
-    def checksum(self, name: str) -> tuple[int, int]:
-        """(size, CRC-32) of one file: a zip's directory has them, a folder's file is read."""
+    def checksum(self, name: str, *, read: bool = True) -> tuple[int, int | None]:
+        """(size, CRC-32) of one file, as a zip's directory or ``dataset.sfv`` has them.
+
+        Otherwise the file is read for it, or, without ``read``, the second is None.
+        """
         if self.is_zip:
             info = self._zip().getinfo(self._stored.get(name, name))
             return info.file_size, info.CRC
+        if not read or (self.sums and name in self.sums):
+            return os.stat(self._on_disk(name)).st_size, (self.sums or {}).get(name)
         data = self.read(name)
         return len(data), zlib.crc32(data)
+
+    def altered(self, *others: str) -> list[str]:
+        """How the images and ``others`` differ from what ``dataset.sfv`` lists, one line each; nothing without one.
+
+        The bytes of a folder's files are compared when they are read.
+        """
+        if self.sums is None:
+            return []
+        names = set(self.names)
+        known = [name for name in (*self.images, *others) if name in names]
+        kinds = {
+            "listed in it are not there": [name for name in self.sums if name not in names],
+            "are not listed in it": [name for name in known if name not in self.sums],
+        }
+        if self.is_zip:
+            kinds["have another CRC-32"] = [
+                name for name in known if self.checksum(name)[1] != self.sums.get(name, self.checksum(name)[1])
+            ]
+        return [
+            f"{self.path}: of its files and {SUMS}, {len(found)} {what} ({name_some(found)}): {REMEDY}"
+            for what, found in kinds.items()
+            if found
+        ]
 
     def num_bytes(self) -> int:
         """Size on disk."""

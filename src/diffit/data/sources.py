@@ -22,6 +22,7 @@ from PIL import Image
 from diffit.data.archive import META, decoding, open_image, read_labels, require_images
 from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key
 from diffit.data.formats import suffix_of
+from diffit.data.sums import SUMS
 from diffit.errors import UserError, install_hint
 
 Pixels = npt.NDArray[np.uint8]
@@ -130,7 +131,7 @@ def _tree(path: Path, cond: bool, class_order: str) -> Source:
         labels, class_names, notes = labels_from_folders(names, cond, class_order)
         kind = "of class folders" if class_names and None not in labels else "of images"
     images = set(names)
-    ignored = [name for name in files.names if name not in images and name != META]
+    ignored = [name for name in files.names if name not in images and name not in (META, SUMS)]
     kind = f"{'zip' if files.is_zip else 'folder'} {kind}"
     return Source(kind, names, lambda i: files.read(names[i]), labels, class_names, ignored, notes)
 

@@ -44,7 +44,7 @@ class ArchiveImages:
         return len(self.archive)
 
     def fingerprint(self) -> str:
-        return self.archive.content_hash()
+        return self.archive.hash_files()
 
     def rows(self, indices: Sequence[int]) -> Iterator[Tensor]:
         _, height, width = self.shape
