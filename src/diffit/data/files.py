@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from diffit.data.bounds import max_bytes
 from diffit.data.formats import IMAGE_SUFFIXES
 from diffit.data.sums import REMEDY, SUMS, parse_sums
 from diffit.errors import UserError
@@ -22,7 +23,7 @@ from diffit.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-MAX_FILE_BYTES = 1 << 30  # one member of a zip; a small zip can claim to unfold to terabytes
+SUMS_BYTES = 1 << 20, 1 << 10  # of dataset.sfv: in all, and for each file
 ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of any other may be in any encoding
 # Kana, kanji and what goes with them, none of them next to a Latin letter.
 _JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
@@ -139,7 +140,7 @@ class FileTree:
         self.images = [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
         self.sums: dict[str, int] | None = None
         if SUMS in self.names:
-            self.sums = parse_sums(self.read(SUMS), f"{path}: {SUMS}")
+            self.sums = parse_sums(self.read(SUMS, SUMS_BYTES[0] + SUMS_BYTES[1] * len(self.names)), f"{path}: {SUMS}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}
@@ -206,16 +207,19 @@ class FileTree:
                 ) from error
         return self._handle[1]
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises BrokenImageError for a damaged or oversized one."""
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The bytes of one file. Raises BrokenImageError for a damaged one, and above ``limit`` bytes unpacked.
+
+        None is the limit of an image: a small zip can claim to unfold to terabytes.
+        """
         try:
             if self.is_zip:
                 info = self._zip().getinfo(self._stored.get(name, name))
                 size = info.file_size
             else:
                 size = os.stat(self._on_disk(name)).st_size
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"{size} bytes unpacked, more than the limit of {MAX_FILE_BYTES}")
+            if size > (limit := max_bytes() if limit is None else limit):
+                raise OSError(f"{size} bytes unpacked, more than the limit of {limit}")
             data = self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
             expected = None if self.is_zip or self.sums is None else self.sums.get(name)
             if expected is not None and zlib.crc32(data) != expected:

@@ -201,7 +201,7 @@ class LatentArchive:
         for problem in files.altered(META, HEADER):
             raise UserError(problem)
         files.read(HEADER)  # for its sum
-        table, self.class_names = read_labels(files)
+        table, self.class_names = read_labels(files, len(self))
         if table is not None and len(table) != len(self):
             raise UserError(f"{self.path}: {META} has {len(table)} labels for {len(self)} images; encode them again")
         if cond and table is None:
