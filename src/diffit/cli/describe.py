@@ -6,7 +6,7 @@ from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
 from diffit.configs.schema import ADMDiffusion, Config, steps_text
 from diffit.data.open import Archive
-from diffit.errors import UserError
+from diffit.errors import UserError, printable
 from diffit.models import build
 from diffit.models.cost import Work, count_work, estimate
 from diffit.sampling.cost import count_evaluations
@@ -37,7 +37,8 @@ def describe_file(path: str | Path) -> str:
     if kimg is None:
         origin = "not said, as in all files of the official layout; recipe and sampling are the preset's"
     else:
-        origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
+        name = printable(data.path or "data without a name")
+        origin = f"{kimg:,g} of {training.kimg:,g} kimg on {name}, batch {training.batch}"
     lines = [
         f"file        {file} ({file.stat().st_size / 2**20:,.1f} MiB)",
         f"sha256      {sha256_of(file)}",

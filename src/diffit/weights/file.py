@@ -17,6 +17,7 @@ from diffit import __version__
 from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.models import DiffiT, build
+from diffit.models.autoencoder import HUB_ID
 from diffit.utils import hub
 from diffit.utils.files import whole_file
 from diffit.weights.header import CONFIG_KEY, SUM_KEY, parse_config, read_tensor_header, require_whole, seal
@@ -24,11 +25,18 @@ from diffit.weights.official import INDEX, check_index, recognise, stranger
 
 
 def public(config: Config) -> Config:
-    """``config`` without the paths of the machine that it was trained on."""
+    """``config`` without the paths of the machine that it was trained on: of a local VAE the folder's name is left."""
+    if config.autoencoder is not None and is_local(config.autoencoder.vae):
+        config = with_vae(config, Path(config.autoencoder.vae).resolve().name)
     data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
     metrics = tuple(re.sub(r"[^:]*/", "", name) for name in config.training.metrics)  # a detector may be a file
     training = config.training.model_copy(update={"init_from": None, "metrics": metrics, "metrics_ref": None})
     return config.model_copy(update={"data": data, "training": training})
+
+
+def is_local(vae: str) -> bool:
+    """Whether the name of a VAE is a folder's, here or on the machine where it was given."""
+    return Path(vae).is_dir() or not HUB_ID.fullmatch(vae)
 
 
 def with_vae(config: Config, vae: str) -> Config:
