@@ -31,6 +31,7 @@ from diffit.utils.images import to_pil, to_uint8
 from diffit.weights.export import DTYPES as WEIGHT_DTYPES
 from diffit.weights.export import check_dest
 from diffit.weights.file import load_network, public, with_vae
+from diffit.weights.header import parse_config
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -51,7 +52,7 @@ class DiffiTModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, diffit: dict[str, Any]) -> None:
         super().__init__()
-        self.settings = Config.from_json(json.dumps(diffit), "configuration of the pipeline's transformer")
+        self.settings = parse_config(json.dumps(diffit), "configuration of the pipeline's transformer")
         self.net = build(self.settings.model)
 
     @classmethod
@@ -153,7 +154,8 @@ class DiffiTPipeline(DiffusionPipeline):
         net, config = load_network(path_or_id, dtype=dtype)
         if config.autoencoder is not None and not isinstance(vae, AutoencoderKL):
             spec = config.autoencoder
-            loaded = load_autoencoder(vae or spec.vae, scale=spec.scale, dtype=dtype or next(net.parameters()).dtype)
+            used = dtype or next(net.parameters()).dtype
+            loaded = load_autoencoder(vae or spec.vae, scale=spec.scale, dtype=used, local=vae is not None)
             # A name instead of this machine's path, in both of a saved pipeline's configurations.
             loaded.vae.register_to_config(_name_or_path=loaded.id)
             vae, config = loaded.vae, with_vae(config, loaded.id)

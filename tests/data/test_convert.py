@@ -430,7 +430,7 @@ def test_a_source_of_nothing_but_broken_images_leaves_nothing(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_count_as_broken(classes, tmp_path, monkeypatch):
     save(np.zeros((10, 10, 3), np.uint8), classes / "owl" / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    monkeypatch.setenv("DIFFIT_MAX_MEGAPIXELS", "0.00006")
     report = convert(classes, tmp_path / "out.zip", on_error="skip")
     assert [name for name, _ in report.skipped] == ["owl/bomb.png"]
     assert "decompression bomb" in report.skipped[0][1]

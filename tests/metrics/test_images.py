@@ -52,10 +52,10 @@ def test_a_folder_and_its_zip_have_one_fingerprint_and_other_pixels_another(tmp_
     archive = write_archive(tmp_path / "a.zip")
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path / "folder")
-    one, two = (ImageArchive(path).content_hash() for path in (archive, tmp_path / "folder"))
+    one, two = (ImageArchive(path).hash_files() for path in (archive, tmp_path / "folder"))
     assert one == two
     Image.new("RGB", (16, 16)).save(tmp_path / "folder/00000/img00000003.png")
-    assert ImageArchive(tmp_path / "folder").content_hash() != one
+    assert ImageArchive(tmp_path / "folder").hash_files() != one
 
 
 def test_images_of_several_sizes_come_in_one_batch_for_each_size(tmp_path):

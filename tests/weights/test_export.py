@@ -181,7 +181,7 @@ def test_a_folder_for_the_hub_names_a_vae_and_not_a_path(tmp_path):
     assert read_header(dest / "latent-debug.safetensors")[0].autoencoder.vae == "my-vae"
     dest = export(network, "hub-folder", tmp_path / "b", vae="someone/vae")
     assert read_header(dest / "latent-debug.safetensors")[0].autoencoder.vae == "someone/vae"
-    assert "`someone/vae`" in (dest / "README.md").read_text()
+    assert "VAE someone/vae." in (dest / "README.md").read_text()
 
 
 def test_released_weights_are_published_with_their_licence_in_mind(latent, tmp_path):
@@ -243,3 +243,43 @@ def test_a_model_without_a_trained_null_class_does_not_become_official(tmp_path)
     with pytest.raises(UserError, match=r"without a null class \(--label-drop 0\).*hub-folder"):
         export(network, "official", tmp_path / "official.safetensors")
     assert not (tmp_path / "official.safetensors").exists()
+
+
+def test_names_in_a_model_card_are_text_and_nothing_else(tmp_path):
+    names = ("<script>alert(1)</script>", "[free](https://example.org)", "a\n# Licence\nfree\x1b[2J")
+    data = Data(path="/home/alice/<img src=x>.zip", cond=True, class_names=names)
+    network = write_network(tmp_path / "net.safetensors", config_of("debug", data=data))
+    card = (export(network, "hub-folder", tmp_path / "hub") / "README.md").read_text()
+    assert "<script" not in card
+    assert "<img" not in card
+    assert r"\[free\]\(https://example.org\)" in card
+    assert "\x1b" not in card
+    assert card.count("\n# ") == 1
+    assert card.count("Licence\n") == 1
+
+
+def test_a_preset_that_is_a_path_writes_nothing_outside_the_destination(image, tmp_path):
+    config = read_header(image)[0].model_copy(update={"preset": "../../outside"})
+    save_network(tmp_path / "net.safetensors", load_file(image), config)
+    with pytest.raises(UserError, match=r"preset '\.\./\.\./outside' is no name"):
+        export(tmp_path / "net.safetensors", "hub-folder", tmp_path / "a" / "b")
+    assert [item.name for item in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.parametrize("vae", ["/etc/vae", "../vae", "vae", "local/vae"])
+def test_a_folder_is_never_a_vae_because_a_file_names_it(tmp_path, monkeypatch, vae):
+    """It is read where the user passes it, and its path is not written into files."""
+    from diffit.models.autoencoder import autoencoder_of
+
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local").mkdir()
+    base = config_of()
+    config = base.model_copy(update={"autoencoder": base.autoencoder.model_copy(update={"vae": vae})})
+    for local in ("vae", "local/vae"):
+        write_vae(tmp_path / local)
+    with pytest.raises(UserError, match="pass that folder" if vae != "local/vae" else "not available from the Hub"):
+        autoencoder_of(config)
+    assert autoencoder_of(config, "local/vae").id == "vae"
+    write_network(tmp_path / "net.safetensors", config)
+    assert read_header(tmp_path / "net.safetensors")[0].autoencoder.vae == "vae"

@@ -1,8 +1,10 @@
 """Network files: what goes in comes out, nothing private goes in, and nothing hostile or broken gets through."""
 
 import errno
+import hashlib
 import json
 import pickle
+import random
 import shutil
 import stat
 from pathlib import Path
@@ -17,7 +19,8 @@ from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config, Data
 from diffit.errors import UserError
 from diffit.models.image import ImageDiffiT
-from diffit.weights.file import CONFIG_KEY, load_into, load_network, read_network_file, save_network
+from diffit.weights.file import load_into, load_network, read_header, read_network_file, save_network
+from diffit.weights.header import CONFIG_KEY, MAX_HEADER, SUM_KEY
 
 
 def config_of(data: Data | None = None, **training) -> Config:
@@ -53,7 +56,8 @@ def header(path: Path) -> dict[str, str]:
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    save_file(tensors, path, metadata)
+    """As another program would write it: without the checksum of what was there before."""
+    save_file(tensors, path, {key: value for key, value in metadata.items() if key != SUM_KEY})
 
 
 def complaint(path: str | Path) -> str:
@@ -223,3 +227,112 @@ def test_a_full_disk_is_said_and_leaves_the_older_file(saved, net, monkeypatch, 
         save_network(saved, net.state_dict(), config_of())
     assert saved.read_bytes() == content
     assert [item.name for item in saved.parent.iterdir()] == [saved.name]
+
+
+def test_the_same_weights_and_settings_give_the_same_bytes(net, saved, tmp_path):
+    """safetensors alone writes the strings of the header in another order from one process or map to the next."""
+    for i in range(8):
+        path = tmp_path / f"{i}.safetensors"
+        save_network(path, net.state_dict(), config_of(), kimg=12.5)
+        assert path.read_bytes() == saved.read_bytes()
+    save_network(path, {key: value + 1 for key, value in net.state_dict().items()}, config_of(), kimg=12.5)
+    assert path.read_bytes() != saved.read_bytes()
+
+
+def test_the_checksum_is_the_sha_256_of_the_tensors_and_of_the_rest_of_the_header(saved):
+    content = saved.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    parsed = json.loads(content[8:start])
+    recorded = parsed["__metadata__"].pop(SUM_KEY)
+    assert hashlib.sha256(content[start:] + json.dumps(parsed, sort_keys=True).encode()).hexdigest() == recorded
+
+
+def test_every_flipped_bit_is_noticed(saved, broken):
+    """In the tensors always by the checksum; in the header, an even smaller file of which is text, by whatever breaks.
+
+    Only a flip in the checksum's own name leaves the file without one, and its content as it was.
+    """
+    content, rng = saved.read_bytes(), random.Random(0)
+    start = 8 + int.from_bytes(content[:8], "little")
+    positions = [rng.randrange(start, len(content)) for _ in range(60)] + [rng.randrange(start) for _ in range(60)]
+    for position in positions:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.randrange(8)
+        broken.write_bytes(flipped)
+        if SUM_KEY.encode() not in flipped:
+            continue
+        message = complaint(broken)
+        if position >= start:
+            assert "checksum" in message
+
+
+def test_a_damaged_file_can_be_used_on_request(saved, broken, net):
+    content = bytearray(saved.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    loaded, _ = load_network(broken, verify=False)
+    differing = [k for k, v in loaded.state_dict().items() if not torch.equal(v, net.state_dict()[k])]
+    assert len(differing) == 1
+    assert "--no-verify" in complaint(broken)
+
+
+def test_a_file_without_a_checksum_is_read_and_said_once(broken, caplog):
+    rewrite(broken, load_file(broken), header(broken))
+    for _ in range(2):
+        load_network(broken)
+    assert [record.getMessage() for record in caplog.records if "checksum" in record.getMessage()] == [
+        f"{broken} has no checksum, as files of earlier versions: damage would go unnoticed"
+    ]
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER + 1, 2**31, 2**40, 2**63, 2**64 - 1])
+def test_a_header_of_an_impossible_length_is_refused_before_it_is_read(broken, length):
+    broken.write_bytes(length.to_bytes(8, "little") + broken.read_bytes()[8:])
+    assert "cut short" in complaint(broken)
+
+
+def test_a_header_above_the_limit_is_refused_and_the_limit_named(tmp_path):
+    path = tmp_path / "network.safetensors"
+    with path.open("wb") as file:  # sparse: nothing of it is on the disk
+        file.write((2**31).to_bytes(8, "little"))
+        file.truncate(2**32)
+    assert str(MAX_HEADER) in complaint(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("model", "stages", 0, "blocks"), 10**7, "blocks is 1e+07"),
+        (("model", "image_size"), [2**40, 16], "more than the limit"),
+        (("sampling", "steps"), 10**12, "sampling.steps is 1e+12"),
+        (("preset",), "../../outside", "preset '../../outside'"),
+        (("preset",), "/etc/passwd", "no name"),
+        (("preset",), "a\nb", "no name"),
+    ],
+)
+def test_a_configuration_that_would_take_for_ever_or_reach_elsewhere_is_refused(broken, place, value, said):
+    config = json.loads(header(broken)[CONFIG_KEY])
+    part = config
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    rewrite(broken, load_file(broken), header(broken) | {CONFIG_KEY: json.dumps(config)})
+    assert said in complaint(broken)
+    with pytest.raises(UserError):
+        read_header(broken)
+
+
+def test_a_training_length_that_is_no_number_is_refused(broken):
+    rewrite(broken, load_file(broken), header(broken) | {"diffit_kimg": "many"})
+    with pytest.raises(UserError, match="diffit_kimg"):
+        read_header(broken)
+
+
+def test_class_names_of_a_file_cannot_move_the_cursor(net, tmp_path):
+    path = tmp_path / "network.safetensors"
+    names = ("ant\n\x1b[2Kerror: all is well", "b" * 100_000, "گل\u200cها")
+    save_network(path, net.state_dict(), config_of(Data(cond=True, class_names=names)))
+    ant, bee, flowers = load_network(path)[1].data.class_names
+    assert ant == "ant\\n\\x1b[2Kerror: all is well"
+    assert len(bee) < 300
+    assert flowers == names[2]

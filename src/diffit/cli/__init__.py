@@ -12,7 +12,7 @@ import time
 import click
 
 from diffit import __version__
-from diffit.errors import DISTRIBUTION, UserError
+from diffit.errors import DISTRIBUTION, MESSAGE_LIMIT, UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Lines(logging.Formatter):
     """What the library logs, as lines of a command: ``warning: …`` for warnings, else the message alone."""
 
     def format(self, record: logging.LogRecord) -> str:
+        record.msg, record.args = printable(record.getMessage(), MESSAGE_LIMIT), None  # names of files may be in it
         return ("warning: " if record.levelno == logging.WARNING else "") + super().format(record)
 
 
@@ -132,7 +133,7 @@ def _let_another_process_speak(first_waits: float) -> None:
 
 def fail(message: str, status: int) -> None:
     _let_another_process_speak(first_waits=0)
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message, MESSAGE_LIMIT)}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -22,6 +22,7 @@ from diffit.data.convert import convert as convert_source
 from diffit.data.formats import UNREAD, suffix_of, unread
 from diffit.data.latents import Header, LatentArchive, is_latents, scale_warning
 from diffit.data.transforms import TRANSFORMS
+from diffit.errors import printable
 from diffit.models.autoencoder import SCALE
 from diffit.utils.images import save_grid
 from diffit.utils.locks import exclusive
@@ -218,4 +219,4 @@ def _next(command: str, path: Path, labelled: bool = False) -> None:
 
 
 def _line(label: str, text: str) -> None:
-    click.echo(f"{label:<10} {text}")
+    click.echo(f"{label:<10} {printable(text, 5000)}")  # names in archives may hold what a terminal obeys

@@ -6,7 +6,7 @@ from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
 from diffit.configs.schema import ADMDiffusion, Config, steps_text
 from diffit.data.open import Archive
-from diffit.errors import UserError
+from diffit.errors import UserError, printable
 from diffit.models import build
 from diffit.models.cost import Work, count_work, estimate
 from diffit.sampling.cost import count_evaluations
@@ -16,9 +16,12 @@ from diffit.utils.files import sha256_of
 from diffit.utils.precision import resolve_precision
 from diffit.weights.adapt import init_from
 from diffit.weights.file import locate, read_header
+from diffit.weights.header import verify
 
 # DiffiT Table 9: the figures that its authors give.
 PAPER = {"imagenet256": "the paper says 561 M parameters and 114 G multiply-accumulates, which are the linear layers'"}
+
+WHOLE = {True: "as the file was written", False: "DAMAGED: not as the file was written", None: "none in the file"}
 
 
 def describe_preset(name: str, num_blocks: tuple[int, ...] | None = None) -> str:
@@ -27,17 +30,19 @@ def describe_preset(name: str, num_blocks: tuple[int, ...] | None = None) -> str
 
 
 def describe_file(path: str | Path) -> str:
-    """A network file or Hub id; its tensors are not read, but for the checksum."""
+    """A network file or Hub id; its tensors are not read, but for the checksums."""
     file = locate(path)
     config, kimg = read_header(file)
     training, data = config.training, config.data
     if kimg is None:
         origin = "not said, as in all files of the official layout; recipe and sampling are the preset's"
     else:
-        origin = f"{kimg:,g} of {training.kimg:,g} kimg on {data.path or 'data without a name'}, batch {training.batch}"
+        name = printable(data.path or "data without a name")
+        origin = f"{kimg:,g} of {training.kimg:,g} kimg on {name}, batch {training.batch}"
     lines = [
         f"file        {file} ({file.stat().st_size / 2**20:,.1f} MiB)",
         f"sha256      {sha256_of(file)}",
+        f"checksum    {WHOLE[verify(file)]}",
         f"training    {origin}",
     ]
     if data.class_names:

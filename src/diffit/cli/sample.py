@@ -4,12 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffit.cli.options import GroupedCommand, Interval, Numbers, Options, Size, Steps, switch, with_options
-from diffit.configs.schema import steps_text
+from diffit.configs.schema import Sampling, steps_text
 from diffit.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ OPTIONS: Options = {
   "Solver and guidance": SETTINGS,
   "Machine and output": [
     click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]"),
+    click.option("--no-verify", is_flag=True, help="Use a network file that is not as its checksum says."),
     click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images sampled together."),
     click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
                  help="Of the network's arithmetic; auto is bf16 on a GPU that has it, else fp32."),
@@ -97,20 +99,10 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     The image of a seed is the same whatever the batch and the number of processes. Under torchrun the same command
     uses several GPUs. A command that was stopped goes on where it was when it is run again.
     """
-    own = ("seeds", "num_samples", "classes", "policy", "class_grid", "grid", "trajectory", "vae", "batch", "precision",
-           "compile", "format_", "subdirs")  # fmt: skip
-    (seeds, num_samples, classes, policy, class_grid, grid, trajectory, vae, batch, precision, compile, format_,
-     subdirs) = (options.pop(name) for name in own)  # fmt: skip
-    chosen = choose_seeds(seeds, num_samples)
-    if class_grid and (grid is not None or format_ == "npz"):
-        other = "--grid" if grid is not None else "--format npz"
-        raise UserError(f"--class-grid writes one picture and takes no {other}: leave one of them out")
-    if class_grid and trajectory:
-        raise UserError("--class-grid writes one picture and takes no --trajectory: leave one of them out")
-    if classes is not None and policy is not None:
-        raise UserError(f"--class {classes} and --labels {policy} both choose the classes: leave one of them out")
-    if subdirs and format_ == "npz":
-        raise UserError("--subdirs is of PNG files, and --format npz writes one array: leave one of them out")
+    settings = {name: options.pop(name) for name in list(options) if name in Sampling.model_fields}
+    own = SimpleNamespace(**options)
+    chosen = choose_seeds(own.seeds, own.num_samples)
+    check_together(own)
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.sampling import NpzFile, PngFolder, find_classes, load
     from diffit.sampling.labels import sampled_classes
@@ -118,31 +110,43 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     from diffit.utils.distributed import processes
 
     with processes() as procs:
-        model = load(network, device=procs.device, precision=precision, vae=vae).with_sampling(**options)
-        indices = [] if classes is None else find_classes(classes, model.config, "--class")
-        if compile:
+        model = load(network, device=procs.device, precision=own.precision, vae=own.vae, verify=not own.no_verify)
+        model = model.with_sampling(**settings)
+        indices = [] if own.classes is None else find_classes(own.classes, model.config, "--class")
+        if own.compile:
             model.net.compile()
         if procs.is_first:
             click.echo(describe(model, len(chosen), indices))
         began = time.monotonic()
-        if class_grid:
+        if own.class_grid:
             rows = indices or sampled_classes(model.config)
-            path = model.save_class_grid(outdir, chosen, rows, procs=procs, batch=batch)
+            path = model.save_class_grid(outdir, chosen, rows, procs=procs, batch=own.batch)
             count = len(chosen) * len(rows)
         else:
-            labels = [indices[i % len(indices)] for i in range(len(chosen))] if indices else policy
-            output = NpzFile(outdir) if format_ == "npz" else PngFolder(outdir, subdirs=bool(subdirs))
-            columns_rows = None if grid is None else (grid[1], grid[0])
-            path = model.save(output, chosen, labels, procs=procs, batch=batch, grid=columns_rows, source=network)
+            labels = [indices[i % len(indices)] for i in range(len(chosen))] if indices else own.policy
+            output = NpzFile(outdir) if own.format_ == "npz" else PngFolder(outdir, subdirs=bool(own.subdirs))
+            grid = None if own.grid is None else (own.grid[1], own.grid[0])
+            path = model.save(output, chosen, labels, procs=procs, batch=own.batch, grid=grid, source=network)
             count = len(chosen)
-        if trajectory and procs.is_first:
-            some = slice(TRAJECTORY_IMAGES)
-            gif = beside(outdir, "trajectory", ".gif")
-            model.save_trajectory(gif, chosen[some], labels[some] if isinstance(labels, list) else labels)
-            click.echo(f"how the first {min(len(chosen), TRAJECTORY_IMAGES)} come about: {gif}")
+            if own.trajectory and procs.is_first:
+                some = slice(TRAJECTORY_IMAGES)
+                gif = beside(outdir, "trajectory", ".gif")
+                model.save_trajectory(gif, chosen[some], labels[some] if isinstance(labels, list) else labels)
+                click.echo(f"how the first {min(len(chosen), TRAJECTORY_IMAGES)} come about: {gif}")
         if procs.is_first:
             seconds = time.monotonic() - began
             click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")
+
+
+def check_together(own: SimpleNamespace) -> None:
+    """Raises :class:`UserError` for options of which one would have no effect."""
+    beside_class_grid = {"--grid": own.grid, "--trajectory": own.trajectory, "--format npz": own.format_ == "npz"}
+    if own.class_grid and (other := next((name for name, given in beside_class_grid.items() if given), None)):
+        raise UserError(f"--class-grid writes one picture and takes no {other}: leave one of them out")
+    if own.classes is not None and own.policy is not None:
+        raise UserError(f"--class {own.classes} and --labels {own.policy} both choose the classes: leave one out")
+    if own.subdirs and own.format_ == "npz":
+        raise UserError("--subdirs is of PNG files, and --format npz writes one array: leave one of them out")
 
 
 def choose_seeds(seeds: list[int] | None, num_samples: int | None) -> Sequence[int]:

@@ -302,7 +302,8 @@ def open_autoencoder(config: Config, archives: "list[Archive | None]", device: A
     from diffit.models.autoencoder import autoencoder_of
 
     try:
-        autoencoder = autoencoder_of(config, device=device)
+        named = None if config.autoencoder is None else config.autoencoder.vae  # by the user, not by a file of others
+        autoencoder = autoencoder_of(config, named, device=device)
     except UserError as error:
         raise UserError(f"the model's autoencoder: {error} (--vae PATH|ID names another)") from None
     for latents in archives:

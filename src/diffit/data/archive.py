@@ -1,26 +1,30 @@
 """Image archives: a folder or zip of images with an optional ``dataset.json``, in the StyleGAN/EDM layout.
 
-``dataset.json`` is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [...]}``.
+``dataset.json`` is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [...]}``. What
+:mod:`diffit.data.convert` writes also has the sums of its files, see :mod:`diffit.data.sums`.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from diffit.data.bounds import lift_pillows_limit, require_size
 from diffit.data.files import BrokenImageError, FileTree, convert_command, map_ordered, name_some, safe_name, subset
 from diffit.data.formats import FORMATS, IMAGE_SUFFIXES, unread
 from diffit.data.pixels import is_sixteen_bit_color, orientation
-from diffit.errors import UserError
+from diffit.errors import UserError, printable
 
 META = "dataset.json"
 MAX_CLASSES = 1_000_000
+META_BYTES = 4 << 20, 1 << 10  # of dataset.json: in all, and for each image
 
 
 @contextmanager
@@ -39,13 +43,12 @@ def decoding(name: str) -> Iterator[None]:
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
     """Decode one encoded image of any of ``FORMATS`` without converting its mode.
 
-    Raises BrokenImageError, naming ``name``, for anything undecodable and for images above Pillow's bomb limit.
+    Raises BrokenImageError, naming ``name``, for anything undecodable and for images above :func:`max_pixels`.
     """
     with decoding(name):
+        lift_pillows_limit()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        # Pillow only warns up to twice its limit; a warning filter would not be safe in threads.
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, could be a decompression bomb")
+        require_size(*image.size)
         if not header_only:
             image.load()
         return image
@@ -64,20 +67,26 @@ def open_plain(data: bytes, name: str) -> tuple[Image.Image, str | None]:
     return image, "is stored rotated (EXIF)" if orientation(image) != 1 else None
 
 
-def read_labels(files: FileTree) -> tuple[dict[str, int] | None, list[str] | None]:
-    """(label of every listed file or None, class names or None) from ``dataset.json``. UserError if malformed."""
+def read_labels(files: FileTree, images: int | None = None) -> tuple[dict[str, int] | None, list[str] | None]:
+    """(label of every listed file or None, class names or None) from ``dataset.json``. UserError if malformed.
+
+    ``images`` is how many it may list, None for those of ``files``.
+    """
     if META not in files.names:
         return None, None
     where = f"{files.path}: {META}"
+    limit = META_BYTES[0] + META_BYTES[1] * (len(files.images) if images is None else images)
     try:
-        meta = json.loads(files.read(META))
+        meta = json.loads(files.read(META, limit))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}): write it again with `diffit data convert`") from error
     if not isinstance(meta, dict):
         raise UserError(f'{where} must be an object like {{"labels": [["a.png", 0]]}}, not a {type(meta).__name__}')
     class_names = meta.get("class_names")
-    if class_names is not None and not (isinstance(class_names, list) and all(isinstance(c, str) for c in class_names)):
-        raise UserError(f"{where}: class_names must be a list of strings")
+    if class_names is not None:
+        if not (isinstance(class_names, list) and all(isinstance(c, str) for c in class_names)):
+            raise UserError(f"{where}: class_names must be a list of strings")
+        class_names = [printable(name) for name in class_names]
     entries = meta.get("labels")
     if isinstance(entries, dict):
         entries = list(entries.items())
@@ -119,6 +128,8 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         self.path = self._files.path
         self.name = self.path.resolve().stem if self._files.is_zip else self.path.resolve().name
         names = require_images(self._files)
+        for problem in self._files.altered(META):
+            raise UserError(problem)
         table, self.class_names = read_labels(self._files)
         self.has_labels = table is not None and all(name in table for name in names)
         if cond:
@@ -162,13 +173,21 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
             )
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
-    def content_hash(self, workers: int = 0) -> str:
+    @cached_property
+    def content_hash(self) -> str:
         """SHA-256 over the names, sizes and CRC-32s of the images, and the labels where ``cond`` loaded them.
 
-        A folder and a zip of the same files have the same. Of a zip only the directory is read.
+        No image is read for it: the CRC-32s are those of a zip's directory or of ``dataset.sfv``, and of a folder
+        without one only names and sizes count. A folder and a zip that ``convert`` wrote of the same have the same.
         """
+        return self._hash(map(partial(self._files.checksum, read=False), self.file_names))
+
+    def hash_files(self, workers: int = 0) -> str:
+        """The same, but the CRC-32s that are recorded nowhere are those of the files, which are read for it."""
+        return self._hash(map_ordered(self._files.checksum, self.file_names, 1 if self._files.is_zip else workers))
+
+    def _hash(self, sums: Iterable[tuple[int, int | None]]) -> str:
         labels = [None] * len(self) if self.labels is None else self.labels.tolist()
-        sums = map_ordered(self._files.checksum, self.file_names, 1 if self._files.is_zip else workers)
         digest = hashlib.sha256()
         for row in zip(self.file_names, sums, labels, strict=True):
             digest.update(json.dumps(row).encode() + b"\n")

@@ -1,10 +1,13 @@
 """Statistics of an image archive, and everything that is wrong with it."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,7 @@ from diffit.data.pixels import has_other_profile
 from diffit.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
+SAMPLE_BYTES = 1 << 28  # of the samples: all 64 up to 1000 x 1000 pixels, fewer of photographs
 USUAL_STD = 0.1  # on the scale -1 to 1: below it something went wrong
 
 
@@ -64,36 +68,22 @@ def check(
     """
     files = FileTree(path)
     names = require_images(files)
-    report = CheckReport(files.path, files.num_bytes(), count=len(names))
+    report = CheckReport(files.path, files.num_bytes(), count=len(names), problems=files.altered(META))
     _check_labels(report, files, cond)
 
     histograms: dict[int, npt.NDArray[np.int64]] = {c: np.zeros((c, 256), np.int64) for c in (1, 3)}
     digests = np.zeros(len(names), np.uint64)  # 8 bytes an image: a million images collide with probability 3e-8
-    chosen = set(subset(len(names), samples, seed))
-    picked: list[Pixels] = []
-
-    def read(name: str) -> tuple[Pixels, bool] | BrokenImageError:
-        try:
-            return _pixels(files, name)
-        except BrokenImageError as error:
-            return error
-
     small = report.num_bytes < 8192 * len(names)  # images for which threads cost more than they gain
     good = profiles = 0
-    for i, result in enumerate(map_ordered(read, names, workers or int(small))):
+    for i, result in enumerate(map_ordered(partial(_inspect, files), names, workers or int(small))):
         if isinstance(result, BrokenImageError):
             report.damaged.append((names[i], str(result)))
         else:
-            pixels, other_profile = result
-            height, width, channels = pixels.shape
-            report.shapes[channels, height, width] += 1
-            for channel in range(channels):
-                histograms[channels][channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
-            digests[good] = int.from_bytes(blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
+            report.shapes[result.shape] += 1
+            histograms[result.shape[0]] += result.histogram
+            digests[good] = result.digest
             good += 1
-            profiles += other_profile
-            if i in chosen:
-                picked.append(pixels)
+            profiles += result.other_profile
         if progress is not None:
             progress(i + 1, len(names))
     report.duplicates = good - len(np.unique(digests[:good]))
@@ -102,8 +92,44 @@ def check(
             f"{profiles} images have a colour profile other than sRGB, which training does not look at: "
             f"`{convert_command(report.path)}` converts them"
         )
-    _summarise(report, histograms, picked)
+    _summarise(report, histograms)
+    _pick(report, files, [names[i] for i in subset(len(names), samples, seed)])
     return report
+
+
+class Inspected(NamedTuple):
+    """What is kept of an image: the pixels of many large ones would not fit into memory."""
+
+    shape: tuple[int, int, int]  # (C, H, W)
+    histogram: npt.NDArray[np.int64]  # (C, 256)
+    digest: int
+    other_profile: bool
+
+
+def _inspect(files: FileTree, name: str) -> Inspected | BrokenImageError:
+    try:
+        pixels, other_profile = _pixels(files, name)
+    except BrokenImageError as error:
+        return error
+    height, width, channels = pixels.shape
+    histogram = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(channels)])
+    digest = int.from_bytes(blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
+    return Inspected((channels, height, width), histogram, digest, other_profile)
+
+
+def _pick(report: CheckReport, files: FileTree, names: list[str]) -> None:
+    """Read those of ``names`` again that have the commonest shape, as far as :data:`SAMPLE_BYTES` reaches."""
+    if not report.shapes:
+        return
+    shape = report.shapes.most_common(1)[0][0]
+    damaged, picked = {name for name, _ in report.damaged}, list[Pixels]()
+    for name in names:
+        if name not in damaged and len(picked) < max(SAMPLE_BYTES // math.prod(shape), 1):
+            pixels, _ = _pixels(files, name)
+            if (pixels.shape[2], *pixels.shape[:2]) == shape:
+                picked.append(pixels)
+    if picked:
+        report.samples = torch.from_numpy(np.stack(picked)).permute(0, 3, 1, 2)
 
 
 def _pixels(files: FileTree, name: str) -> tuple[Pixels, bool]:
@@ -151,7 +177,7 @@ def _check_classes(report: CheckReport, cond: bool) -> None:
         )
 
 
-def _summarise(report: CheckReport, histograms: dict[int, npt.NDArray[np.int64]], picked: list[Pixels]) -> None:
+def _summarise(report: CheckReport, histograms: dict[int, npt.NDArray[np.int64]]) -> None:
     remedy = f"`{convert_command(report.path)}"
     if report.damaged:
         report.problems.append(
@@ -174,6 +200,3 @@ def _summarise(report: CheckReport, histograms: dict[int, npt.NDArray[np.int64]]
             f"the images hardly differ from one gray: a standard deviation of {deviation:.2g} on the scale -1 to 1, "
             "where photographs have 0.5; if they are scans of 10 to 14 bits, convert the originals with --range auto"
         )
-    same = [image for image in picked if (image.shape[2], *image.shape[:2]) == shape]
-    if same:
-        report.samples = torch.from_numpy(np.stack(same)).permute(0, 3, 1, 2)

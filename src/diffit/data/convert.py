@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
+from zlib import crc32
 
 from diffit.data.archive import META
 from diffit.data.files import BrokenImageError, map_ordered, name_some, subset
 from diffit.data.pixels import WHITE, Color, color
 from diffit.data.png import Look, PngEncoder, value_range_of
 from diffit.data.sources import CLASS_ORDERS, Source, open_source
+from diffit.data.sums import SUMS, format_sums
 from diffit.data.transforms import resizer
 from diffit.errors import UserError
 from diffit.utils.files import whole_file, whole_folder
@@ -131,7 +133,7 @@ def convert(
     encoder = PngEncoder(raw, indices, look, workers)
     report = ConvertReport(raw.kind, dest, len(raw.names), raw.ignored, list(raw.notes))
     labels: list[tuple[str, int | None]] = []
-    done = Counter[str]()
+    done, sums = Counter[str](), dict[str, int]()
 
     with _writing(dest) as write:
         for index, image in zip(indices, map_ordered(encoder, indices, workers), strict=True):
@@ -147,6 +149,7 @@ def convert(
                     raise UserError(f"{source}: {_differ(name, image.shape, first, report.image_shape)}")
                 stored = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
                 write(stored, image.png)
+                sums[stored] = crc32(image.png)
                 labels.append((stored, raw.labels[index]))
                 done.update(image.done)
             if progress is not None:
@@ -155,7 +158,9 @@ def convert(
             raise UserError(f"{source}: none of {len(indices)} images can be read, the first: {report.skipped[0][1]}")
         report.written = len(labels)
         report.notes += encoder.notes(done)
-        write(META, json.dumps(_metadata(labels, raw, report), ensure_ascii=False).encode("utf-8", "replace"))
+        meta = json.dumps(_metadata(labels, raw, report), ensure_ascii=False).encode("utf-8", "replace")
+        write(META, meta)
+        write(SUMS, format_sums(sums | {META: crc32(meta)}))
     return report
 
 
@@ -216,7 +221,7 @@ def _check_dest(source: Path, dest: Path, overwrite: bool) -> None:
 
 def _is_archive_folder(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
-    return META in names and all(re.fullmatch(r"\d{5,}", name) for name in names - {META})
+    return META in names and all(re.fullmatch(r"\d{5,}", name) for name in names - {META, SUMS})
 
 
 @contextmanager

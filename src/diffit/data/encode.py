@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict, Unpack
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from diffit.data.latents import (
     missing_shards,
     open_shard,
     read_header,
+    row_crcs,
     scale_warning,
     scaled_statistics,
     shard_path,
 )
+from diffit.data.sums import SUMS, format_sums
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.utils.distributed import Processes
@@ -141,7 +144,7 @@ def _prepare(dest: Path, archive: ImageArchive, header: Header) -> list[int]:
         others = [item.name for item in dest.iterdir() if not item.name.startswith(".")] if dest.exists() else []
     if others and not is_latents(dest):
         raise UserError(f"{dest} holds other files ({sorted(others)[0]}): use a new or empty folder as --dest")
-    header = header.model_copy(update={"source_sha256": archive.content_hash()})
+    header = header.model_copy(update={"source_sha256": archive.hash_files()})
     if is_latents(dest):
         _require_same(dest, read_header(dest), header)
         for part in dest.glob(".*.part"):  # of a process that was killed
@@ -185,18 +188,20 @@ def _encode_shard(
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         remedy = "use --dtype float32" if header.dtype == "float16" else "use another VAE"
         raise UserError(f"latents of images {indices.start} to {indices.stop - 1} are not finite: {remedy}")
-    return tensors | {"sums": channel_sums(tensors)}
+    return tensors | {"sums": channel_sums(tensors), "crc32": row_crcs(tensors)}
 
 
 def _finish(dest: Path) -> None:
-    """Write into the header that nothing is missing, with the statistics of all."""
+    """Write into the header that nothing is missing, with the statistics of all, and the sums of what is no shard."""
     header = read_header(dest)
-    if header.complete:
-        return
-    shards = range(header.num_shards)
-    sums = torch.stack([open_shard(dest, header, shard).get_tensor("sums") for shard in shards]).sum(0)
-    mean, std = scaled_statistics(sums, header.count, header)
-    _write_header(dest, header.model_copy(update={"complete": True, "latent_mean": mean, "latent_std": std}))
+    if not header.complete:
+        shards = range(header.num_shards)
+        sums = torch.stack([open_shard(dest, header, shard).get_tensor("sums") for shard in shards]).sum(0)
+        mean, std = scaled_statistics(sums, header.count, header)
+        _write_header(dest, header.model_copy(update={"complete": True, "latent_mean": mean, "latent_std": std}))
+    if not (dest / SUMS).exists():  # those of a finished cache stay: they may be about to tell of damage
+        with whole_file(dest / SUMS) as part:
+            part.write_bytes(format_sums({name: crc32((dest / name).read_bytes()) for name in (META, HEADER)}))
 
 
 def _write_header(dest: Path, header: Header) -> None:

@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from diffit.data.bounds import max_bytes
 from diffit.data.formats import IMAGE_SUFFIXES
+from diffit.data.sums import REMEDY, SUMS, parse_sums
 from diffit.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-MAX_FILE_BYTES = 1 << 30  # one member of a zip; a small zip can claim to unfold to terabytes
+SUMS_BYTES = 1 << 20, 1 << 10  # of dataset.sfv: in all, and for each file
 ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of any other may be in any encoding
 # Kana, kanji and what goes with them, none of them next to a Latin letter.
 _JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
@@ -136,6 +138,9 @@ class FileTree:
         visible = (n for n in names if not any(p.startswith(".") or p == "__MACOSX" for p in n.split("/")))
         self.names = sorted(dict.fromkeys(visible), key=natural_key)
         self.images = [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
+        self.sums: dict[str, int] | None = None
+        if SUMS in self.names:
+            self.sums = parse_sums(self.read(SUMS, SUMS_BYTES[0] + SUMS_BYTES[1] * len(self.names)), f"{path}: {SUMS}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None}
@@ -202,28 +207,63 @@ class FileTree:
                 ) from error
         return self._handle[1]
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises BrokenImageError for a damaged or oversized one."""
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The bytes of one file. Raises BrokenImageError for a damaged one, and above ``limit`` bytes unpacked.
+
+        None is the limit of an image: a small zip can claim to unfold to terabytes.
+        """
         try:
             if self.is_zip:
                 info = self._zip().getinfo(self._stored.get(name, name))
                 size = info.file_size
             else:
                 size = os.stat(self._on_disk(name)).st_size
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"{size} bytes unpacked, more than the limit of {MAX_FILE_BYTES}")
-            return self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
+            if size > (limit := max_bytes() if limit is None else limit):
+                raise OSError(f"{size} bytes unpacked, more than the limit of {limit}")
+            data = self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
+            expected = None if self.is_zip or self.sums is None else self.sums.get(name)
+            if expected is not None and zlib.crc32(data) != expected:
+                raise OSError(f"damaged: its CRC-32 is not that in {SUMS}")
+            return data
         except _READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
 
-    def checksum(self, name: str) -> tuple[int, int]:
-        """(size, CRC-32) of one file: a zip's directory has them, a folder's file is read."""
+    def checksum(self, name: str, *, read: bool = True) -> tuple[int, int | None]:
+        """(size, CRC-32) of one file, as a zip's directory or ``dataset.sfv`` has them.
+
+        Otherwise the file is read for it, or, without ``read``, the second is None.
+        """
         if self.is_zip:
             info = self._zip().getinfo(self._stored.get(name, name))
             return info.file_size, info.CRC
+        if not read or (self.sums and name in self.sums):
+            return os.stat(self._on_disk(name)).st_size, (self.sums or {}).get(name)
         data = self.read(name)
         return len(data), zlib.crc32(data)
+
+    def altered(self, *others: str) -> list[str]:
+        """How the images and ``others`` differ from what ``dataset.sfv`` lists, one line each; nothing without one.
+
+        The bytes of a folder's files are compared when they are read.
+        """
+        if self.sums is None:
+            return []
+        names = set(self.names)
+        known = [name for name in (*self.images, *others) if name in names]
+        kinds = {
+            "listed in it are not there": [name for name in self.sums if name not in names],
+            "are not listed in it": [name for name in known if name not in self.sums],
+        }
+        if self.is_zip:
+            kinds["have another CRC-32"] = [
+                name for name in known if self.checksum(name)[1] != self.sums.get(name, self.checksum(name)[1])
+            ]
+        return [
+            f"{self.path}: of its files and {SUMS}, {len(found)} {what} ({name_some(found)}): {REMEDY}"
+            for what, found in kinds.items()
+            if found
+        ]
 
     def num_bytes(self) -> int:
         """Size on disk."""

@@ -1,13 +1,17 @@
 """Latent caches: what a VAE makes of every image of an archive and of its mirror image, read by memory map.
 
-A folder with ``header.json``, ``dataset.json`` as image archives have it, and ``shard-00000.safetensors`` …, each with
-the tensors ``mean``, ``std``, ``mean_mirror``, ``std_mirror`` (n, C, h, w), not scaled, and ``sums`` (2, C).
-:mod:`diffit.data.encode` writes it.
+A folder with ``header.json``, ``dataset.json`` as image archives have it, the sums of both in ``dataset.sfv``, and
+``shard-00000.safetensors`` …, each with the tensors ``mean``, ``std``, ``mean_mirror``, ``std_mirror`` (n, C, h, w),
+not scaled, ``sums`` (2, C), and ``crc32`` (n,) of each image's moments. :mod:`diffit.data.encode` writes it.
 """
 
+import hashlib
+import json
 import math
 import shlex
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +24,12 @@ from diffit.configs.schema import Count, Frozen, Positive, explain
 from diffit.data.archive import META, count_classes, read_labels, require_classes
 from diffit.data.files import FileTree
 from diffit.errors import UserError
+from diffit.weights.header import read_tensor_header
 
 HEADER = "header.json"
 MOMENTS = ("mean", "std", "mean_mirror", "std_mirror")
+MAX_HEADER = 1 << 20  # bytes of header.json
+MAX_SHARDS = 1_000_000
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 USUAL_STD = (0.5, 2.0)  # of scaled latents: the noise levels of a diffusion model are made for data of about 1
 
@@ -71,7 +78,15 @@ def is_latents(path: str | Path) -> bool:
 def read_header(path: Path) -> Header:
     """UserError if there is none, or it is damaged or of a later version."""
     try:
-        return Header.model_validate_json((path / HEADER).read_bytes())
+        if (size := (path / HEADER).stat().st_size) > MAX_HEADER:
+            raise UserError(f"{path / HEADER}: {size} bytes, more than the limit of {MAX_HEADER}; fetch it again")
+        header = Header.model_validate_json((path / HEADER).read_bytes())
+        if header.num_shards > MAX_SHARDS:
+            raise UserError(
+                f"{path / HEADER}: {header.num_shards} shards, more than the limit of {MAX_SHARDS}; make the latents "
+                "again with a larger --shard-size"
+            )
+        return header
     except OSError:
         raise UserError(f"{path}: no {HEADER}; a latent cache is a folder that `diffit data encode` wrote") from None
     except ValidationError as error:
@@ -89,6 +104,8 @@ def open_shard(path: Path, header: Header, shard: int) -> Any:
     file = shard_path(path, shard)
     expected = [len(header.shard_range(shard)), *header.latent_shape]
     try:
+        if file.is_file():
+            read_tensor_header(file)  # within bounds, which safe_open does not know
         tensors: Any = safe_open(file, framework="pt")
         if all(tensors.get_slice(key).get_shape() == expected for key in MOMENTS):
             return tensors
@@ -100,8 +117,11 @@ def open_shard(path: Path, header: Header, shard: int) -> Any:
 
 def missing_shards(path: Path, header: Header) -> list[int]:
     """Shards that are not there, or not whole."""
+    there = {item.name for item in path.iterdir()}
 
     def is_missing(shard: int) -> bool:
+        if shard_path(path, shard).name not in there:
+            return True
         try:
             open_shard(path, header, shard)
         except UserError:
@@ -109,6 +129,17 @@ def missing_shards(path: Path, header: Header) -> list[int]:
         return False
 
     return [shard for shard in range(header.num_shards) if is_missing(shard)]
+
+
+def row_crc(moments: Tensor) -> int:
+    """CRC-32 of one image's moments (4, C, h, w), in the order of :data:`MOMENTS` and as they are on disk."""
+    return zlib.crc32(moments.contiguous().numpy().data)
+
+
+def row_crcs(moments: Mapping[str, Tensor]) -> Tensor:
+    """:func:`row_crc` of every image of a shard, int64 (n,)."""
+    rows = zip(*(moments[key] for key in MOMENTS), strict=True)
+    return torch.tensor([row_crc(torch.stack(row)) for row in rows])
 
 
 def channel_sums(moments: Mapping[str, Tensor]) -> Tensor:
@@ -166,7 +197,11 @@ class LatentArchive:
                 f"{self.path}: incomplete, {len(missing)} of {self.header.num_shards} shards are missing: "
                 f"`{self.header.command(self.path)}` makes them"
             )
-        table, self.class_names = read_labels(FileTree(self.path))
+        files = FileTree(self.path)
+        for problem in files.altered(META, HEADER):
+            raise UserError(problem)
+        files.read(HEADER)  # for its sum
+        table, self.class_names = read_labels(files, len(self))
         if table is not None and len(table) != len(self):
             raise UserError(f"{self.path}: {META} has {len(table)} labels for {len(self)} images; encode them again")
         if cond and table is None:
@@ -176,7 +211,7 @@ class LatentArchive:
         if cond:
             require_classes(self.path, self.num_classes, len(self), self.class_names)
         self.labels = torch.tensor(list(table.values())) if cond and table else None
-        self._shards: dict[int, Any] = {}
+        self._shards: dict[int, tuple[Any, list[int] | None]] = {}
 
     def __len__(self) -> int:
         return self.header.count
@@ -184,22 +219,63 @@ class LatentArchive:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}}  # memory maps do not travel to other processes
 
-    def _shard(self, shard: int) -> Any:
+    def _shard(self, shard: int) -> tuple[Any, list[int] | None]:
+        """A shard and the CRC-32s of its rows, None for one that has none."""
         if shard not in self._shards:
-            self._shards[shard] = open_shard(self.path, self.header, shard)
+            tensors = open_shard(self.path, self.header, shard)
+            self._shards[shard] = tensors, self._row_crcs(tensors, shard)
         return self._shards[shard]
+
+    def _row_crcs(self, tensors: Any, shard: int) -> list[int] | None:
+        if "crc32" not in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            return None
+        crcs = tensors.get_tensor("crc32")
+        if crcs.dtype != torch.int64 or crcs.shape != (len(self.header.shard_range(shard)),):
+            raise self._damaged(shard, f"crc32 is {crcs.dtype} {tuple(crcs.shape)}")
+        found: list[int] = crcs.tolist()
+        return found
+
+    def _damaged(self, shard: int, what: str) -> UserError:
+        file = shard_path(self.path, shard)
+        return UserError(f"{file}: damaged ({what}); remove it, and `{self.header.command(self.path)}` makes it again")
+
+    def _require_whole(self, moments: Tensor, shard: int, row: int, crcs: list[int] | None) -> None:
+        if crcs is not None and row_crc(moments) != crcs[row]:
+            raise self._damaged(shard, f"image {shard * self.header.shard_size + row} is not that of its CRC-32")
 
     def __getitem__(self, index: int) -> Tensor:
         """Moments of one image and of its mirror image, (4, C, h, w) as stored: mean, std, mirrored mean and std."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         shard, row = divmod(index, self.header.shard_size)
-        return torch.stack([self._shard(shard).get_slice(key)[row] for key in MOMENTS])
+        tensors, crcs = self._shard(shard)
+        moments = torch.stack([tensors.get_slice(key)[row] for key in MOMENTS])
+        self._require_whole(moments, shard, row, crcs)
+        return moments
 
     def load_all(self) -> Tensor:
         """All of it, (N, 4, C, h, w) in the dtype of the file."""
-        shards = (self._shard(shard) for shard in range(self.header.num_shards))
-        return torch.cat([torch.stack([shard.get_tensor(key) for key in MOMENTS], dim=1) for shard in shards])
+        parts = []
+        for shard in range(self.header.num_shards):
+            tensors, crcs = self._shard(shard)
+            parts.append(torch.stack([tensors.get_tensor(key) for key in MOMENTS], dim=1))
+            for row, moments in enumerate(parts[-1]):
+                self._require_whole(moments, shard, row, crcs)
+        return torch.cat(parts)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over what the latents are, the sums in their shards, and the labels where ``cond`` loaded them.
+
+        The latents themselves are not read.
+        """
+        header = self.header.model_dump_json(exclude={"vae", "source", "latent_mean", "latent_std"})
+        digest = hashlib.sha256(header.encode())
+        for shard in range(self.header.num_shards):
+            tensors, crcs = self._shard(shard)
+            digest.update(json.dumps(tensors.get_tensor("sums").tolist() if crcs is None else crcs).encode())
+        digest.update(json.dumps(None if self.labels is None else self.labels.tolist()).encode())
+        return digest.hexdigest()
 
     def check_vae(self, sha256: str, scale: float, name: str = "another VAE") -> None:
         """UserError unless the latents are those of the VAE with these weights, to be scaled alike."""
@@ -220,10 +296,12 @@ class LatentArchive:
         total = torch.zeros(2, self.latent_shape[0], dtype=torch.float64)
         for shard in range(self.header.num_shards):
             tensors = open_shard(self.path, self.header, shard)
-            sums = channel_sums({key: tensors.get_tensor(key) for key in MOMENTS})
+            moments, crcs = {key: tensors.get_tensor(key) for key in MOMENTS}, self._row_crcs(tensors, shard)
+            for row, one in enumerate(zip(*moments.values(), strict=True)):
+                self._require_whole(torch.stack(one), shard, row, crcs)
+            sums = channel_sums(moments)
             if not torch.allclose(sums, tensors.get_tensor("sums"), rtol=1e-9, atol=1e-9):
-                file = shard_path(self.path, shard)
-                raise UserError(f"{file}: damaged; remove it, and `{self.header.command(self.path)}` makes it again")
+                raise self._damaged(shard, "its values are not those of its sums")
             total += sums
             if progress is not None:
                 progress(self.header.shard_range(shard).stop, len(self))

@@ -20,14 +20,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from diffit.data.archive import META, decoding, open_image, read_labels, require_images
+from diffit.data.bounds import VARIABLE, max_bytes, max_pixels, require_size
 from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key
 from diffit.data.formats import suffix_of
+from diffit.data.sums import SUMS
 from diffit.errors import UserError, install_hint
 
 Pixels = npt.NDArray[np.uint8]
 IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 MAX_TAR_MEMBER = 1 << 26  # a CIFAR batch has 31 MB
-MAX_IDX_BYTES = 1 << 32
+MAX_TAR_MEMBERS = 100  # of which CIFAR-10 has 9
+MAX_IDX_BYTES = 1 << 30  # of a compressed file; what is not compressed stays on the disk
 SEVERAL_FRAMES = (".gif", ".png", ".apng", ".webp", ".tif", ".tiff", ".avif")
 CLASS_ORDERS = ("natural", "plain")
 
@@ -63,6 +66,7 @@ class Source:
         with decoding(self.names[index]):
             if frame:
                 image.seek(frame)
+                require_size(*image.size)  # pages may have sizes of their own
         if self.frames and not fresh:
             self._opened.last = (file, frame), image
         return image
@@ -130,7 +134,7 @@ def _tree(path: Path, cond: bool, class_order: str) -> Source:
         labels, class_names, notes = labels_from_folders(names, cond, class_order)
         kind = "of class folders" if class_names and None not in labels else "of images"
     images = set(names)
-    ignored = [name for name in files.names if name not in images and name != META]
+    ignored = [name for name in files.names if name not in images and name not in (META, SUMS)]
     kind = f"{'zip' if files.is_zip else 'folder'} {kind}"
     return Source(kind, names, lambda i: files.read(names[i]), labels, class_names, ignored, notes)
 
@@ -246,9 +250,14 @@ def _cifar10(path: Path) -> Source:
     found: dict[str, dict[bytes, Any]] = {}
     try:
         with tarfile.open(path, "r|*") as tar:  # members are read in memory and never unpacked to disk
-            for member in tar:
+            for count, member in enumerate(tar):
+                if member.size > MAX_TAR_MEMBER or count >= MAX_TAR_MEMBERS:
+                    raise UserError(
+                        f"{path}: more than {MAX_TAR_MEMBERS} members or {MAX_TAR_MEMBER} bytes in one, which "
+                        "CIFAR-10 has not: unpack any other tar file and use its folder"
+                    )
                 name = member.name.rsplit("/", 1)[-1]
-                if member.isfile() and name in [*wanted, "batches.meta"] and member.size <= MAX_TAR_MEMBER:
+                if member.isfile() and name in [*wanted, "batches.meta"]:
                     file = tar.extractfile(member)
                     assert file is not None
                     found[name] = _unpickle(file.read(), f"{path}: {name}")
@@ -290,23 +299,42 @@ def _idx(path: Path) -> Source:
 
 
 def _read_idx(path: Path, dims: int) -> Pixels:
-    """An idx file of unsigned bytes: 2 zero bytes, type 8, number of dimensions, big-endian sizes, data."""
-    opener = gzip.open if path.name.endswith(".gz") else open
+    """An idx file of unsigned bytes: 2 zero bytes, type 8, number of dimensions, big-endian sizes, data.
+
+    What is not compressed stays on the disk until it is used.
+    """
+    packed = path.name.endswith(".gz")
     try:
-        with opener(path, "rb") as file:
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
             magic = file.read(4)
             if magic != bytes([0, 0, 8, dims]):
                 raise UserError(f"{path} is not an idx file of {dims} dimensions (it starts with {magic.hex()})")
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
             count = math.prod(shape)
-            if not 0 < count <= MAX_IDX_BYTES:
-                raise UserError(f"{path} claims {count} bytes of data; 1 to {MAX_IDX_BYTES} are read")
-            data = file.read(count)
+            _check_idx(path, shape, packed)
+            data: Any = file.read(count) if packed else b""
+            held = len(data) if packed else path.stat().st_size - file.tell()
+            if not packed and held >= count:
+                data = np.memmap(path, np.uint8, "r", file.tell(), (count,))
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} cannot be read ({error}): it is damaged or incomplete, download it again") from error
-    if len(data) != count:
-        raise UserError(f"{path} holds {len(data)} of {count} bytes: it is incomplete, download it again")
+    if held < count:
+        raise UserError(f"{path} holds {held} of {count} bytes: it is incomplete, download it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _check_idx(path: Path, shape: tuple[int, ...], packed: bool) -> None:
+    """UserError for sizes of nothing, or of more than is read."""
+    count = math.prod(shape)
+    if not count:
+        raise UserError(f"{path} holds nothing: its sizes are {shape}")
+    if math.prod(shape[1:]) > max_pixels():
+        raise UserError(f"{path} claims {math.prod(shape[1:])} pixels an image, more than {VARIABLE} allows")
+    if packed and count > MAX_IDX_BYTES:
+        raise UserError(
+            f"{path} unfolds to {count} bytes, more than the limit of {MAX_IDX_BYTES}: unpack it first (gunzip), and "
+            "it is read from the disk"
+        )
 
 
 def _lmdb(path: Path) -> Source:
@@ -329,8 +357,13 @@ def _lmdb(path: Path) -> Source:
 
     def read(index: int) -> bytes:
         try:
-            with env.begin() as txn:
-                return txn.get(named[index][1]) or b""
+            with env.begin(buffers=True) as txn:  # a view, whose size is known before it is copied
+                value = txn.get(named[index][1]) or b""
+                if len(value) > max_bytes():
+                    raise BrokenImageError(
+                        f"'{names[index]}' has {len(value)} bytes, more than the limit of {max_bytes()} ({VARIABLE})"
+                    )
+                return bytes(value)
         except lmdb.Error as error:
             raise BrokenImageError(f"'{names[index]}' cannot be read ({error})") from error
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffit.data.archive import ImageArchive
+from diffit.data.bounds import VARIABLE, max_pixels
 from diffit.data.files import map_ordered
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
@@ -44,7 +45,7 @@ class ArchiveImages:
         return len(self.archive)
 
     def fingerprint(self) -> str:
-        return self.archive.content_hash()
+        return self.archive.hash_files()
 
     def rows(self, indices: Sequence[int]) -> Iterator[Tensor]:
         _, height, width = self.shape
@@ -59,6 +60,8 @@ class NpzImages:
         with self._open() as file:
             self.count, height, width, channels = self._header(file)
         self.shape = (channels, height, width)
+        if height * width > max_pixels():
+            raise UserError(f"{path}: images of {width}x{height} pixels, more than {VARIABLE} allows")
 
     def _open(self) -> IO[bytes]:
         try:

@@ -23,6 +23,7 @@ from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of, whole_file
 
 FIELDS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names; EDM has the first pair
+MAX_ARRAY = 1 << 28  # bytes: a covariance of 5,000 features
 
 
 def cache_folder() -> Path:
@@ -130,6 +131,7 @@ def read_arrays(path: Path) -> tuple[dict[str, Gaussian], dict[str, str]]:
     """
     found: dict[str, Gaussian] = {}
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as file:
             facts = {name: file[name] for name in ("detector", "detector_key", "images") if name in file}
             texts = {name: str(value) for name, value in facts.items() if value.dtype.kind == "U"}
@@ -148,6 +150,16 @@ def read_arrays(path: Path) -> tuple[dict[str, Gaussian], dict[str, str]]:
         reason = "it holds Python objects, which could run code" if "pickle" in str(error) else error
         raise UserError(f"{path}: not read as statistics ({reason})") from None
     return found, texts
+
+
+def _check_sizes(path: Path) -> None:
+    """UserError for arrays that unfold to more than any statistics: a small npz can hold terabytes of zeros."""
+    with zipfile.ZipFile(path) as file:
+        for member in file.infolist():  # images are read row by row
+            if member.file_size > MAX_ARRAY and not member.filename.startswith("arr_"):
+                raise UserError(
+                    f"{path}: {member.filename} has {member.file_size} bytes, more than {MAX_ARRAY} are read"
+                )
 
 
 def open_reference(path: Path, detector: Detector) -> Reference:

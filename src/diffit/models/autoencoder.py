@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from diffit.configs.schema import Config
-from diffit.errors import UserError, install_hint
+from diffit.errors import UserError, install_hint, printable
 from diffit.utils.images import to_float
 
 SCALE = 0.18215  # brings the latents of Stable Diffusion's VAEs to unit variance (arXiv 2112.10752, D.1)
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,15 @@ def check_autoencoder(vae: Autoencoder, sample_shape: tuple[int, int, int], imag
 def autoencoder_of(config: Config, vae: str | None = None, *, device: str | torch.device = "cpu") -> Autoencoder | None:
     """The VAE that a latent model's configuration names, or ``vae`` in its place; None for an image-space model.
 
-    UserError where it does not fit the model.
+    A configuration may come from anyone with its weights, so what it names is fetched from the Hub; a local folder is
+    only read as ``vae``. UserError where the VAE is not there or does not fit the model.
     """
     if config.autoencoder is None:
         if vae is not None:
             raise UserError(f"--vae {vae}: {config.preset} is an image-space model, which makes pixels; leave it out")
         return None
-    found = load_autoencoder(vae or config.autoencoder.vae, scale=config.autoencoder.scale, device=device)
+    spec = config.autoencoder
+    found = load_autoencoder(vae or spec.vae, scale=spec.scale, device=device, local=vae is not None)
     check_autoencoder(found, config.model.sample_shape, config.image_shape[1:])
     return found
 
@@ -127,11 +129,13 @@ def load_autoencoder(
     dtype: torch.dtype = torch.float32,
     slicing: bool = False,
     tiling: bool = False,
+    local: bool = True,
 ) -> Autoencoder:
     """The VAE of a folder that diffusers saved, or of a Hub id; either may hold it in a subfolder ``vae``.
 
     ``slicing`` takes one image at a time and ``tiling`` overlapping parts of large ones: less memory, and with
-    ``tiling`` slightly different numbers. Pickled weights are never read.
+    ``tiling`` slightly different numbers. Without ``local`` only a Hub id is accepted: for a name that comes from a
+    file. Pickled weights are never read.
 
     Raises UserError for what is not there, not an AutoencoderKL, or damaged.
     """
@@ -139,7 +143,7 @@ def load_autoencoder(
         raise UserError(f"scale {scale:g}: must be a number above 0; Stable Diffusion's VAEs have {SCALE}")
     if importlib.util.find_spec("diffusers") is None:
         raise UserError(f"a VAE needs diffusers: {install_hint('latent')}")
-    folder, name = _find(path_or_id)
+    folder, name = _find(path_or_id) if local else _find_on_hub(str(path_or_id))
     _check_folder(folder, path_or_id)
     vae = _load(folder, path_or_id, dtype).to(device)
     if slicing:
@@ -164,7 +168,21 @@ def _find(path_or_id: str | Path) -> tuple[Path, str]:
         raise UserError(
             f"{name}: no such folder, and not a Hub id such as stabilityai/sd-vae-ft-ema; check the spelling"
         )
-    return (path / "vae" if (path / "vae").is_dir() and not (path / CONFIG).is_file() else path), name
+    return _inner(path), name
+
+
+def _find_on_hub(name: str) -> tuple[Path, str]:
+    if not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"VAE {printable(name)}, which the network's file names, is no Hub id but a folder of the machine that "
+            "wrote the file: pass that folder, or a Hub id, with --vae"
+        )
+    return _inner(_snapshot(name)), name
+
+
+def _inner(path: Path) -> Path:
+    """The VAE in the folder of a whole pipeline, else the folder."""
+    return path / "vae" if (path / "vae").is_dir() and not (path / CONFIG).is_file() else path
 
 
 def _snapshot(hub_id: str) -> Path:

@@ -294,15 +294,17 @@ def load(
     device: torch.device | str | None = None,
     precision: str = "auto",
     vae: str | None = None,
+    verify: bool = True,
 ) -> Model:
     """The model of a network file, a run folder (its newest snapshot), or a Hub id, ready to be sampled.
 
     ``device`` defaults to a GPU where there is one. ``precision`` auto is bf16 on a GPU that has it, else fp32. ``vae``
-    is a folder or Hub id in place of the autoencoder that a latent model names. Raises :class:`UserError`.
+    is a folder or Hub id in place of the autoencoder that a latent model names. ``verify`` compares the file with its
+    checksum, where it has one. Raises :class:`UserError`.
     """
     device = pick_device() if device is None else torch.device(device)
     precision = check_precision(precision, device)
-    net, config = load_network(source, device)
+    net, config = load_network(source, device, verify=verify)
     autoencoder = autoencoder_of(config, vae, device=device)
     return Model(prepare(net, precision), config, autoencoder, precision)
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from diffit.training.run_dir import (
     RunLog,
     create_run,
     find_state,
+    hold,
     kimg_number,
     read_options,
     retire_later,
@@ -55,8 +57,10 @@ def train(
     began, procs = time.monotonic(), (procs or alone()).impatient(config.training.timeout_minutes)
     precision = check_precision(config.training.precision, procs.device)
     require_tracker(config.training.track)
-    state = procs.broadcast(find_state(config, Path(outdir), resume) if procs.is_first else None)
-    with torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
+    with ExitStack() as held, torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
+        with procs.together():
+            state = find_state(config, Path(outdir), resume, held) if procs.is_first else None
+        state = procs.broadcast(state)
         recorded = progress = None
         if state is not None:
             known = (read_options(state.parent), read_progress(state)) if procs.is_first else None
@@ -73,7 +77,9 @@ def train(
             return Outcome(state.parent, stepper.images_seen, False, None)
         # Before there is a run folder, because this finds faulty images.
         resident, loading = load_resident(archive, procs, training.workers)
-        run_dir = procs.broadcast(open_run(Path(outdir), config, procs, state) if procs.is_first else None)
+        with procs.together():
+            opened = open_run(Path(outdir), config, procs, state, held) if procs.is_first else None
+        run_dir: Path = procs.broadcast(opened)
         log = RunLog(run_dir, config, stepper.images_seen) if procs.is_first else None
         with StopSignals() as signals, Console(log, stepper, total) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
@@ -94,10 +100,11 @@ def train(
             return run.finish(interrupted)
 
 
-def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None) -> Path:
+def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None, held: ExitStack) -> Path:
     """The folder of the run: that of the ``state``, or a new one, as for a state that was copied away from its own."""
     if state is None or read_options(state.parent) is None:
         run_dir = create_run(outdir, config, procs.count)
+        hold(run_dir, held)
     else:
         run_dir = state.parent
         for path in retire_later(state):

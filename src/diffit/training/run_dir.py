@@ -1,10 +1,12 @@
 """The folder of a run: its name, its log, its statistics, and finding one to take up again."""
 
+import itertools
 import json
 import logging
 import math
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.training.checkpoint import PREFIX, states, verify_state
 from diffit.training.tracking import open_trackers
-from diffit.utils.files import disk_errors, whole_file
+from diffit.utils.files import disk_errors, sweep, whole_file
+from diffit.utils.locks import exclusive
 from diffit.weights import snapshots
 
 logger = logging.getLogger(__name__)
@@ -67,13 +70,19 @@ def runs(outdir: Path) -> list[Path]:
 def create_run(outdir: Path, config: Config, processes: int) -> Path:
     """``<outdir>/00000-<data>-<preset>-gpus1-batch128[-desc]`` with the next free number."""
     desc = config.training.desc
-    number = max((int(path.name[:5]) for path in runs(outdir)), default=-1) + 1
     data = Path(config.data.path).stem if config.data.path else "data"
-    parts = [f"{number:05d}", data, config.preset, f"gpus{processes}", f"batch{config.training.batch}", desc]
-    path = outdir / "-".join(part for part in parts if part)
+    parts = [data, config.preset, f"gpus{processes}", f"batch{config.training.batch}", desc]
+    name = "-".join(part for part in parts if part)
+    first = max((int(path.name[:5]) for path in runs(outdir)), default=-1) + 1
     with disk_errors(outdir):
-        path.mkdir(parents=True)
-    return path
+        for number in itertools.count(first):
+            path = outdir / f"{number:05d}-{name}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # by another command that was started in this moment
+                continue
+            return path
+    raise AssertionError
 
 
 def write_options(run_dir: Path, config: Config) -> None:
@@ -139,18 +148,23 @@ def locate_state(path: Path) -> Path:
     return found[-1]
 
 
-def find_state(config: Config, outdir: Path, resume: str) -> Path | None:
+def find_state(config: Config, outdir: Path, resume: str, held: ExitStack) -> Path | None:
     """The state to go on from: ``resume`` is ``auto``, ``none``, or the path of a state or a run.
 
-    Its files are whole. ``auto`` puts a damaged one aside and takes the one before; UserError where there is none.
+    Its run is this process's alone until ``held`` is closed. Its files are whole: ``auto`` puts a damaged state aside
+    and takes the one before; UserError where there is none.
     """
     if resume == "none":
         return None
     if resume != "auto":
         state = locate_state(Path(resume))
+        if read_options(state.parent) is not None:
+            hold(state.parent, held)
         verify_state(state)
         return state
     newest = find_resumable(outdir, config)
+    if newest is not None:
+        hold(newest.parent, held)
     for state in reversed(states(newest.parent) if newest else []):
         try:
             verify_state(state)
@@ -161,6 +175,12 @@ def find_state(config: Config, outdir: Path, resume: str) -> Path | None:
     if newest is not None:
         raise UserError(f"{newest.parent}: every state is damaged; --resume none begins again")
     return None
+
+
+def hold(run_dir: Path, held: ExitStack) -> None:
+    """Keep other commands out of a run until ``held`` is closed, and remove what dead ones left half written in it."""
+    held.enter_context(exclusive(run_dir, "use another --outdir"))
+    sweep(run_dir)
 
 
 def prune_snapshots(run_dir: Path, keep: int) -> None:

@@ -1,16 +1,18 @@
 """A network file in another form: the official layout, or a folder for the Hub."""
 
+import html
+import re
 from pathlib import Path
 
 import torch
 
 from diffit.configs.presets import latent_preset_for
 from diffit.configs.schema import Config
-from diffit.errors import UserError
+from diffit.errors import UserError, printable
 from diffit.models import DiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.utils.files import whole_file, whole_folder
-from diffit.weights.file import load_network, locate, read_header, save_network, save_tensors, with_vae
+from diffit.weights.file import load_network, locate, public, read_header, save_network, save_tensors, with_vae
 from diffit.weights.official import to_official
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,31 +80,32 @@ def write_official(net: DiffiT, config: Config, dest: Path) -> None:
 
 def write_hub_folder(net: DiffiT, config: Config, dest: Path, kimg: float | None) -> None:
     """Our file and a model card. ``kimg`` None: nothing is known of the training."""
-    if config.autoencoder is not None and Path(config.autoencoder.vae).is_dir():
-        config = with_vae(config, Path(config.autoencoder.vae).resolve().name)  # the path is of no use to others
+    config = public(config)
     with whole_folder(dest) as part:
         save_network(part / f"{config.preset}.safetensors", net.state_dict(), config, kimg=kimg)
         (part / "README.md").write_text(model_card(config, kimg), encoding="utf-8")
 
 
 def model_card(config: Config, kimg: float | None) -> str:
-    """What is known of the model, and what its author has still to say."""
+    """What is known of the model, and what its author has still to say. Names are text in it, whatever they hold."""
     model, training, sampling = config.model, config.training, config.sampling
     channels, height, width = config.image_shape
-    names = config.data.class_names or ()
+    names = [_plain(name) for name in (config.data.class_names or ())[:50]]
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     if kimg is None:
         origin = "Weights in NVIDIA's official layout, which does not say how they were trained."
         licence = "To be filled in by the author. NVIDIA's own weights are **for non-commercial use only**."
     else:
+        data = _plain(config.data.path or "(name of the data: fill in)")
         origin = (
-            f"Trained on `{config.data.path or '(name of the data: fill in)'}` with preset `{config.preset}`: "
+            f"Trained on {data} with preset {_plain(config.preset)}: "
             f"{kimg:g} of {training.kimg:g} kimg, batch {training.batch}, learning rate {training.lr:g}, "
             f"seed {training.seed}."
         )
         licence = "To be filled in by the author, with that of the data in mind."
-    listed = f"\nClasses: {', '.join(names[:50])}{', …' if len(names) > 50 else ''}.\n" if names else ""
-    vae = f"\nIts latents are those of the VAE `{config.autoencoder.vae}`.\n" if config.autoencoder else ""
+    more = ", …" if len(config.data.class_names or ()) > len(names) else ""
+    listed = f"\nClasses: {', '.join(names)}{more}.\n" if names else ""
+    vae = f"\nIts latents are those of the VAE {_plain(config.autoencoder.vae)}.\n" if config.autoencoder else ""
     return f"""---
 library_name: diffit
 license: other
@@ -110,7 +113,7 @@ license_name: to-be-filled-in
 tags: [diffit, diffusion, image-generation]
 ---
 
-# {config.preset}
+# {_plain(config.preset)}
 
 A DiffiT (arXiv 2312.02139) of the {model.family} family: images of {width}×{height}×{channels}, {classes}.
 {listed}{vae}
@@ -134,3 +137,8 @@ No metric comes with this file. To be filled in by the author: which, on how man
 
 {licence}
 """
+
+
+def _plain(text: str) -> str:
+    """``text`` from a file as it is in Markdown and HTML: neither markup nor a tag, a link or a line of its own."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(printable(text), quote=False))

@@ -17,19 +17,26 @@ from diffit import __version__
 from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.models import DiffiT, build
+from diffit.models.autoencoder import HUB_ID
 from diffit.utils import hub
 from diffit.utils.files import whole_file
+from diffit.weights.header import CONFIG_KEY, SUM_KEY, parse_config, read_tensor_header, require_whole, seal
 from diffit.weights.official import INDEX, check_index, recognise, stranger
-
-CONFIG_KEY = "diffit_config"
 
 
 def public(config: Config) -> Config:
-    """``config`` without the paths of the machine that it was trained on."""
+    """``config`` without the paths of the machine that it was trained on: of a local VAE the folder's name is left."""
+    if config.autoencoder is not None and is_local(config.autoencoder.vae):
+        config = with_vae(config, Path(config.autoencoder.vae).resolve().name)
     data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
     metrics = tuple(re.sub(r"[^:]*/", "", name) for name in config.training.metrics)  # a detector may be a file
     training = config.training.model_copy(update={"init_from": None, "metrics": metrics, "metrics_ref": None})
     return config.model_copy(update={"data": data, "training": training})
+
+
+def is_local(vae: str) -> bool:
+    """Whether the name of a VAE is a folder's, here or on the machine where it was given."""
+    return Path(vae).is_dir() or not HUB_ID.fullmatch(vae)
 
 
 def with_vae(config: Config, vae: str) -> Config:
@@ -39,12 +46,17 @@ def with_vae(config: Config, vae: str) -> Config:
 
 
 def save_network(path: str | Path, state: Mapping[str, Tensor], config: Config, *, kimg: float | None = 0.0) -> None:
-    """Write ``state`` with the :func:`public` form of ``config``; ``kimg`` None is a training not known."""
+    """Write ``state`` with the :func:`public` form of ``config``; ``kimg`` None is a training not known.
+
+    The same weights and settings give the same bytes, with a checksum of them in the header.
+    """
     metadata = {"format": "pt", CONFIG_KEY: public(config).model_dump_json(), "diffit_version": __version__}
+    metadata[SUM_KEY] = "0" * 64  # room for the sum
     if kimg is not None:
         metadata["diffit_kimg"] = f"{kimg:g}"
     with whole_file(path) as part:
         save_tensors(state, part, metadata)
+        seal(part)
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -102,22 +114,24 @@ def read_header(path: str | Path) -> tuple[Config, float | None]:
     """Configuration and length of the training in kimg, None where the file does not say it; no tensor is read."""
     path = locate(path)
     with _opened(path) as file:
-        kimg = (file.metadata() or {}).get("diffit_kimg")
-        return _config_of(file, path), None if kimg is None else float(kimg)
+        return _config_of(file, path), _kimg_of(file, path)
 
 
 def read_network_file(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, verify: bool = True
 ) -> tuple[dict[str, Tensor], Config]:
     """Tensors and configuration of a file that :func:`save_network` wrote, or of NVIDIA's official weights.
 
     Floating-point tensors are converted to ``dtype``; None keeps the file's. On the CPU what is not converted stays
     mapped from the file, and what is converted is unmapped one by one, so that loading takes no more memory than the
-    weights. The index that the official layout repeats in every layer is checked and left out.
+    weights. The index that the official layout repeats in every layer is checked and left out. With ``verify``, a file
+    that is not as it was written is a :class:`UserError`; files without a checksum, as the official ones, are read.
     """
     path = locate(path)
     with _opened(path, str(device)) as file:
         config = _config_of(file, path)
+        if verify:
+            require_whole(path)
         keys = list(file.keys())
         state = {key: _as(file.get_tensor(key), dtype, path, key) for key in keys if not key.endswith(INDEX)}
     for key in keys:
@@ -128,6 +142,7 @@ def read_network_file(
 
 @contextmanager
 def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    read_tensor_header(path)  # within bounds, which safe_open does not know
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
@@ -138,7 +153,7 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
 def _config_of(file: Any, path: Path) -> Config:
     metadata = file.metadata() or {}
     if CONFIG_KEY in metadata:
-        return Config.from_json(metadata[CONFIG_KEY], f"{path}: configuration in the header")
+        return parse_config(metadata[CONFIG_KEY], f"{path}: configuration in the header")
     keys = list(file.keys())
     config = recognise({key: tuple(file.get_slice(key).get_shape()) for key in keys}, str(path))
     if config is None:
@@ -147,6 +162,16 @@ def _config_of(file: Any, path: Path) -> Config:
             f"{stranger(keys)}"
         )
     return config
+
+
+def _kimg_of(file: Any, path: Path) -> float | None:
+    text = (file.metadata() or {}).get("diffit_kimg")
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise UserError(
+            f"{path}: diffit_kimg in the header is {text!r}, not a number; fetch or save it again"
+        ) from None
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None, path: Path, key: str) -> Tensor:
@@ -163,15 +188,23 @@ def _read_alone(path: Path, key: str) -> Tensor:
 
 
 def load_network(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    verify: bool = True,
 ) -> tuple[DiffiT, Config]:
     """The network of a file or Hub id, in evaluation mode, and its configuration. Every key and shape is checked.
 
-    Files of ours carry their configuration; NVIDIA's official files are known by their keys and shapes.
+    Files of ours carry their configuration and a checksum, which ``verify`` compares with their content; NVIDIA's
+    official files are known by their keys and shapes.
     """
-    state, config = read_network_file(path, device, dtype)
-    with torch.device("meta"):
-        net = build(config.model)
+    state, config = read_network_file(path, device, dtype, verify=verify)
+    try:
+        with torch.device("meta"):
+            net = build(config.model)
+    except (RuntimeError, OverflowError) as error:  # sizes that are no tensor's
+        raise UserError(f"{path}: no network has the sizes in its header ({str(error).splitlines()[0]})") from None
     load_into(net, state, path, assign=True)
     return net.eval().requires_grad_(False), config
 

@@ -1,0 +1,29 @@
+"""``dataset.sfv``: the CRC-32 of every file of an archive, so that what the disk has changed is noticed on reading.
+
+One line a file, its name and eight hexadecimal digits, as ``cksfv`` and ``rhash`` check it. Readers of the StyleGAN and
+EDM layout pass over it. An archive without one is read as it is.
+"""
+
+from collections.abc import Mapping
+
+from diffit.errors import UserError
+
+SUMS = "dataset.sfv"
+REMEDY = f"copy the archive again; if the change is meant, remove {SUMS} from it or write it again with `diffit data`"
+
+
+def format_sums(sums: Mapping[str, int]) -> bytes:
+    """The file for the CRC-32 of each name."""
+    return "".join(f"{name} {crc:08x}\n" for name, crc in sums.items()).encode()
+
+
+def parse_sums(data: bytes, where: str) -> dict[str, int]:
+    """CRC-32 by name. UserError for anything that :func:`format_sums` would not have written: it may be damage too."""
+    try:
+        pairs = (line.rsplit(" ", 1) for line in data.decode().split("\n")[:-1])
+        sums = {name: int(crc, 16) for name, crc in pairs}
+    except ValueError:
+        sums = {}
+    if format_sums(sums) != data:
+        raise UserError(f"{where} is damaged: {REMEDY}")
+    return sums
