@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -9,10 +10,12 @@ import torch
 
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.errors import UserError
+from diffit.training import run_dir
 from diffit.training.run_dir import (
     RunLog,
     create_run,
     find_resumable,
+    find_state,
     locate_state,
     same_run,
     truncate_jsonl,
@@ -159,3 +162,42 @@ def test_a_tracker_that_is_not_installed_is_said_before_any_work():
     with pytest.raises(UserError, match="--track trackio: that package is not installed; pip install trackio"):
         require_tracker("trackio")
     require_tracker(None)
+
+
+def of_data(path, content):
+    return resolve("debug", {"data": path}, DataFacts(3, (16, 16), 3, content=content))
+
+
+def saved(outdir, options):
+    run = create_run(outdir, options, 1)
+    write_options(run, options)
+    return with_state(run, 10)
+
+
+def test_an_archive_that_moved_is_the_same_and_another_in_its_place_is_not(tmp_path):
+    before = of_data("/data/pets.zip", "a" * 64)
+    state = saved(tmp_path, before)
+    assert find_resumable(tmp_path, of_data("/elsewhere/pets.zip", "a" * 64)) == state
+    assert find_resumable(tmp_path, of_data("/elsewhere/birds.zip", "b" * 64)) is None
+    with pytest.raises(
+        UserError, match=r"other images than .* began with \(aaaaaaaaaaaa, now bbbbbbbbbbbb\)"
+    ):
+        find_resumable(tmp_path, of_data("/data/pets.zip", "b" * 64))
+
+
+def test_a_run_that_recorded_no_hash_goes_by_the_path(tmp_path):
+    state = saved(tmp_path, of_data("/data/pets.zip", None))
+    assert find_resumable(tmp_path, of_data("/data/pets.zip", "a" * 64)) == state
+    assert find_resumable(tmp_path, of_data("/elsewhere/pets.zip", "a" * 64)) is None
+
+
+def test_the_second_command_is_told_of_the_first_and_takes_the_run_up_when_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "verify_state", lambda state: None)
+    state = saved(tmp_path, config())
+    with ExitStack() as first, ExitStack() as second:
+        assert find_state(config(), tmp_path, "auto", first) == state
+        for resume in ("auto", str(state)):
+            with pytest.raises(UserError, match=r"in use by process \d+ on .*use another --outdir"):
+                find_state(config(), tmp_path, resume, second)
+        first.close()
+        assert find_state(config(), tmp_path, "auto", second) == state

@@ -41,6 +41,8 @@ class DataFacts:
     class_names: tuple[str, ...] | None = None
     empty_classes: tuple[int, ...] = ()
     """Numbered, but without an image."""
+    content: str | None = None
+    """A hash of the archive."""
     latent_scale: float | None = None
     """Of cached latents; None for images."""
     latent_shape: tuple[int, int, int] | None = None
@@ -77,7 +79,8 @@ def resolve(
     changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}
     # A recipe that was not asked for does not ask for labels.
     cond = options.get("cond", preset is not None and base.data.cond)
-    changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond}
+    content = facts.content if facts else None
+    changed["data"] |= {"path": options.get("data"), "val": options.get("val"), "cond": cond, "content": content}
     if isinstance(base.model, ImageModel):
         adapt_depth = preset is None or "resolution" in options
         _change_image_model(changed, base, options, size or base.model.image_size, facts, adapt_depth)

@@ -215,6 +215,8 @@ class Training(Frozen):
     """Flip half of the images left to right, for data that is as good in the mirror."""
     label_drop: Probability = 0.1
     seed: Annotated[int, Field(ge=0)] = 0
+    init: Literal["xavier", "fan_in"] = "xavier"
+    """How an image-space network's weights begin."""
     init_from: str | None = None
     """A network file whose weights the run begins with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -287,6 +289,8 @@ class Data(Frozen):
     """Where the images come from, and what a sampler needs to know of them."""
 
     path: str | None = None
+    content: str | None = None
+    """A hash of what the archive holds: it may move, and another one may take its place."""
     val: str | None = None
     """An archive of held-out images, for the held-out loss."""
     cond: bool = False

@@ -1,6 +1,7 @@
 """An archive of images or of latents by its path, and what training must know of it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +27,17 @@ def facts_of(archive: Archive | None) -> DataFacts | None:
     """What the configuration takes from the data; None without data."""
     if archive is None:
         return None
-    names = tuple(archive.class_names) if archive.class_names else None
+    said: dict[str, Any] = {
+        "num_classes": archive.num_classes,
+        "class_names": tuple(archive.class_names) if archive.class_names else None,
+        "empty_classes": _empty_classes(archive),
+        "content": archive.content_hash,
+    }
     if isinstance(archive, LatentArchive):
         scale, shape = archive.header.scale, archive.latent_shape
-        return DataFacts(3, archive.image_size, archive.num_classes, names, _empty_classes(archive), scale, shape)
+        return DataFacts(3, archive.image_size, latent_scale=scale, latent_shape=shape, **said)
     channels, height, width = archive.image_shape
-    return DataFacts(channels, (height, width), archive.num_classes, names, _empty_classes(archive))
+    return DataFacts(channels, (height, width), **said)
 
 
 def _empty_classes(archive: Archive) -> tuple[int, ...]:

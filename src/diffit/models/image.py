@@ -113,8 +113,18 @@ class ImageDiffiT(nn.Module):
         arguments = {name: getattr(config, name) for name in type(config).model_fields if name != "family"}
         return cls(**arguments)
 
-    def init_weights(self) -> None:
+    def init_weights(self, scheme: str = "xavier") -> None:
+        """``xavier`` for every layer; or ``fan_in``, which leaves the first plateau of the loss several times earlier:
+        convolutions by their inputs alone (He et al. 2015, gain 1), and branches of attention and MLP that begin at 0.
+        """
         self.apply(init_linear)
+        if scheme == "fan_in":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                elif isinstance(module, DiffiTBlock):
+                    nn.init.zeros_(module.attn.proj.weight)
+                    nn.init.zeros_(module.mlp.fc2.weight)
         if self.y_embedder is not None:
             # As large as the noise level's part of the token; at 0.02 a class is heeded only much later.
             self.y_embedder.init_weights(std=1.0)

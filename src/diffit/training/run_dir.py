@@ -31,7 +31,7 @@ FREE: Any = {
         "metrics_steps", "chosen", "track", "on_spike", "timeout_minutes",
     },
     "sampling": True,
-    "data": {"val", "empty_classes"},
+    "data": {"val", "empty_classes", "path", "content"},
 }  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def differences(asked: Config, recorded: Config) -> list[str]:
     """What is asked for otherwise than a run has it, as ``lr 0.001 (the run has 0.002)``."""
     free = FREE | {"training": FREE["training"] | unasked(asked)}
     ours, theirs = (config.model_dump(exclude=free) for config in (asked, recorded))
+    if not same_data(asked, recorded):
+        ours["data"]["path"], theirs["data"]["path"] = asked.data.path, recorded.data.path
     return [
         f"{name} {ours[room].get(name)} (the run has {theirs[room].get(name)})"
         for room in ("data", "training", "diffusion", "autoencoder", "model")
@@ -51,6 +53,24 @@ def differences(asked: Config, recorded: Config) -> list[str]:
         for name in dict.fromkeys([*(ours[room] or {}), *(theirs[room] or {})])
         if (ours[room] or {}).get(name) != (theirs[room] or {}).get(name)
     ] + (["preset"] if asked.preset != recorded.preset else [])
+
+
+def same_data(asked: Config, recorded: Config) -> bool:
+    """Whether two runs are of the same images, wherever they lie; by the path where a run has no hash of them."""
+    if asked.data.content is None or recorded.data.content is None:
+        return asked.data.path == recorded.data.path
+    return asked.data.content == recorded.data.content
+
+
+def refuse_other_content(asked: Config, recorded: Config, run_dir: Path) -> None:
+    """Raises :class:`UserError` where an archive of the same place holds other images than a run began with."""
+    if asked.data.path == recorded.data.path and not same_data(asked, recorded):
+        assert asked.data.content is not None
+        assert recorded.data.content is not None
+        raise UserError(
+            f"{asked.data.path}: other images than {run_dir} began with ({recorded.data.content[:12]}, now "
+            f"{asked.data.content[:12]}); restore them, or begin a new run with --resume none"
+        )
 
 
 def kimg_number(config: Config, images_seen: int) -> str:
@@ -110,6 +130,7 @@ def find_resumable(outdir: Path, config: Config) -> Path | None:
             continue
         other = differences(config, options)
         if not other:
+            refuse_other_content(config, options, run_dir)
             return found[-1]
         nearest = nearest or (run_dir, other)
     if nearest is not None:
@@ -158,7 +179,8 @@ def find_state(config: Config, outdir: Path, resume: str, held: ExitStack) -> Pa
         return None
     if resume != "auto":
         state = locate_state(Path(resume))
-        if read_options(state.parent) is not None:
+        if (recorded := read_options(state.parent)) is not None:
+            refuse_other_content(config, recorded, state.parent)
             hold(state.parent, held)
         verify_state(state)
         return state

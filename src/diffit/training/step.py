@@ -33,6 +33,8 @@ def build_network(config: Config) -> DiffiT:
     with torch.random.fork_rng(devices=[]):  # by default it would open a context on every GPU of the machine
         torch.default_generator.manual_seed(derive_seed(config.training.seed, INIT))
         net = build(config.model)
+        if isinstance(net, ImageDiffiT) and config.training.init != "xavier":
+            net.init_weights(config.training.init)
     return channels_last(net) if isinstance(net, ImageDiffiT) else net
 
 
