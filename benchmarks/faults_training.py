@@ -296,6 +296,67 @@ def worlds() -> Row:
     return Row("1, 2, 4, 1 processes", 1, f"losses at most {worst:.1e} apart", tuple(failures))
 
 
+def full_disk(sizes: list[int]) -> Row:
+    """A file system of so many KiB; then room is made and the same command goes on. Needs root, for the mount."""
+    place, failures = Place(), []
+    place.start("whole", "--kimg", "0.32").wait()
+    expected = content(place.run_dir("whole"))  # type: ignore[arg-type]
+    full = 0
+    for size in sizes:
+        name = f"disk{size}"
+        outdir = place.folder / name
+        outdir.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", outdir], check=True)
+        try:
+            status = place.start(name, "--kimg", "0.32").wait()
+            last = place.log(name).strip().splitlines()[-1]
+            full += status != 0
+            if status and ("the disk is full" not in last or "Traceback" in place.log(name)):
+                failures.append(f"{size} KiB: {place.log(name)[-800:]}")
+            subprocess.run(["mount", "-o", "remount,size=64m", outdir], check=True)
+            place.start(name, "--kimg", "0.32").wait()
+            run = place.run_dir(name)
+            if run is None or content(run) != expected:
+                failures.append(f"{size} KiB: other bytes after room was made: {place.log(name)[-800:]}")
+            elif left := leftovers(run):
+                failures.append(f"{size} KiB: left {left}")
+        finally:
+            subprocess.run(["umount", outdir], check=False)
+    place.close()
+    return Row("a full disk", len(sizes), f"{full} times one line; the same bytes once there is room", tuple(failures))
+
+
+def pairs(count: int) -> Row:
+    """Two of the same command at once: two trainings of one run, two samplings into one folder."""
+    place, failures, told = Place(), [], 0
+    place.start("run", "--kimg", "0.08").wait()
+    network = next(iter(place.run_dir("run").glob("network-snapshot-*")))  # type: ignore[union-attr]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
+    for i in range(count):
+        if i % 2:
+            both = [place.start("run", "--kimg", 0.08 + 0.04 * (i + 1), seconds=0.3) for _ in range(2)]
+            statuses = [process.wait() for process in both]
+            text = place.log("run")
+        else:
+            words = [sys.executable, "-m", "diffit", "sample", "--network", network, "--outdir", place.folder / f"s{i}",
+                     "--seeds", "0-199", "--steps", "6"]  # fmt: skip
+            both = [
+                subprocess.Popen(
+                    list(map(str, words)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+                )
+                for _ in range(2)
+            ]
+            text = "".join("".join(process.communicate()) for process in both)
+            statuses = [process.returncode for process in both]
+            if len(list((place.folder / f"s{i}").glob("*.png"))) != 200:
+                failures.append(f"pair {i}: not 200 images")
+        told += sorted(map(bool, statuses)) == [False, True]
+        if 0 not in statuses or (1 in statuses and "in use by process" not in text) or "Traceback" in text:
+            failures.append(f"pair {i}: exit {statuses}: {text[-800:]}")
+    place.close()
+    return Row("two of the same command at once", count, f"{told} times the second was told", tuple(failures))
+
+
 def run(*, whole: bool) -> Iterator[Row]:
     """All rows; not ``whole`` is a short form."""
     yield kills(50 if whole else 3, 0)
@@ -307,6 +368,9 @@ def run(*, whole: bool) -> Iterator[Row]:
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV) if whole else (signal.SIGKILL,):
         yield lost_worker(number)
     yield worlds()
+    yield pairs(16 if whole else 2)
+    if os.geteuid() == 0:
+        yield full_disk([64, *range(300, 3200, 100)] if whole else [64, 600])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_convert_then_check_says_what_happened_and_what_to_do_next(raw, tmp_path
     ):
         assert part in result.output
     with Image.open(tmp_path / "out-grid.png") as grid:
-        assert grid.size == (3 * 64, 2 * 64)
+        assert grid.size == (3 * 66 - 2, 2 * 66 - 2)
 
 
 def test_of_two_conversions_at_once_the_second_is_told(raw, tmp_path, monkeypatch):
