@@ -3,6 +3,7 @@
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -146,7 +147,17 @@ def read_arrays(path: Path) -> tuple[dict[str, Gaussian], dict[str, str]]:
                     if not (mu.isfinite().all() and sigma.isfinite().all()):
                         raise UserError(f"{path}: {mu_name} or {sigma_name} has values that are not finite")
                     found[output] = Gaussian(mu, sigma, int(count) if count.isdecimal() else None)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        AttributeError,
+        TypeError,
+        MemoryError,
+        NotImplementedError,
+    ) as error:
         reason = "it holds Python objects, which could run code" if "pickle" in str(error) else error
         raise UserError(f"{path}: not read as statistics ({reason})") from None
     return found, texts
