@@ -15,7 +15,6 @@ import struct
 import sys
 import tarfile
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -74,7 +73,8 @@ class Row:
     """Anything else: tracebacks, crashes, several lines, no end, unnoticed damage of kinds with checksums."""
 
     def __str__(self) -> str:
-        line = f"{self.kind:14} {self.refused:6} refused {self.same:6} same {self.other:6} other {len(self.faults):4} faults"
+        counts = f"{self.refused:6} refused {self.same:6} same {self.other:6} other {len(self.faults):4} faults"
+        line = f"{self.kind:14} {counts}"
         return "\n".join([line, *(f"    {text} ×{n}" for text, n in Counter(self.faults).most_common(8))])
 
 
@@ -337,8 +337,12 @@ def trial(name: str, count: int, seed: int) -> Row:
 
 def run(count: int = 1100, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[Row]:
     """``count`` mutants shared out over ``kinds``, the same for the same ``seed``."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has none of the others
-    return [trial(name, -(-count // len(kinds)), seed) for name in kinds]
+    try:
+        return [trial(name, -(-count // len(kinds)), seed) for name in kinds]
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
