@@ -386,7 +386,7 @@ def test_names_that_a_terminal_would_obey_are_shown_as_text(tmp_path):
     path = write_folder(tmp_path / "a", {"\x1b[2Jb\nerror: all is well.png": b"nothing"})
     with pytest.raises(UserError) as caught:
         ImageArchive(path)
-    assert r"'\x1b[2Jb\nerror: all is well.png'" in str(caught.value)
+    assert r"\x1b[2Jb\nerror: all is well.png' is not an image" in str(caught.value)
 
 
 def test_class_names_of_an_archive_cannot_move_the_cursor(tmp_path):
