@@ -369,3 +369,26 @@ def test_map_ordered_keeps_order_and_reads_only_a_little_ahead():
     results.close()
     assert len(started) < 500
     assert list(map_ordered(str, range(100), workers=3)) == [str(i) for i in range(100)]
+
+
+def test_a_zip_with_a_name_that_is_not_utf_8_or_a_method_that_no_one_knows_is_one_line(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"ü.png": png(pixels(0))})
+    content = path.read_bytes()
+    for old, new in (("ü".encode(), b"\xc3\x28"), (b"PK\x01\x02\x14\x03\x14\x00\x00\x08\x00\x00", None)):
+        assert old in content
+        path.write_bytes(content.replace(old, old[:-2] + b"\x63\x00" if new is None else new))
+        with pytest.raises(UserError, match=str(path)) as caught:
+            ImageArchive(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_names_that_a_terminal_would_obey_are_shown_as_text(tmp_path):
+    path = write_folder(tmp_path / "a", {"\x1b[2Jb\nerror: all is well.png": b"nothing"})
+    with pytest.raises(UserError) as caught:
+        ImageArchive(path)
+    assert r"\x1b[2Jb\nerror: all is well.png' is not an image" in str(caught.value)
+
+
+def test_class_names_of_an_archive_cannot_move_the_cursor(tmp_path):
+    files = edm_files() | {"dataset.json": json.dumps({"labels": None, "class_names": ["a\x1b[1m\n"]}).encode()}
+    assert ImageArchive(write_zip(tmp_path / "a.zip", files)).class_names == [r"a\x1b[1m\n"]

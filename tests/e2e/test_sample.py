@@ -223,3 +223,13 @@ def test_a_class_may_be_given_by_name_in_any_case(network, tmp_path):
     np.testing.assert_array_equal(by_name, by_number)
     with pytest.raises(UserError, match="knows cat, …, or 0-2"):
         sample(network, tmp_path / "c", "--class", "catt")
+
+
+def test_a_damaged_network_is_refused_and_sampled_on_request(network, tmp_path):
+    damaged = tmp_path / "damaged.safetensors"
+    content = bytearray(network.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged.safetensors: damaged.*--no-verify"):
+        sample(damaged, tmp_path / "out", "--seeds", "0")
+    assert len(pixels(sample(damaged, tmp_path / "out", "--seeds", "0", "--no-verify"))) == 1

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import struct
 import time
 import zipfile
 import zlib
@@ -27,7 +28,8 @@ SUMS_BYTES = 1 << 20, 1 << 10  # of dataset.sfv: in all, and for each file
 ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of any other may be in any encoding
 # Kana, kanji and what goes with them, none of them next to a Latin letter.
 _JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
-_READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+# RuntimeError is an encrypted member, NotImplementedError an unknown compression, ValueError a name that is not UTF-8.
+READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error)
 
 
 class BrokenImageError(UserError):
@@ -146,7 +148,13 @@ class FileTree:
         return self.__dict__ | {"_handle": None}
 
     def _folder_names(self) -> list[str]:
-        names = list(self._walk(self.path, ""))
+        try:
+            names = list(self._walk(self.path, ""))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{error.filename or self.path} cannot be listed ({reason}): check its permissions"
+            ) from error
         # Python keeps bytes that are not UTF-8 as lone surrogates, which no file and no terminal takes.
         foreign = [name for name in names if not name.isascii() and not _is_text(name)]
         return self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252"))
@@ -201,7 +209,7 @@ class FileTree:
         if self._handle is None or self._handle[0] != os.getpid():
             try:
                 self._handle = os.getpid(), zipfile.ZipFile(self.path)
-            except _READ_ERRORS as error:
+            except READ_ERRORS as error:
                 raise UserError(
                     f"{self.path} cannot be read as a zip ({error}): it is damaged or incomplete, copy it again"
                 ) from error
@@ -225,7 +233,7 @@ class FileTree:
             if expected is not None and zlib.crc32(data) != expected:
                 raise OSError(f"damaged: its CRC-32 is not that in {SUMS}")
             return data
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
 

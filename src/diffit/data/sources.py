@@ -344,6 +344,9 @@ def _lmdb(path: Path) -> Source:
         raise UserError(f"{path} is an LMDB folder and needs the lmdb package: {install_hint('data')}") from error
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if (path / "data.mdb").stat().st_size < needed:  # LMDB itself would die of a bus error
+            raise UserError(f"{path / 'data.mdb'}: cut short, {needed} bytes are needed; copy it again")
         with env.begin() as txn:
             keys = [bytes(key) for key in txn.cursor().iternext(keys=True, values=False)]
     except lmdb.Error as error:

@@ -1,7 +1,6 @@
 """Images on disk as a stream of batches, none of which is kept: archives, folders of any sizes, ADM sample batches."""
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from diffit.data.archive import ImageArchive
 from diffit.data.bounds import VARIABLE, max_pixels
-from diffit.data.files import map_ordered
+from diffit.data.files import READ_ERRORS, map_ordered
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
@@ -68,7 +67,7 @@ class NpzImages:
             return zipfile.ZipFile(self.path).open("arr_0.npy")
         except KeyError:
             raise UserError(f"{self.path}: no arr_0 in it, and with it no images") from None
-        except (OSError, zipfile.BadZipFile) as error:
+        except READ_ERRORS as error:
             raise UserError(f"{self.path}: not an npz file, or cut short ({error})") from None
 
     def _header(self, file: IO[bytes]) -> tuple[int, int, int, int]:
@@ -77,9 +76,9 @@ class NpzImages:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
-        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except READ_ERRORS as error:
             raise UserError(f"{self.path}: arr_0 cannot be read ({error})") from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or not shape[0]:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or min(shape) < 1:
             raise UserError(
                 f"{self.path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 1 or 3), values 0 to 255"
             )
@@ -102,7 +101,7 @@ class NpzImages:
                         file.read(size)
                         at += 1
                     data = file.read(size)
-                except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+                except READ_ERRORS as error:
                     raise UserError(f"{self.path}: arr_0 is damaged ({error})") from None
                 if len(data) < size:
                     raise UserError(f"{self.path}: arr_0 is cut short at image {index} of {self.count}")

@@ -14,6 +14,7 @@ import platformdirs
 import torch
 
 from diffit import __version__
+from diffit.data.files import READ_ERRORS
 from diffit.errors import UserError
 from diffit.metrics.detectors import Detector
 from diffit.metrics.features import Need, gather
@@ -146,7 +147,7 @@ def read_arrays(path: Path) -> tuple[dict[str, Gaussian], dict[str, str]]:
                     if not (mu.isfinite().all() and sigma.isfinite().all()):
                         raise UserError(f"{path}: {mu_name} or {sigma_name} has values that are not finite")
                     found[output] = Gaussian(mu, sigma, int(count) if count.isdecimal() else None)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError, MemoryError) as error:
+    except (*READ_ERRORS, AttributeError, TypeError, MemoryError) as error:
         reason = "it holds Python objects, which could run code" if "pickle" in str(error) else error
         raise UserError(f"{path}: not read as statistics ({reason})") from None
     return found, texts
