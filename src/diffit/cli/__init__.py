@@ -12,7 +12,7 @@ import time
 import click
 
 from diffit import __version__
-from diffit.errors import DISTRIBUTION, UserError
+from diffit.errors import DISTRIBUTION, MESSAGE_LIMIT, UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class Lines(logging.Formatter):
     """What the library logs, as lines of a command: ``warning: …`` for warnings, else the message alone."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return ("warning: " if record.levelno == logging.WARNING else "") + super().format(record)
+        text = printable(super().format(record), MESSAGE_LIMIT)
+        return ("warning: " if record.levelno == logging.WARNING else "") + text
 
 
 def run(command: click.Command, args: list[str] | None = None) -> None:
@@ -64,6 +65,9 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler])
     warn_of_namesake()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            fail(f"{name}={os.environ[name]}: set by torchrun, to a number; unset it, or start with torchrun", 2)
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
     try:
@@ -72,7 +76,7 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             command.main(args=args, standalone_mode=False, token_normalize_func=lambda name: name.replace("_", "-"))
         )
     except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else command.name
+        path = error.ctx.command_path if error.ctx else "diffit"
         fail(f"{error.format_message().rstrip('.')} (see {path} --help)", 2)
     except (UserError, click.ClickException) as error:
         fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 1)
@@ -81,7 +85,11 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         fail(f"{place}{error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
+    except MemoryError:
+        fail("out of memory on this machine; use smaller numbers, or a machine with more", 1)
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Python before 3.13
+            fail(f"{error}; choose another place", 1)
         # A zip that was interrupted while a member was open complains when it is closed, in place of the interruption.
         stopped = interruption(error)
         if stopped is not None:
@@ -132,7 +140,8 @@ def _let_another_process_speak(first_waits: float) -> None:
 
 def fail(message: str, status: int) -> None:
     _let_another_process_speak(first_waits=0)
-    click.echo(f"error: {message}", err=True)
+    # On one line, cut, and without what a terminal obeys: whatever click, the system or a file's name put into it.
+    click.echo(f"error: {printable(' '.join(message.split()), MESSAGE_LIMIT)}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
