@@ -163,8 +163,6 @@ def make_inputs(folder: Path) -> None:
         (folder / device).symlink_to(f"/dev/{device}")
     (folder / "loop").symlink_to("loop")
     (folder / "name\nwith line").write_text("x")
-    (folder / "unreadable").touch(mode=0)
-    (folder / "read-only").mkdir(mode=0o555)
     status, _, error = _run(
         ["data", "encode", "--source", "pets.zip", "--dest", "latents", "--vae", "vae"], folder, {}
     )[:3]
@@ -247,8 +245,10 @@ def outcomes(count: int, seed: int = 0) -> Iterator[Outcome]:
             words = mutate(rng)
             environment = rng.choice(ENVIRONMENTS) if rng.random() < 0.1 else {}
             shutil.copytree(inputs, place, symlinks=True)
+            (place / "unreadable").touch(mode=0)  # not for an administrator, nor is the other
+            (place / "read-only").mkdir(mode=0o555)
             yield Outcome(words, environment, *_run(words, place, environment))
-            shutil.rmtree(place, onerror=lambda *_: None)
+            shutil.rmtree(place)
 
 
 def _run(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str, float]:

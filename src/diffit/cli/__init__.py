@@ -52,8 +52,8 @@ class Lines(logging.Formatter):
     """What the library logs, as lines of a command: ``warning: …`` for warnings, else the message alone."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = printable(super().format(record), MESSAGE_LIMIT)
-        return ("warning: " if record.levelno == logging.WARNING else "") + text
+        record.msg, record.args = printable(record.getMessage(), MESSAGE_LIMIT), None  # names of files may be in it
+        return ("warning: " if record.levelno == logging.WARNING else "") + super().format(record)
 
 
 def run(command: click.Command, args: list[str] | None = None) -> None:
@@ -77,7 +77,8 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         )
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "diffit"
-        fail(f"{error.format_message().rstrip('.')} (see {path} --help)", 2)
+        message = " ".join(error.format_message().split())  # click lists choices on lines of their own
+        fail(f"{message.rstrip('.')} (see {path} --help)", 2)
     except (UserError, click.ClickException) as error:
         fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 1)
     except OSError as error:  # what no one foresaw, such as a folder that may not be listed
@@ -140,8 +141,7 @@ def _let_another_process_speak(first_waits: float) -> None:
 
 def fail(message: str, status: int) -> None:
     _let_another_process_speak(first_waits=0)
-    # On one line, cut, and without what a terminal obeys: whatever click, the system or a file's name put into it.
-    click.echo(f"error: {printable(' '.join(message.split()), MESSAGE_LIMIT)}", err=True)
+    click.echo(f"error: {printable(message, MESSAGE_LIMIT)}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
