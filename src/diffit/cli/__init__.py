@@ -86,9 +86,9 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         fail(f"{place}{error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
-    except MemoryError:
-        fail("out of memory on this machine; use smaller numbers, or a machine with more", 1)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
+            fail("out of memory on this machine; use smaller numbers, or a machine with more", 1)
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Python before 3.13
             fail(f"{error}; choose another place", 1)
         # A zip that was interrupted while a member was open complains when it is closed, in place of the interruption.

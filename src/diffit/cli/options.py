@@ -9,6 +9,7 @@ import click
 from diffit.errors import UserError
 
 LONGEST = 10_000_000  # numbers in a list: they are kept in memory
+MOST_STEPS = 100_000  # of a solver: their noise levels are kept, and no model has as many
 
 
 class Size(click.ParamType):
@@ -47,12 +48,12 @@ class Steps(click.ParamType):
     name = "N|ddimN"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        if re.fullmatch(r"ddim[0-9]{1,18}", text):
-            return text
-        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        match = re.fullmatch(r"(ddim|-)?([0-9]{1,18})", text := str(value))
+        if match is None:
             self.fail(f"{value!r} is not a number of steps; write 25, or ddim25 for a whole stride", param, ctx)
-        return int(text)
+        if int(match[2]) > MOST_STEPS:
+            self.fail(f"{value!r} is more than {MOST_STEPS:,} steps; use 1000 or fewer", param, ctx)
+        return text if match[1] == "ddim" else int(text)
 
 
 class Interval(click.ParamType):
