@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from diffit.cli import Lines
+from diffit.cli import Lines, cli, run
 from helpers import command
 
 
@@ -34,3 +34,36 @@ def test_a_namesake_in_our_place_is_said_in_one_line_with_the_remedy(tmp_path, s
 )
 def test_what_the_library_logs_is_a_plain_line(level, line):
     assert Lines().format(logging.LogRecord("diffit", level, "", 0, "text", None, None)) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["info", "x\nerror: all is well"], 1),
+        (["info", "\x1b[31m" + "A" * 40_000], 1),
+        (["info", "debug", "--num-blocks", "\x1b[31m" + "9" * 40_000], 2),
+        (["sample", "--seeds", "0-1000000000000"], 2),
+        (["--\x1b[31m\nnope"], 2),
+        (["metrics", "show", "/dev/zero"], 1),
+        (["data", "convert", "--source", ".", "--dest", "loop"], 1),
+        (["export", "--network", "x"], 2),
+    ],
+)
+def test_a_mistake_is_one_line_that_a_terminal_only_shows(words, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as caught:
+        run(cli, words)
+    told = capsys.readouterr().err
+    assert caught.value.code == status
+    assert told.startswith("error: ")
+    assert told.endswith("\n")
+    assert told[:-1].isprintable()
+    assert len(told) < 2000
+
+
+def test_what_a_launcher_says_wrong_is_said(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit):
+        run(cli, ["info", "debug"])
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE=two: set by torchrun, to a number;")

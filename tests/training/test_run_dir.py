@@ -179,9 +179,7 @@ def test_an_archive_that_moved_is_the_same_and_another_in_its_place_is_not(tmp_p
     state = saved(tmp_path, before)
     assert find_resumable(tmp_path, of_data("/elsewhere/pets.zip", "a" * 64)) == state
     assert find_resumable(tmp_path, of_data("/elsewhere/birds.zip", "b" * 64)) is None
-    with pytest.raises(
-        UserError, match=r"other images than .* began with \(aaaaaaaaaaaa, now bbbbbbbbbbbb\)"
-    ):
+    with pytest.raises(UserError, match=r"other images than .* began with \(aaaaaaaaaaaa, now bbbbbbbbbbbb\)"):
         find_resumable(tmp_path, of_data("/data/pets.zip", "b" * 64))
 
 

@@ -182,6 +182,13 @@ def test_a_folder_where_the_file_is_to_go_is_said_and_left_alone(tmp_path):
     assert content(tmp_path) == {"thing/inner": "x"}
 
 
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a device or pipe"), whole_file(tmp_path / "pipe"):
+        pass
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
 @both
 def test_everything_is_on_the_disk_before_it_takes_its_place(whole, tmp_path, monkeypatch):
     """A rename may reach the disk before the data: files, and the folders that list them, are synced ahead of it."""

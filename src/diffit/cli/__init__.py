@@ -65,6 +65,9 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler])
     warn_of_namesake()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            fail(f"{name}={os.environ[name]}: set by torchrun, to a number; unset it, or start with torchrun", 2)
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
     try:
@@ -73,8 +76,9 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             command.main(args=args, standalone_mode=False, token_normalize_func=lambda name: name.replace("_", "-"))
         )
     except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else command.name
-        fail(f"{error.format_message().rstrip('.')} (see {path} --help)", 2)
+        path = error.ctx.command_path if error.ctx else "diffit"
+        message = " ".join(error.format_message().split())  # click lists choices on lines of their own
+        fail(f"{message.rstrip('.')} (see {path} --help)", 2)
     except (UserError, click.ClickException) as error:
         fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 1)
     except OSError as error:  # what no one foresaw, such as a folder that may not be listed
@@ -83,6 +87,10 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
+            fail("out of memory on this machine; use smaller numbers, or a machine with more", 1)
+        if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Python before 3.13
+            fail(f"{error}; choose another place", 1)
         # A zip that was interrupted while a member was open complains when it is closed, in place of the interruption.
         stopped = interruption(error)
         if stopped is not None:

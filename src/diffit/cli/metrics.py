@@ -48,7 +48,7 @@ CALC: Options = {
                  "for 50k (pr1500_3_full); joined by commas."),
     DETECTOR,
     SCRIPTS,
-    click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True,
+    click.option("--repeats", type=click.IntRange(1, 1000), default=1, show_default=True,
                  help="Evaluate so many times with new seeds: the best, and minimum, mean and standard deviation."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                  help="First seed of the samples, one per sample; with --images the seed that chooses among them."),
@@ -213,8 +213,8 @@ def show(paths: tuple[Path, ...], format_: str) -> None:
 @metrics.command("train-detector")
 @click.option("--data", type=FILE, required=True, help="Labelled image archive.")
 @click.option("--dest", type=FILE, required=True, help="NAME.safetensors to write.")
-@click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True, help="Passes over the images.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of weights and order.")
+@click.option("--epochs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Passes over the images.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of weights and order.  [default: 0]")
 def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
     """Train a small classifier, for images that Inception's features do not describe."""
     from diffit.data.archive import ImageArchive

@@ -8,6 +8,9 @@ import click
 
 from diffit.errors import UserError
 
+LONGEST = 10_000_000  # numbers in a list: they are kept in memory
+MOST_STEPS = 100_000  # of a solver: their noise levels are kept, and no model has as many
+
 
 class Size(click.ParamType):
     """``32`` or ``WxH`` (``48x32``, also ``48,32``) as (H, W)."""
@@ -29,10 +32,13 @@ class Numbers(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         numbers: list[int] = []
         for part in str(value).split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
             if match is None or int(match[2] or match[1]) < int(match[1]):
                 self.fail(f"{value!r} is not a list of numbers; write 0-63 or 3,7,9", param, ctx)
-            numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+            new = range(int(match[1]), int(match[2] or match[1]) + 1)
+            if len(numbers) + len(new) > LONGEST:
+                self.fail(f"{value!r} is more than {LONGEST:,} numbers; use several commands", param, ctx)
+            numbers.extend(new)
         return numbers
 
 
@@ -42,12 +48,12 @@ class Steps(click.ParamType):
     name = "N|ddimN"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        if re.fullmatch(r"ddim\d+", text):
-            return text
-        if not re.fullmatch(r"-?\d+", text):
+        match = re.fullmatch(r"(ddim|-)?([0-9]{1,18})", text := str(value))
+        if match is None:
             self.fail(f"{value!r} is not a number of steps; write 25, or ddim25 for a whole stride", param, ctx)
-        return int(text)
+        if int(match[2]) > MOST_STEPS:
+            self.fail(f"{value!r} is more than {MOST_STEPS:,} steps; use 1000 or fewer", param, ctx)
+        return text if match[1] == "ddim" else int(text)
 
 
 class Interval(click.ParamType):
@@ -69,7 +75,7 @@ class Images(click.ParamType):
     name = "MIMG"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d*)?)(Ki|Mi)?", str(value))
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]*)?)(Ki|Mi)?", str(value))
         if match is None:
             self.fail(f"{value!r} is not a number of images; write 200 (millions), or 200Mi", param, ctx)
         return float(match[1]) * {"Ki": 2**10 / 1000, "Mi": 2**20 / 1000, None: 1000}[match[2]]

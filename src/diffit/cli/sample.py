@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffit.cli.options import GroupedCommand, Interval, Numbers, Options, Size, Steps, switch, with_options
+from diffit.cli.options import LONGEST, GroupedCommand, Interval, Numbers, Options, Size, Steps, switch, with_options
 from diffit.configs.schema import Sampling, steps_text
 from diffit.errors import UserError
 
@@ -54,7 +54,7 @@ OPTIONS: Options = {
     click.option("--outdir", type=click.Path(path_type=Path), required=True,
                  help="Folder for the images; one that holds samples of other settings is refused."),
     click.option("--seeds", type=Numbers(), metavar="LIST", help="One image per seed: 0-63 or 3,7,9.  [default: 0-63]"),
-    click.option("--num-samples", type=click.IntRange(min=1), help="Short for --seeds 0-(N−1)."),
+    click.option("--num-samples", type=click.IntRange(1, LONGEST), help="Short for --seeds 0-(N−1)."),
     click.option("--class", "classes", metavar="NAME|INDEX,…",
                  help="Class of the images; several take turns.  [default: as --labels says]"),
     click.option("--labels", "policy", type=click.Choice(["random", "balanced"]),

@@ -28,7 +28,11 @@ MAX_ARRAY = 1 << 28  # bytes: a covariance of 5,000 features
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("DIFFIT_CACHE") or platformdirs.user_cache_dir("diffit"))
+    """Where statistics of real images are kept; a user without a home has no such place, and nothing is kept."""
+    if named := os.environ.get("DIFFIT_CACHE"):
+        return Path(named)
+    folder = platformdirs.user_cache_path("diffit")
+    return folder if folder.is_absolute() else Path(os.devnull) / "none"  # "~" is nobody's folder here
 
 
 class Reference:
@@ -121,7 +125,7 @@ class Reference:
     def _save(self, need: Need[Any], found: Gaussian) -> None:
         try:
             write_reference(self._cache_file(need), self, {need.output: found})
-        except UserError:  # a home that is full or not writable costs the next run time, and this one nothing
+        except (UserError, OSError):  # a home that cannot be used costs the next run time, and this one nothing
             return
 
 

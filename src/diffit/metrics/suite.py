@@ -28,7 +28,10 @@ KINDS: dict[str, type[Metric]] = {
     "pr": PrecisionRecall,
     "adm": ADM,
 }
-NAME = re.compile(rf"({'|'.join(KINDS)})(\d+)(?:(k)(\d*)|_(\d+))?(_full)?(_fp64)?(?::(.+))?")
+NAME = re.compile(
+    rf"({'|'.join(KINDS)})([0-9]{{1,18}})(?:(k)([0-9]{{0,9}})|_([0-9]{{1,9}}))?(_full)?(_fp64)?(?::(.+))?"
+)
+MOST_IMAGES = 10_000_000
 EXAMPLES = "fid50k_full, fid10k_full, fid50k, kid50k_full, is50k, pr50k3_full, pr1500_3_full, adm50k, fd10k_full:pixels"
 
 
@@ -38,6 +41,9 @@ def parse_metric(text: str, detector: str | None = None) -> Metric:
     if match is None or not int(match[2]):
         raise UserError(f"unknown metric {text!r}; known are, with any number: {EXAMPLES}")
     kind, count, k, after_k, after_line, full, fp64, spec = match.groups()
+    images = int(count) * (1000 if k else 1)
+    if images > MOST_IMAGES:
+        raise UserError(f"metric {text!r}: of more than {MOST_IMAGES:,} images; 50k is the field's number")
     neighbours = after_k or after_line
     if (kind == "pr") != bool(neighbours) or (neighbours and not int(neighbours)):
         raise UserError(
@@ -48,7 +54,7 @@ def parse_metric(text: str, detector: str | None = None) -> Metric:
     extra: dict[str, Any] = {"precision": "float64"} if fp64 else {}
     if neighbours:
         extra["neighbours"] = int(neighbours)
-    return KINDS[kind](int(count) * (1000 if k else 1), bool(full), spec or detector or OFFICIAL, **extra)
+    return KINDS[kind](images, bool(full), spec or detector or OFFICIAL, **extra)
 
 
 def parse_metrics(names: Sequence[str], detector: str | None = None) -> list[Metric]:

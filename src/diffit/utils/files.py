@@ -72,6 +72,10 @@ def whole_file(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if path.exists() and not path.is_file():  # an administrator's command would put a file in place of /dev/null
+            raise UserError(f"{path}: a device or pipe, which a file cannot replace; choose another place")
         part = _beside(path, "part")
         try:
             part.touch()
@@ -178,6 +182,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    if path.is_char_device():  # /dev/zero has no end
+        raise UserError(f"{path}: a device; expected a file with one JSON object on each line")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:

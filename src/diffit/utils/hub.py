@@ -30,6 +30,7 @@ def fetch(name: str) -> Path:
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry twice; the last error is ours
     repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     try:
         if not file:
