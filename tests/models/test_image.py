@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffit.configs.presets import get_preset
+from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, ImageModel, StageSpec, Training
 from diffit.diffusion import edm
+from diffit.models import build
 from diffit.models.cost import count_work, estimate
 from diffit.models.image import DiffiTResBlock, ImageDiffiT
+from diffit.training.step import build_network
 
 STAGES = (
     StageSpec(blocks=1, width=8, heads=2, window=2),
@@ -275,3 +278,24 @@ def test_gradient_checkpointing_is_estimated_to_save_memory():
     config = get_preset("debug")
     saving = config.model_copy(update={"training": config.training.model_copy(update={"grad_ckpt": True})})
     assert estimate(saving, 8).activation_bytes < estimate(config, 8).activation_bytes / 2
+
+
+def test_branches_that_begin_at_zero_leave_the_features_alone_and_convolutions_go_by_their_inputs():
+    net = build(get_preset("small32").model)
+    net.init_weights("fan_in")
+    block = net.encoder[0][0].block
+    x = torch.randn(2, 8, 8, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block(x, torch.randn(2, 128)), x, rtol=0, atol=0)
+    for conv in (net.encoder[2][0].conv, net.up[0].conv, net.up[0].merge):
+        fan_in = conv.in_channels * conv.kernel_size[0] ** 2
+        assert float(conv.weight.std()) == pytest.approx(fan_in**-0.5, rel=0.02)
+        assert not conv.bias.any()
+    assert not net.head.weight.any()
+
+
+def test_how_weights_begin_is_the_recipe_s_and_of_the_same_seed():
+    nets = [build_network(resolve(preset, {"seed": 3})) for preset in ("small16", "digits", "small16")]
+    assert not nets[0].encoder[0][0].block.mlp.fc2.weight.any()
+    assert nets[1].encoder[0][0].block.mlp.fc2.weight.any()
+    for a, b in zip(nets[0].parameters(), nets[2].parameters(), strict=True):
+        assert torch.equal(a, b)

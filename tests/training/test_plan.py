@@ -93,7 +93,7 @@ def test_a_resumed_run_keeps_what_was_not_asked_for(monkeypatch, tmp_path):
     asked = resolve("small16", {"minutes": 10.0}, FACTS)
     recorded = plan(asked, archive, ONE)
     assert same_run(asked, recorded)
-    assert not same_run(resolve("small16", {"minutes": 10.0, "lr": 1e-3}, FACTS), recorded)
+    assert not same_run(resolve("small16", {"minutes": 10.0, "lr": 5e-4}, FACTS), recorded)
     monkeypatch.setattr(planning, "_rate", lambda *_: 10.0)  # on a slower machine
     again = plan(asked, archive, ONE, recorded=recorded).training
     assert again.model_dump(exclude={"chosen"}) == recorded.training.model_dump(exclude={"chosen"})
