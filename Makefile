@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint bench mutants faults clean
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py --outdir runs/demo
@@ -22,6 +22,11 @@ bench: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python -m benchmarks.mutants --sample 60
+
+faults: $(READY)
+	$(BIN)/python -m benchmarks.faults_training
+	$(BIN)/python -m benchmarks.faults_files 5000
+	$(BIN)/python -m benchmarks.faults_options --count 1500
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 …")'
