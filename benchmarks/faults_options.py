@@ -40,7 +40,7 @@ from diffit.models import build
 from diffit.weights import save_network
 
 SECONDS = 5.0  # of processor time, within which a command on tiny inputs has answered
-PATIENCE = 300.0  # seconds by the clock, after which it hangs: other work may keep it from the processor
+PATIENCE = 120.0  # seconds by the clock, after which it hangs: other work may keep it from the processor
 MEMORY = 3 << 30  # bytes of address space more than the libraries have
 LONGEST = 2000  # characters on stderr
 
