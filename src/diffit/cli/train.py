@@ -31,6 +31,8 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     """Make a file's options the defaults of the command: flat as on the command line, or a run's own options."""
     if path is None:
         return None
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config {path}: not a file; name a JSON or YAML file")
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
@@ -146,6 +148,7 @@ OPTIONS: Options = {
                      help="Solver of the samples for metrics.  [default: the model's]"),
         click.option("--metrics-steps", type=click.IntRange(min=1),
                      help="Steps of that solver.  [default: the model's]"),
+        switch("--allow-scripts", help="Load TorchScript detectors of --metrics: programs with your rights."),
         click.option("--track", type=click.Choice(["wandb", "trackio"]),
                      help="Also send numbers and grids there.  [default: TensorBoard's events alone]"),
     ],

@@ -16,7 +16,12 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""Of a network; nothing larger fits a machine."""
+Blocks = Annotated[int, Field(ge=1, le=1000)]
+Steps = Annotated[int, Field(ge=1, le=100_000)]
+"""Of a sampler or a schedule."""
 
 
 class Frozen(BaseModel):
@@ -26,8 +31,8 @@ class Frozen(BaseModel):
 class StageSpec(Frozen):
     """One resolution of the U: ``blocks`` ResBlocks of ``width`` channels, ``window`` None for global attention."""
 
-    blocks: Count
-    width: Count
+    blocks: Blocks
+    width: Size
     heads: Count
     window: Count | None
 
@@ -47,7 +52,7 @@ class ImageModel(Frozen):
     channels: Count = 3
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
     """Encoder stages from full resolution to the bottleneck; the decoder mirrors all but the last."""
-    cond_dim: Count = 512
+    cond_dim: Size = 512
     mlp_ratio: Positive = 4.0
     num_classes: Annotated[int, Field(ge=0)] = 0
     """0 is an unconditional model."""
@@ -77,8 +82,8 @@ class LatentModel(Frozen):
     """Height and width of the latents."""
     patch_size: Count = 2
     in_channels: Count = 4
-    hidden_size: Count = 1152
-    depth: Count = 28
+    hidden_size: Size = 1152
+    depth: Blocks = 28
     num_heads: Count = 16
     mlp_ratio: Positive = 4.0
     num_classes: Annotated[int, Field(ge=0)] = 1000
@@ -124,7 +129,7 @@ class ADMDiffusion(Frozen):
 
     kind: Literal["adm"] = "adm"
     schedule: Literal["linear", "cosine"] = "linear"
-    timesteps: Count = 1000
+    timesteps: Steps = 1000
     clip: bool = False
     """Clamp the predicted clean image to [−1, 1] while sampling: for pixels, not for latents."""
 
@@ -140,7 +145,7 @@ class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
     sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] = "heun"
-    steps: Count = 18
+    steps: Steps = 18
     spacing: Literal["linspace", "leading"] = "linspace"
     """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k."""
     sigma_min: Positive = 0.002
@@ -193,7 +198,7 @@ def steps_text(sampling: Sampling) -> str:
 class Training(Frozen):
     """The recipe. Durations are in thousands of images (kimg)."""
 
-    batch: Count
+    batch: Size
     """Images a step, over all processes."""
     batch_gpu: Count | None = None
     """Images a forward pass; None fits the whole share of a process in one."""
@@ -231,7 +236,7 @@ class Training(Frozen):
     """Skipped steps in a row after which the run stops, or goes back to its newest state (rollback)."""
     timeout_minutes: Positive = 10.0
     """That one process waits for another in a step."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=1000)] = 2
     tick: Positive = 50.0
     """kimg between lines of statistics."""
     snap: Annotated[int, Field(ge=0)] = 50
@@ -251,10 +256,12 @@ class Training(Frozen):
     metrics: tuple[str, ...] = ()
     metrics_ref: str | None = None
     """Images or statistics to compare with; None is the training data."""
+    allow_scripts: bool = False
+    """Whether a metric's detector may be TorchScript, a program that can do what its user can."""
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
     metrics_sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] | None = None
-    metrics_steps: Count | None = None
+    metrics_steps: Steps | None = None
     """How the samples for metrics are made; None is as the model samples by default."""
     track: Literal["wandb", "trackio"] | None = None
     """A package that numbers and grids go to, next to TensorBoard's events."""

@@ -112,7 +112,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def in_parts(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, limit: int) -> Tensor:
     """``attention(q, k, v)`` for at most ``limit`` entries of the first dimension at a time."""
-    if len(q) <= limit:
+    if torch.compiler.is_exporting() or q.shape[0] <= limit:  # an exported graph is for any batch
         return attention(q, k, v)
     parts = zip(q.split(limit), k.split(limit), v.split(limit), strict=True)
     return torch.cat([attention(*part) for part in parts])

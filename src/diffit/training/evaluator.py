@@ -48,9 +48,10 @@ class Evaluator:
                 f"--metrics {','.join(names)}: compare with images, and {archive.path} holds latents; "
                 "give the images that they were made of: --metrics-ref ARCHIVE"
             )
-        self.suite = (
-            Suite(names, Path(reference), config.image_shape, procs, batch=batch) if names and reference else None
-        )
+        self.suite = None
+        if names and reference:
+            scripts = config.training.allow_scripts
+            self.suite = Suite(names, Path(reference), config.image_shape, procs, batch=batch, allow_scripts=scripts)
 
     def pending(self, run_dir: Path, images_seen: int) -> bool:
         """Whether a metric has no record of this moment yet. The first process looks, for all."""

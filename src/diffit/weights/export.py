@@ -39,6 +39,8 @@ def export(
         raise UserError(f"--vae {vae}: the official layout does not name its VAE; leave it out")
     file = locate(network)
     net, config = load_network(file, dtype=None if dtype is None else DTYPES[dtype])
+    if vae is not None and config.autoencoder is None:
+        raise UserError(f"--vae {vae}: {config.preset} is an image-space model and has no VAE; leave it out")
     if to == "official":
         write_official(net, config, dest)
     else:
