@@ -184,6 +184,14 @@ def test_a_folder_for_the_hub_names_a_vae_and_not_a_path(tmp_path):
     assert "VAE someone/vae." in (dest / "README.md").read_text()
 
 
+def test_a_vae_for_an_image_space_model_is_refused(tmp_path):
+    config = get_preset("debug")
+    network = tmp_path / "n.safetensors"
+    save_network(network, build(config.model).state_dict(), config)
+    with pytest.raises(UserError, match="--vae someone/vae: debug is an image-space model and has no VAE"):
+        export(network, "hub-folder", tmp_path / "a", vae="someone/vae")
+
+
 def test_released_weights_are_published_with_their_licence_in_mind(latent, tmp_path):
     official = export(latent, "official", tmp_path / "o.safetensors")
     card = (export(official, "hub-folder", tmp_path / "hub") / "README.md").read_text()
