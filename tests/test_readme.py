@@ -260,7 +260,7 @@ def test_the_block_runs(place, language, text, places, monkeypatch):
 
 
 def test_options_named_in_the_text_exist():
-    known = {"--nproc-per-node", "--signals-to-handle", "--logdir", "--version", "--help"}
+    known = {"--nproc-per-node", "--signals-to-handle", "--shutdown-timeout", "--logdir", "--version", "--help"}
 
     def collect(command: click.Command) -> None:
         known.update(name for param in command.params for name in (*param.opts, *param.secondary_opts))

@@ -1,12 +1,8 @@
 """The short form of `benchmarks.faults_files`: damaged and hostile files are one line, or read as they were."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # of the repository, whatever started pytest
 from benchmarks.faults_files import KINDS, mutate, run
 
 
