@@ -116,17 +116,17 @@ def small8() -> Config:
 
 def small16() -> Config:
     """16×16, for minutes on a CPU."""
-    return _small("small16", 16, 32, 96, batch=8, lr=1e-3)
+    return _small("small16", 16, 32, 96, batch=8, lr=2e-3)
 
 
 def small32() -> Config:
     """32×32, for minutes on a CPU."""
-    return _small("small32", 32, 32, 64, 128, batch=8, lr=1e-3)
+    return _small("small32", 32, 32, 64, 128, batch=8, lr=2e-3)
 
 
 def small64() -> Config:
     """64×64, for minutes on a CPU."""
-    return _small("small64", 64, 32, 64, 96, 128, batch=8, lr=1e-3)
+    return _small("small64", 64, 32, 64, 96, 128, batch=8, lr=2e-3)
 
 
 def debug() -> Config:
