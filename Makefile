@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/python examples/digits.py --outdir runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any client reads it: no test may depend on the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that each use all cores stand in line
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("diffit", deadline=None, derandomize=True)
 settings.load_profile("diffit")

@@ -234,7 +234,9 @@ def test_a_failed_system_call_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(cli, ["train", *DEBUG, "--data", str(tmp_path), "--outdir", str(tmp_path / "runs")])
     assert exit_.value.code == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}: Permission denied\n"
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} cannot be listed (Permission denied): check its permissions\n"
+    )
 
 
 @pytest.mark.slow

@@ -302,9 +302,9 @@ def test_a_header_above_the_limit_is_refused_and_the_limit_named(tmp_path):
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("model", "stages", 0, "blocks"), 10**7, "blocks is 1e+07"),
-        (("model", "image_size"), [2**40, 16], "more than the limit"),
-        (("sampling", "steps"), 10**12, "sampling.steps is 1e+12"),
+        (("model", "stages", 0, "blocks"), 10**7, "stages.0.blocks: 10000000 should be less than or equal to 1000"),
+        (("model", "image_size"), [2**40, 16], "image_size.0: 1099511627776 should be less"),
+        (("sampling", "steps"), 10**12, "sampling.steps: 1000000000000 should be less than or equal to 100000"),
         (("preset",), "../../outside", "preset '../../outside'"),
         (("preset",), "/etc/passwd", "no name"),
         (("preset",), "a\nb", "no name"),

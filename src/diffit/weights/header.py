@@ -14,7 +14,7 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
-from diffit.configs.schema import ADMDiffusion, Config, LatentModel
+from diffit.configs.schema import Config, LatentModel
 from diffit.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ CONFIG_KEY = "diffit_config"
 SUM_KEY = "diffit_sha256"
 MAX_HEADER = 8 << 20  # bytes; the official model's has 35 kB, 100,000 class names some 3 MB
 MAX_BLOCKS = 1000
-MAX_STEPS = 100_000  # of a sampler or a schedule
 MAX_NUMBER = 1 << 20  # of all other sizes: pixels, channels, classes
 
 Header = dict[str, Any]
@@ -124,12 +123,9 @@ def parse_config(text: str, source: str) -> Config:
 
 def _sizes(config: Config) -> Iterator[tuple[str, float, int]]:
     """What decides how much memory and time a network takes: its name, how much it is, and its limit."""
-    model, diffusion = config.model, config.diffusion
+    model = config.model
     blocks = model.depth if isinstance(model, LatentModel) else sum(stage.blocks for stage in model.stages)
     yield "the number of blocks", blocks, MAX_BLOCKS
-    yield "sampling.steps", config.sampling.steps, MAX_STEPS
-    if isinstance(diffusion, ADMDiffusion):
-        yield "diffusion.timesteps", diffusion.timesteps, MAX_STEPS
     yield "the largest number of the model", max(_numbers(model.model_dump())), MAX_NUMBER
 
 
