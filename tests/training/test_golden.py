@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.training.batches import feed, microbatches
 from diffit.training.step import Stepper, build_network
-from diffit.utils.distributed import Processes
+from diffit.utils.distributed import Processes, alone
 
 CPU = torch.device("cpu")
 COUNT, CLASSES, STEPS = 48, 3, 20
@@ -55,7 +55,7 @@ def run(preset: str) -> tuple[list[float], list[float]]:
     losses = []
     for _ in range(STEPS):
         stepper.step(batches)
-        losses.append(stepper.meter.read(1)["loss"])
+        losses.append(stepper.meter.read(alone("cpu"))["loss"])
     return losses, [(flat(end) - begun).norm().item() for end in (stepper.net, stepper.ema)]
 
 

@@ -146,3 +146,18 @@ def test_the_newest_snapshots_are_kept_and_the_best(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "network-best-fd.safetensors", "network-snapshot-000002.0.safetensors", "network-snapshot-000010.0.safetensors",
     ]  # fmt: skip
+
+
+def test_a_run_that_goes_on_keeps_its_microbatches_or_says_that_it_cannot(tmp_path, monkeypatch, caplog):
+    """With less memory too: the number of a microbatch decides the noise of its images."""
+    archive = ImageArchive(write_archive(tmp_path / "a.zip"))
+    began = plan(resolve("debug", {"kimg": 1.0}, FACTS), archive, ONE)
+    assert began.training.batch_gpu == 8
+    monkeypatch.setattr(planning, "fit_batch", lambda config, procs: 2)
+    again = resolve("debug", {"kimg": 2.0}, FACTS)
+    assert plan(again, archive, ONE, recorded=began).training.batch_gpu == 8
+    assert not caplog.records
+    assert plan(again, archive, Processes(0, 4, ONE.device), recorded=began).training.batch_gpu == 2
+    assert "microbatches of 8, with which the run began, do not divide among 4 processes" in caplog.text
+    asked = resolve("debug", {"kimg": 2.0, "batch_gpu": 2}, FACTS)
+    assert plan(asked, archive, ONE, recorded=began).training.batch_gpu == 2

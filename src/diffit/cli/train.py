@@ -42,6 +42,9 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
         raise UserError(f"--config {path}: holds no options; write a JSON object or a YAML mapping")
     if "model" in content and "training" in content:
         base = Config.from_json(text, f"--config {path}")
+        # Leave to run programs is given on the command line, not by a file.
+        training = base.training.model_copy(update={"allow_scripts": False})
+        base = base.model_copy(update={"training": training})
         ctx.meta[BASE] = base
         content = {"data": base.data.path, "val": base.data.val, "cond": base.data.cond}
     flat = {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}

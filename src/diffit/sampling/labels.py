@@ -78,7 +78,8 @@ def find_classes(given: str, config: Config, argument: str = "class") -> list[in
 
 def sampled_classes(config: Config) -> list[int]:
     """The classes that had images in training, in order; none for an unconditional model."""
-    return [label for label in range(config.model.num_classes) if label not in config.data.empty_classes]
+    empty = set(config.data.empty_classes)
+    return [label for label in range(config.model.num_classes) if label not in empty]
 
 
 def class_title(config: Config, label: int) -> str:

@@ -48,8 +48,9 @@ def microbatches(
 def _leave_signals_to_the_run(worker: int) -> None:
     """Signals to the run's process group would reach the workers too, whose images it needs to end its step."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torch ends a worker that hangs
 
 
 def fits(need: int, free: int, sharers: int = 1) -> bool:

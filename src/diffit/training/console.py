@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from diffit.sampling.cost import count_evaluations
 from diffit.training.evaluator import sampled_for_metrics
 from diffit.training.run_dir import RunLog
 from diffit.training.step import Stepper
+from diffit.training.usual import usual_loss
 
 GIB = 2**30
 MANY_EPOCHS, FEW_IMAGES = 200, 20_000
@@ -33,12 +35,19 @@ def duration(seconds: float) -> str:
     return f"{seconds} s"
 
 
+class _Terminal(rich.console.Console):
+    """One that may go away, with the window or the program at the other end of a pipe: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Console:
     """Progress in images. ``log`` is None on all but the first process, which stay silent."""
 
     def __init__(self, log: RunLog | None, stepper: Stepper, total_images: int) -> None:
         self.log, self.stepper, self.total = log, stepper, total_images
-        self.console = rich.console.Console(quiet=log is None, highlight=False, soft_wrap=True)
+        self.console = _Terminal(quiet=log is None, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self.interval = 1.0 if self.live else 15.0
         self.first, self.steps = stepper.images_seen, 0
@@ -55,12 +64,14 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
         if self.log is not None:
             self.log.line(text)
+        with suppress(OSError):
+            self.console.print(text, markup=False)
 
     def announce(self, run_dir: Path, archive: Archive, loading: str, *, resumed: bool) -> None:
         """The start-up lines: what is about to happen, and what it takes."""
@@ -150,6 +161,8 @@ class Console:
         """The line fits 80 columns; the rest is in the statistics."""
         by_noise = " ".join(f"{value:.2f}" for name, value in scalars.items() if name.startswith("loss_"))
         parts = [f"{scalars['kimg']:.2f} kimg", f"loss {scalars['loss']:.4f} ({by_noise})"]
+        usual = usual_loss(self.stepper.config, scalars["kimg"])
+        parts += [f"usual {usual:.2f}"] if usual is not None else []
         parts += [f"val {scalars['val_loss']:.4f}"] if "val_loss" in scalars else []
         parts += [f"{scalars['img_per_sec']:.1f} img/s"]
         parts += [f"skipped {scalars['skipped_steps']}"] if scalars["skipped_steps"] else []
@@ -160,7 +173,8 @@ class Console:
         self.say(f"{record['kimg']:.2f} kimg   {record['metric']}: {numbers}   in {record['seconds']} s")
 
     def finish(self, interrupted: bool, snapshot: Path | None) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
         at = f"{self.stepper.images_seen / 1000:g} kimg"
         if interrupted:
             self.say(f"stopped at {at}, everything saved; to go on, run the same command again")

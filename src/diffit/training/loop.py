@@ -17,13 +17,12 @@ from diffit.training.checkpoint import read_progress
 from diffit.training.console import Console, duration
 from diffit.training.evaluator import Evaluator
 from diffit.training.plan import plan
-from diffit.training.run import Outcome, Run, Stopped
+from diffit.training.run import Outcome, Run, Stopped, is_complete
 from diffit.training.run_dir import (
     RunLog,
     create_run,
     find_state,
     hold,
-    kimg_number,
     read_options,
     retire_later,
     write_options,
@@ -111,12 +110,6 @@ def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None,
             logger.warning("%s: later than what the run goes on from; it is %s now", run_dir, path.name)
     write_options(run_dir, config)
     return run_dir
-
-
-def is_complete(run_dir: Path, stepper: Stepper, evaluator: Evaluator) -> bool:
-    """Whether a run that has seen all its images has its snapshot and its metrics too. All processes ask together."""
-    snapshot = run_dir / f"network-snapshot-{kimg_number(stepper.config, stepper.images_seen)}.safetensors"
-    return bool(stepper.procs.broadcast(snapshot.exists())) and not evaluator.pending(run_dir, stepper.images_seen)
 
 
 def load_resident(archive: Archive, procs: Processes, workers: int) -> tuple[Tensor | None, str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffit.diffusion.adm import ADMLoss
 from diffit.diffusion.edm import EDMLoss
+from diffit.utils.distributed import Processes
 
 BINS = 5
 
@@ -39,11 +40,11 @@ class Meter:
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
-    def read(self, processes: int) -> dict[str, float]:
+    def read(self, procs: Processes) -> dict[str, float]:
         """The means since the last reading, over all processes; resets them. ``skipped`` counts the whole run."""
         sums = self.sums.clone()
-        if processes > 1:
-            dist.all_reduce(sums)
+        if procs.count > 1:
+            dist.all_reduce(sums, group=procs.steps)
         losses, counts = sums.cpu()
         norm, steps = self.gradients.tolist()
         scalars = {"loss": float(losses.sum() / counts.sum())}

@@ -61,11 +61,13 @@ def save_fakes(stepper: Stepper, net: DiffiT, path: Path) -> None:
     # Not `generate`, which refuses samples that are not finite: a grid must not end a run.
     size = min(stepper.batch_gpu, PREVIEW_BATCH)
     images = list[Tensor]()
-    for start in range(0, len(seeds), size):
-        part = slice(start, start + size)
-        samples = model.sample(seeds[part], None if labels is None else labels[part])
-        images.append(to_uint8(samples, config.sampling.rounding).cpu())
-    net.train(net is stepper.net)
+    try:
+        for start in range(0, len(seeds), size):
+            part = slice(start, start + size)
+            samples = model.sample(seeds[part], None if labels is None else labels[part])
+            images.append(to_uint8(samples, config.sampling.rounding).cpu())
+    finally:  # also where a signal cuts it short: another step may follow
+        net.train(net is stepper.net)
     save_grid(torch.cat(images), path, grid, row_names(config))
 
 

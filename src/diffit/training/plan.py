@@ -1,5 +1,6 @@
 """What a run takes on this machine, found out before it begins: the microbatch that fits, and a length by the clock."""
 
+import logging
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ from diffit.models.cost import estimate
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.utils.precision import check_precision, resolve_precision
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
@@ -44,7 +47,10 @@ def plan(
         timed = timed and recorded.training.minutes != config.training.minutes
         config = take_over(config, recorded)
     chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
-    training = config.training.model_copy(update={"batch_gpu": fit_batch(config, procs), "chosen": chosen})
+    batch_gpu = fit_batch(config, procs)
+    if recorded is not None and recorded.training.batch_gpu is not None:
+        batch_gpu = keep_batch(batch_gpu, recorded.training.batch_gpu, config, procs)
+    training = config.training.model_copy(update={"batch_gpu": batch_gpu, "chosen": chosen})
     config = config.model_copy(update={"training": training})
     if timed or (procs.device.type == "cuda" and recorded is None):
         config, rate = measure(config, archive, procs, autoencoder)
@@ -97,6 +103,21 @@ def fit_batch(config: Config, procs: Processes) -> int:
         f"{config.preset} {have}, and one image alone takes {need(1) / GIB:.1f} GiB: give --grad-ckpt, smaller images, "
         "or a smaller network (leave --preset out)"
     )
+
+
+def keep_batch(fitting: int, recorded: int, config: Config, procs: Processes) -> int:
+    """The microbatch that a run began with, whose number decides the noise of an image, or what must replace it."""
+    share = config.training.batch // procs.count
+    asked = "batch_gpu" not in config.training.chosen and config.training.batch_gpu is not None
+    if fitting == recorded or asked:
+        return fitting
+    if share % recorded == 0:
+        return recorded  # it fitted before
+    logger.warning(
+        "microbatches of %d, with which the run began, do not divide among %d processes; with %d the noise and dropout "
+        "of each image differ from here on", recorded, procs.count, fitting,
+    )  # fmt: skip
+    return fitting
 
 
 def _divisors(share: int, limit: int) -> list[int]:

@@ -19,7 +19,7 @@ CURVES = ("loss", "val_loss", "grad_norm", "img_per_sec")
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> str:
     """A line through ``(kimg, value)`` as SVG, its extremes written at the axes."""
-    points = [(x, y) for x, y in points if math.isfinite(y)]
+    points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     if not points:
         return ""
     xs, ys = zip(*points, strict=True)

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -19,7 +21,7 @@ from diffit.training.report import write_report
 from diffit.training.run_dir import RunLog, kimg_number, prune_snapshots, write_options
 from diffit.training.signals import StopSignals
 from diffit.training.step import Stepper
-from diffit.training.validation import validate
+from diffit.training.validation import validate as held_out_loss
 from diffit.utils.distributed import Processes, is_lost_connection
 from diffit.weights import newest_snapshot, save_network
 
@@ -40,7 +42,7 @@ class Stopped(Exception):
     """In the middle of metrics, which the next start makes."""
 
 
-ASK_EVERY_MS, MOST_STEPS = 1000, 100
+ASK_EVERY_MS = 1000
 MOST_ROLLBACKS = 3
 
 
@@ -87,13 +89,13 @@ class Run:
             fakes = self.run_dir / "fakes_init.png"
             self.signals.unless_in_haste(lambda: save_fakes(self.stepper, self.stepper.ema, fakes))
             self.grid_seconds = time.monotonic() - began
-        self.stepper.procs.barrier()
+        self.stepper.procs.wait_for_first()
 
     def steps(self, images: Iterator[tuple[Tensor, Tensor | None]], total: int, *, resumed: bool) -> bool:
         """Train until ``total`` images are seen or the time is up; whether the run was asked to stop before."""
         training, stepper = self.stepper.config.training, self.stepper
         done, due = stepper.images_seen >= total, Due()
-        if done and not stepper.procs.broadcast(self.snapshot_path.exists()):
+        if done and not has_pictures(self.run_dir, stepper):
             self.save_snapshot()  # it was stopped between the last state and this
         if resumed and (done or self.crossed(training.metrics_ticks)):
             self.evaluate()  # unless that was done before the run was stopped
@@ -111,37 +113,47 @@ class Run:
             if due.snapshot and not end:
                 self.save_snapshot()
             if end or self.crossed(1):
-                self.write_stats(stepper.images_seen - seen, time.monotonic() - began)
+                with self.saved_on_failure():
+                    scalars = self.scalars(stepper.images_seen - seen, time.monotonic() - began)
                 judge = done or self.crossed(training.metrics_ticks)
                 # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
                 if end or judge or self.crossed(training.dump):
                     self.save_state()
+                self.write_stats(scalars, validate=not due.stop)
                 if end or self.crossed(training.snap):
                     self.save_snapshot()
                 if judge and not due.stop:
                     self.evaluate()
                 began, seen = time.monotonic(), stepper.images_seen
-        return due.stop and not done
+        return due.stop and not (done and is_complete(self.run_dir, stepper, self.evaluator))
 
     def step(self, images: Iterator[tuple[Tensor, Tensor | None]]) -> None:
-        """One step. Where it fails, the state is saved: until the optimiser moves, weights are those of the last step.
+        with self.saved_on_failure():
+            self.stepper.step(images)
+        self.stepper.seconds = time.monotonic() - self.began
+        self.console.measured(self.stepper.images_seen, self.stepper.meter.last_loss)
 
-        Raises :class:`UserError` where data cannot be read or another process is gone.
+    @contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Where the block fails, the state is saved: until the optimiser moves, weights are those of the last step.
+
+        Raises :class:`UserError` where data cannot be read or another process is gone, :class:`Stopped` where that
+        is because this run was asked to stop.
         """
         stepper = self.stepper
         try:
-            stepper.step(images)
+            yield
         except (UserError, RuntimeError) as error:
-            why = explain(error, stepper.procs, self.signals)
+            why = explain(error, stepper.procs)
             self.write_state()
             if why is None:
                 raise
+            if self.signals.requested:  # by a signal that reached the others, or a loader process, too
+                raise Stopped from None
             raise UserError(
-                f"{why}; everything up to {stepper.images_seen / 1000:g} kimg is saved in {self.run_dir}: run the same "
-                "command again to go on"
+                f"{why}; everything up to {stepper.images_seen / 1000:g} kimg is saved in {self.run_dir}, and goes on "
+                "from there once that is mended"
             ) from None
-        stepper.seconds = time.monotonic() - self.began
-        self.console.measured(stepper.images_seen, stepper.meter.last_loss)
 
     def crossed(self, ticks: int) -> bool:
         """Whether the last step crossed a multiple of so many ticks: a function of the images seen, as resume needs."""
@@ -182,10 +194,13 @@ class Run:
         now = time.monotonic()
         milliseconds = int(1000 * (now - self.asked[0]) / steps)
         self.asked = (now, stepper.images_seen)
-        flags = (self.signals.requested, self.time_is_up(), self.overdue("state"), self.overdue("snapshot"))
-        *agreed, milliseconds = procs.maxima([*map(int, flags), milliseconds])
+        number = (self.signals.number or 0) if self.signals.requested else 0
+        flags = (number, self.time_is_up(), self.overdue("state"), self.overdue("snapshot"))
+        with self.saved_on_failure():
+            *agreed, milliseconds = procs.maxima([*map(int, flags), milliseconds])
+        self.signals.number = self.signals.number or agreed[0] or None  # of whichever process it reached
         if procs.count > 1 or procs.device.type == "cuda":
-            self.steps_between = min(max(ASK_EVERY_MS // max(milliseconds, 1), 1), MOST_STEPS)
+            self.steps_between = min(max(ASK_EVERY_MS // max(milliseconds, 1), 1), stepper.config.training.max_skipped)
         return Due(*map(bool, agreed))
 
     def go_back_or_give_up(self) -> None:
@@ -216,23 +231,28 @@ class Run:
         grids = 2 if self.stepper.ema_warming_up else 1
         return self.stepper.seconds + grids * self.grid_seconds + 2 >= minutes * 60
 
-    def write_stats(self, images: int, seconds: float) -> None:
-        """One line of statistics, of the ``images`` and ``seconds`` since the last."""
+    def scalars(self, images: int, seconds: float) -> dict[str, Any]:
+        """Statistics of the ``images`` and ``seconds`` since the last. All processes call this together."""
         stepper, batch = self.stepper, self.stepper.config.training.batch
-        scalars = {"kimg": stepper.images_seen / 1000, "steps": stepper.images_seen // batch}
-        scalars |= stepper.meter.read(stepper.procs.count)
+        scalars: dict[str, Any] = {"kimg": stepper.images_seen / 1000, "steps": stepper.images_seen // batch}
+        scalars |= stepper.meter.read(stepper.procs)
         scalars |= {"lr": stepper.optimizer.param_groups[0]["lr"], "img_per_sec": images / seconds, "sec": seconds}
         scalars["memory_gib"] = peak_memory(stepper.procs.device) / 2**30
-        if self.val is not None:
-            scalars["val_loss"] = validate(stepper, self.val)
+        return scalars
+
+    def write_stats(self, scalars: dict[str, Any], *, validate: bool) -> None:
+        """One line of statistics, with the held-out loss where there are such images and time for them."""
+        if self.val is not None and validate:
+            with self.saved_on_failure():
+                scalars["val_loss"] = held_out_loss(self.stepper, self.val)
         if self.log is not None:
-            self.log.stats(stepper.images_seen, scalars)
+            self.log.stats(self.stepper.images_seen, scalars)
             self.console.tick(scalars)
 
     def save_state(self) -> None:
         """By the first process; the others wait for it, here and not in a step, where waiting has a limit."""
         self.write_state()
-        self.stepper.procs.barrier()
+        self.stepper.procs.wait_for_first()
 
     def write_state(self) -> None:
         if self.log is not None:
@@ -254,7 +274,7 @@ class Run:
             self.signals.unless_in_haste(self.save_grids)
             prune_snapshots(self.run_dir, stepper.config.training.keep)
             self.saved["snapshot"] = time.monotonic()
-        stepper.procs.barrier()
+        stepper.procs.wait_for_first()
 
     def save_grids(self) -> None:
         """A grid of the averaged weights, and while the average is warming up one of the raw weights."""
@@ -299,17 +319,27 @@ class Run:
         return Outcome(self.run_dir, self.stepper.images_seen, interrupted, snapshot, number)
 
 
-def explain(error: Exception, procs: Processes, signals: StopSignals) -> str | None:
+def explain(error: Exception, procs: Processes) -> str | None:
     """What a failed step means, in words for the one who started it; None for what nobody foresaw."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "a step did not fit the GPU's memory (a smaller --batch-gpu or --grad-ckpt makes it)"
+        return "a step did not fit the GPU's memory (--grad-ckpt makes it smaller)"
     if procs.count > 1 and is_lost_connection(error):
-        if signals.number is not None:
-            return "stopped by the launcher"
         return procs.missing() or "the connection to another process is gone"
     return None
+
+
+def has_pictures(run_dir: Path, stepper: Stepper) -> bool:
+    """Whether the snapshot of this moment and its grid are there. All processes ask together."""
+    number = kimg_number(stepper.config, stepper.images_seen)
+    paths = (run_dir / f"network-snapshot-{number}.safetensors", run_dir / f"fakes{number}.png")
+    return bool(stepper.procs.broadcast(all(path.exists() for path in paths)))
+
+
+def is_complete(run_dir: Path, stepper: Stepper, evaluator: Evaluator) -> bool:
+    """Whether a run that has seen all its images has its snapshot, its grid and its metrics too."""
+    return has_pictures(run_dir, stepper) and not evaluator.pending(run_dir, stepper.images_seen)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from diffit.configs.resolve import unasked
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.training.checkpoint import PREFIX, states, verify_state
+from diffit.training.checkpoint import PREFIX, read_progress, states, verify_state
 from diffit.training.tracking import open_trackers
 from diffit.utils.files import disk_errors, sweep, whole_file
 from diffit.utils.locks import exclusive
@@ -147,7 +147,7 @@ def retire_later(state: Path) -> list[Path]:
 
     A run that goes back would otherwise be taken up, pruned and sampled at the end of the branch that was left.
     """
-    run_dir, number = state.parent, float(state.name.removeprefix(PREFIX))
+    run_dir, number = state.parent, read_progress(state)[0] / 1000
     later = [path for path in states(run_dir) if float(path.name.removeprefix(PREFIX)) > number]
     later += [path for path in snapshots(run_dir) if float(path.stem.removeprefix("network-snapshot-")) > number]
     return [put_aside(path, "retired") for path in later]
@@ -227,13 +227,13 @@ class RunLog:
     def stats(self, images_seen: int, scalars: dict[str, float]) -> None:
         with disk_errors(self.run_dir):
             with (self.run_dir / "stats.jsonl").open("a") as file:
-                file.write(json.dumps({"images": images_seen, **scalars}) + "\n")
+                file.write(strict_json({"images": images_seen, **scalars}) + "\n")
             self._track(scalars, images_seen)
 
     def metric(self, path: Path, record: dict[str, Any]) -> None:
         """Add a record, which has ``images``, to its JSON-lines file, and its numbers to the trackers."""
         with disk_errors(path), path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(strict_json(record) + "\n")
         results = {f"{record['metric']}/{name}": value for name, value in record["results"].items()}
         self._track(results, record["images"])
 
@@ -249,6 +249,14 @@ class RunLog:
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
+
+
+def strict_json(record: dict[str, Any]) -> str:
+    """JSON as its standard has it: a number that is not finite is null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite)
 
 
 def truncate_jsonl(path: Path, images_seen: int) -> None:

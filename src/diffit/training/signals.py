@@ -1,10 +1,13 @@
 """Requests to stop: Ctrl-C, SIGTERM, the warnings of job schedulers, and a launcher that is gone."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
+
+from diffit.utils.locks import lost
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
@@ -62,6 +65,8 @@ class StopSignals:
             self.cutting = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if lost.is_set():  # the run is another process's now: nothing may be written
+            raise KeyboardInterrupt
         if self.number is not None:
             # A launcher passes on the Ctrl-C that the terminal has sent already.
             if number == self.number == signal.SIGINT and not self.launched:
@@ -69,6 +74,7 @@ class StopSignals:
             return
         self.number = number
         if self.speaks:  # not by a logger or console, which may be at work right now
-            os.write(2, b"\nstopping after this step, and saving; Ctrl-C once more leaves at once\n")
+            with contextlib.suppress(OSError):  # the terminal may be what is gone
+                os.write(2, b"\nstopping after this step, and saving; Ctrl-C once more leaves at once\n")
         if self.cutting and self.in_haste:
             raise _CutShort

@@ -144,7 +144,13 @@ class Stepper:
         if training.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, training.grad_clip, norm)
         self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.precision == "fp16" else 1.0)
+        if self.precision == "fp16":
+            before = self.scaler.scale(self.one)
+            self.scaler.update()
+            # A spike is no overflow: the scale stays.
+            self.scaler.update(torch.where(skip & norm.isfinite(), before, self.scaler.scale(self.one)))
+        else:
+            self.scaler.update(1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
         self.images_seen = seen
@@ -160,6 +166,7 @@ class Stepper:
             "seconds": round(self.seconds, 1),
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
+            "skipped": [int(self.meter.skipped), int(self.meter.skipped_in_a_row)],
             "config": self.config.model_dump(mode="json"),
         }
         save_state(folder, self.net, self.ema, self.optimizer, metadata)
@@ -174,6 +181,9 @@ class Stepper:
             self.scaler.load_state_dict(metadata["scaler"])
         if "guard" in metadata:  # states of before 0.2 have none
             self.guard.load_state_dict(metadata["guard"])
+            skipped, in_a_row = metadata["skipped"]
+            self.meter.skipped.fill_(skipped)
+            self.meter.skipped_in_a_row.fill_(in_a_row)
         self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
 
     @property

@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,16 +65,20 @@ class TensorBoard:
 
 
 class Hosted:
-    """``wandb``, or ``trackio``, which has the same functions. A resumed run goes on under its folder's name."""
+    """``wandb``, or ``trackio``, which has the same functions. A resumed run keeps its name."""
 
     def __init__(self, package: str, run_dir: Path, config: Config) -> None:
         self.package: Any = importlib.import_module(package)
-        name = run_dir.name
+        # Another folder of the same name, elsewhere or later, is another run.
+        key = run_dir / "tracker.txt"
+        if not key.exists():
+            key.write_text(uuid.uuid4().hex)
+        name = f"{run_dir.name}-{key.read_text()[:8]}"
         which = {"id": name, "dir": str(run_dir)} if package == "wandb" else {}
         self.package.init(project=PROJECT, name=name, config=config.model_dump(mode="json"), resume="allow", **which)
 
     def scalars(self, values: dict[str, float], images: int) -> None:
-        self.package.log(values, step=images)
+        self.package.log({name: value for name, value in values.items() if math.isfinite(value)}, step=images)
 
     def picture(self, name: str, path: Path, images: int) -> None:
         self.package.log({name: self.package.Image(str(path))}, step=images)

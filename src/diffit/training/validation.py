@@ -29,5 +29,5 @@ def validate(stepper: Stepper, archive: Archive) -> float:
             loss = stepper.loss(stepper.ema, images, labels, generator=generator)
         sums += torch.stack([loss.double().sum(), torch.tensor(len(indices), device=procs.device)])
     if procs.count > 1:
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=procs.steps)
     return float(sums[0] / sums[1])

@@ -58,6 +58,12 @@ class Processes:
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def wait_for_first(self) -> None:
+        """Until the first process, which may work alone for long, comes here too; then for each other as in a step."""
+        if self.count > 1:
+            dist.broadcast(torch.zeros(1, device=self.device), src=0)
+            dist.barrier(group=self.steps)
+
     def maxima(self, values: Sequence[int]) -> list[int]:
         """The largest of all processes' values at each place, asked for in the group of the steps."""
         if self.count == 1:

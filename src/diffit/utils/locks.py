@@ -9,6 +9,7 @@ a dead process without a race is the difficult part, and why it is not written h
 import _thread
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from diffit.utils.files import disk_errors
 logger = logging.getLogger(__name__)
 
 NAME = ".lock"
+lost = threading.Event()
+"""Set when another process has taken a lock of this one: nothing may be written where it was."""
 HEARTBEAT = 5.0  # seconds; a second command is told at the next beat of the first
 LEASE = 180.0  # seconds without a heartbeat after which a process that cannot be looked up counts as dead
 
@@ -109,6 +112,7 @@ class _Holder:
 def _interrupt(loss: LeaseCompromise) -> None:
     """On the heartbeat's thread: two must not write, and only the main thread can be made to stop."""
     if loss.reason == "owner-changed":
+        lost.set()
         logger.error("%s: another process took this one for dead and its place; stopping", loss.lock_file)
         _thread.interrupt_main()
     else:

@@ -84,7 +84,7 @@ def require_whole(path: Path) -> None:
     if whole is False:
         raise UserError(
             f"{path}: damaged, or changed by another program: its content is not that of its checksum; "
-            "fetch or save it again, or use it as it is with --no-verify (verify=False)"
+            "fetch or save it again (`diffit sample --no-verify` uses it as it is; in the library, verify=False)"
         )
     if whole is None and CONFIG_KEY in read_tensor_header(path).get(METADATA, {}):
         _warn_unchecked(str(path))

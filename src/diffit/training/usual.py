@@ -1,0 +1,27 @@
+"""What the loss of a small preset usually is after so many images, for comparison while a run goes on.
+
+Measured with the preset as it is, on the crops of `examples/photos.py`; see docs/results.md. Other images have other
+losses: many plain surfaces lower ones, noise and fine texture higher ones.
+"""
+
+from itertools import pairwise
+
+from diffit.configs.presets import get_preset
+from diffit.configs.schema import Config
+
+CURVES: dict[str, tuple[tuple[float, float], ...]] = {}
+"""Preset to (kimg, loss); between the points the loss is interpolated, after the last it is the last."""
+
+
+def usual_loss(config: Config, kimg: float) -> float | None:
+    """The loss that is usual after ``kimg``; None where it was not measured, or the recipe is another."""
+    curve = CURVES.get(config.preset)
+    if curve is None or kimg < curve[0][0]:
+        return None
+    ours, measured = config.training, get_preset(config.preset).training
+    if (ours.batch, ours.lr, ours.init) != (measured.batch, measured.lr, measured.init):
+        return None
+    for (left, above), (right, below) in pairwise(curve):
+        if kimg < right:
+            return above + (below - above) * (kimg - left) / (right - left)
+    return curve[-1][1]
