@@ -18,10 +18,12 @@ from torch.testing import assert_close
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
+from diffit.sampling import Model
 from diffit.training import loop
 from diffit.training.checkpoint import states
 from diffit.training.loop import train
-from diffit.training.step import Stepper
+from diffit.training.pictures import save_fakes
+from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.weights.file import load_network, save_network
 from helpers import command, write_archive
@@ -160,7 +162,7 @@ def test_data_that_fail_in_the_middle_cost_nothing(pets, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "feed", breaking)
         with pytest.raises(
-            UserError, match=r"ant.png is damaged; everything up to 0.032 kimg is saved in .*run the same"
+            UserError, match=r"ant.png is damaged; everything up to 0.032 kimg is saved in .*goes on from"
         ):
             run(pets, tmp_path / "broken", kimg=0.08)
     assert_identical(tensors(run(pets, tmp_path / "broken", kimg=0.08).run_dir), tensors(whole.run_dir))
@@ -179,6 +181,48 @@ def test_after_too_many_spikes_a_run_goes_back_and_on_behind_them(pets, tmp_path
     log = (outcome.run_dir / "log.txt").read_text()
     assert "3 steps skipped: back to training-state-000000.240" in log
     assert outcome.images_seen == 400
+
+
+def test_a_branch_that_was_left_can_be_returned_to(pets, tmp_path):
+    run_dir = run(pets, tmp_path, kimg=0.08, dump=1).run_dir
+    first, second = states(run_dir)
+    run(pets, tmp_path, kimg=0.12, dump=1, resume=str(first))
+    (left,) = run_dir.glob(f"retired-{second.name}")
+    outcome = run(pets, tmp_path, kimg=0.16, dump=1, resume=str(left))
+    assert (outcome.run_dir, outcome.images_seen) == (run_dir, 160)
+    losses = [json.loads(line)["images"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert losses == [40, 80, 120, 160]
+
+
+def test_a_grid_that_is_cut_short_leaves_the_network_in_training(tmp_path, monkeypatch):
+    """Another step may follow, and it must have its dropout."""
+    config = resolve("debug", {"cond": True, "grid": (2, 2)}, DataFacts(3, (16, 16), 3))
+    stepper = Stepper(config, ONE, build_network(config), "fp32")
+
+    def cut(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "sample", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save_fakes(stepper, stepper.net, tmp_path / "grid.png")
+    assert stepper.net.training
+    assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_program_that_reads_what_it_prints(pets, tmp_path):
+    words = [sys.executable, "-m", "diffit", "train", "--outdir", tmp_path / "r", "--data", pets, *ARGUMENTS]
+    words += ["--kimg", "0.4", "--tick", "0.04"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(120)
+    (run_dir,) = (tmp_path / "r").iterdir()
+    assert json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["images"] == 400
+    assert "done at 0.4 kimg" in (run_dir / "log.txt").read_text()
 
 
 def test_a_longer_run_goes_on_with_the_ramp_that_it_began_with(pets, tmp_path):

@@ -128,6 +128,19 @@ def test_statistics_are_flat_and_reach_tensorboard(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(8, 2.5)]
 
 
+def test_statistics_are_strict_json(tmp_path):
+    records = RunLog(tmp_path, config(), 0)
+    records.stats(8, {"kimg": 0.008, "loss": float("nan"), "grad_norm": float("inf")})
+    records.close()
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    (line,) = (tmp_path / "stats.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=refuse)
+    assert found == {"images": 8, "kimg": 0.008, "loss": None, "grad_norm": None}
+
+
 class Recorder(ModuleType):
     """In place of wandb: notes what it is asked."""
 
@@ -152,7 +165,13 @@ def test_another_tracker_gets_numbers_and_grids_and_goes_on_under_the_name_of_th
     records.metric(tmp_path / "metric-fd.jsonl", {"metric": "fd", "images": 8, "results": {"fd": 1.5}})
     records.close()
     (started, _, how), *others, (ended, _, _) = wandb.calls
-    assert (started, ended, how["id"], how["resume"]) == ("init", "finish", tmp_path.name, "allow")
+    assert (started, ended, how["resume"]) == ("init", "finish", "allow")
+    assert how["id"].startswith(f"{tmp_path.name}-")
+    RunLog(tmp_path, config(track="wandb"), 8).close()
+    assert [named["id"] for name, _, named in wandb.calls if name == "init"] == [how["id"]] * 2
+    (tmp_path / "elsewhere").mkdir()
+    RunLog(tmp_path / "elsewhere", config(track="wandb"), 0).close()
+    assert wandb.calls[-2][2]["id"].rpartition("-")[2] != how["id"].rpartition("-")[2]
     logged = [(given[0], named["step"]) for name, given, named in others if name == "log"]
     picture = {"fakes": ("Image", str(tmp_path / "grid.png"))}
     assert logged == [({"kimg": 0.008, "loss": 2.5}, 8), (picture, 8), ({"fd/fd": 1.5}, 8)]

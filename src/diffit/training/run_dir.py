@@ -253,10 +253,13 @@ class RunLog:
 
 def strict_json(record: dict[str, Any]) -> str:
     """JSON as its standard has it: a number that is not finite is null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(finite)
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(part) for key, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), allow_nan=False)
 
 
 def truncate_jsonl(path: Path, images_seen: int) -> None:
