@@ -225,6 +225,24 @@ def test_a_run_outlives_the_program_that_reads_what_it_prints(pets, tmp_path):
     assert "done at 0.4 kimg" in (run_dir / "log.txt").read_text()
 
 
+def test_a_signal_in_the_last_step_leaves_what_the_same_command_makes(pets, tmp_path, monkeypatch):
+    honest = Stepper.step
+
+    def signalled(self, feed):
+        honest(self, feed)
+        if self.images_seen == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", signalled)
+        cut = run(pets, tmp_path, kimg=0.04)
+    assert (cut.interrupted, cut.signal, cut.images_seen) == (True, signal.SIGTERM, 40)
+    assert not (cut.run_dir / "fakes000000.040.png").exists()
+    made = run(pets, tmp_path, kimg=0.04)
+    assert (made.interrupted, made.run_dir) == (False, cut.run_dir)
+    assert (cut.run_dir / "fakes000000.040.png").exists()
+
+
 def test_a_longer_run_goes_on_with_the_ramp_that_it_began_with(pets, tmp_path):
     """Also where the longer one has the preset's own length."""
     first = run(pets, tmp_path, kimg=0.064, lr_rampup_kimg=0.02)

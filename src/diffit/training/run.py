@@ -125,7 +125,9 @@ class Run:
                 if judge and not due.stop:
                     self.evaluate()
                 began, seen = time.monotonic(), stepper.images_seen
-        return due.stop and not (done and is_complete(self.run_dir, stepper, self.evaluator))
+        # A signal may have come after the last agreement, and have cut a grid short.
+        asked = bool(stepper.procs.max(int(due.stop or self.signals.in_haste)))
+        return asked and not (done and is_complete(self.run_dir, stepper, self.evaluator))
 
     def step(self, images: Iterator[tuple[Tensor, Tensor | None]]) -> None:
         with self.saved_on_failure():
