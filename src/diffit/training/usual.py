@@ -9,7 +9,24 @@ from itertools import pairwise
 from diffit.configs.presets import get_preset
 from diffit.configs.schema import Config
 
-CURVES: dict[str, tuple[tuple[float, float], ...]] = {}
+CURVES: dict[str, tuple[tuple[float, float], ...]] = {
+    "small32": (
+        (0.5, 0.95),
+        (1, 0.84),
+        (2, 0.79),
+        (3, 0.78),
+        (4, 0.78),
+        (5, 0.71),
+        (6, 0.56),
+        (7, 0.45),
+        (8, 0.39),
+        (10, 0.34),
+        (12, 0.33),
+        (15, 0.3),
+        (20, 0.29),
+        (24, 0.28),
+    ),
+}
 """Preset to (kimg, loss); between the points the loss is interpolated, after the last it is the last."""
 
 
