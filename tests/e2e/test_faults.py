@@ -19,11 +19,6 @@ def test_when_one_of_two_processes_dies_the_other_saves_and_says_so():
     assert not row.failures, row
 
 
-def test_when_a_loader_process_dies_the_state_is_saved_and_one_line_says_so():
-    row = faults.lost_worker(signal.SIGKILL)
-    assert not row.failures, row
-
-
 def test_a_launcher_that_is_told_to_end_leaves_one_state_and_no_process():
     (row,) = faults.signals(2, [signal.SIGTERM], streamed=True, phases=["step"])
     assert not row.failures, row
