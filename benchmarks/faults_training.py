@@ -55,6 +55,9 @@ main()
 """
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
+
+
 @dataclass(frozen=True)
 class Row:
     """What was injected how often, and what came of it; ``failures`` says where it was not as promised."""
@@ -83,17 +86,15 @@ class Place:
                          "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]  # fmt: skip
         words = [*launcher, self.wrapper, seconds, "streamed" if streamed else "resident", "train"]
         words += ["--outdir", self.folder / outdir, "--data", self.data, *OPTIONS, *options]
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")
-        }  # fmt: skip
         output = (self.folder / f"{outdir}.log").open("a")
-        return subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, env=environment, text=True)
+        return subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, env=ENVIRONMENT, text=True)
 
     def log(self, outdir: str) -> str:
         return (self.folder / f"{outdir}.log").read_text()
 
     def run_dir(self, outdir: str) -> Path | None:
-        return next(iter(sorted((self.folder / outdir).glob("0*"))), None)
+        """The newest: a run that was killed before its first state is not taken up, and leaves its folder."""
+        return max((self.folder / outdir).glob("0*"), default=None)
 
     def states(self, outdir: str) -> list[str]:
         run = self.run_dir(outdir)
@@ -331,7 +332,6 @@ def pairs(count: int) -> Row:
     place, failures, told = Place(), [], 0
     place.start("run", "--kimg", "0.08").wait()
     network = next(iter(place.run_dir("run").glob("network-snapshot-*")))  # type: ignore[union-attr]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
     for i in range(count):
         if i % 2:
             both = [place.start("run", "--kimg", 0.08 + 0.04 * (i + 1), seconds=0.3) for _ in range(2)]
@@ -342,7 +342,7 @@ def pairs(count: int) -> Row:
                      "--seeds", "0-199", "--steps", "6"]  # fmt: skip
             both = [
                 subprocess.Popen(
-                    list(map(str, words)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+                    list(map(str, words)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
                 )
                 for _ in range(2)
             ]
