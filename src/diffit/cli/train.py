@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,8 +225,8 @@ def train(**options: Any) -> None:
             )
         elif not outcome.interrupted and config.training.minutes is not None and procs.is_first:
             click.echo(f"to go on: {longer(sys.argv, 3 * config.training.minutes)}")
-        if outcome.interrupted:  # in here: the other processes may be gone, and are not waited for
-            sys.exit(128 + (outcome.signal or signal.SIGINT))
+        if outcome.signal is not None:  # in here: the other processes may be gone, and are not waited for
+            sys.exit(128 + outcome.signal)
 
 
 def longer(words: list[str], minutes: float) -> str:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from diffit.data.open import Archive
 from diffit.errors import UserError
+from diffit.training.signals import STOPPING
 from diffit.utils.randomness import ORDER, derive_seed
 
 RESIDENT_SHARE = 0.25  # of the free memory may go to keeping the decoded images
@@ -48,8 +49,8 @@ def microbatches(
 def _leave_signals_to_the_run(worker: int) -> None:
     """Signals to the run's process group would reach the workers too, whose images it needs to end its step."""
     os.setsid()
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torch ends a worker that hangs
 
 
@@ -124,18 +125,14 @@ def _loaded(loader: Any) -> Iterator[Any]:
     before = signal.getsignal(signal.SIGCHLD)
     found = iter(loader)
     signal.signal(signal.SIGCHLD, before)
-    while True:
-        try:
-            images = next(found)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            raise UserError(
-                "a process that reads images has died, perhaps for want of memory (fewer --workers take less)"
-            ) from None
-        yield images
+    try:
+        yield from found
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that reads images has died, perhaps for want of memory (fewer --workers take less)"
+        ) from None
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -73,7 +73,7 @@ def train(
         evaluator = Evaluator(config, archive, procs, autoencoder, batch=stepper.batch_gpu, precision=precision)
         total = training.steps * training.batch
         if state is not None and stepper.images_seen >= total and is_complete(state.parent, stepper, evaluator):
-            return Outcome(state.parent, stepper.images_seen, False, None)
+            return Outcome(state.parent, stepper.images_seen, None)
         # Before there is a run folder, because this finds faulty images.
         resident, loading = load_resident(archive, procs, training.workers)
         with procs.together():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffit.configs.resolve import accumulation, unasked, with_length
-from diffit.configs.schema import Config
+from diffit.configs.schema import Config, Training
 from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
@@ -82,7 +82,7 @@ def fit_batch(config: Config, procs: Processes) -> int:
     precision = resolve_precision(training.precision, procs.device)
     # The least of all processes'.
     free = -procs.max(-available_memory(procs.device) // (count if procs.device.type == "cpu" else 1))
-    asked = training.batch_gpu is not None and "batch_gpu" not in training.chosen
+    asked = asks_for_batch(training)
     accumulation(training.batch, training.batch_gpu if asked else None, count)  # UserError where they do not divide
     share = training.batch // count
     sizes = _divisors(share, training.batch_gpu or share)
@@ -105,11 +105,15 @@ def fit_batch(config: Config, procs: Processes) -> int:
     )
 
 
+def asks_for_batch(training: Training) -> bool:
+    """Whether the microbatch was given, and not chosen here or by a preset."""
+    return training.batch_gpu is not None and "batch_gpu" not in training.chosen
+
+
 def keep_batch(fitting: int, recorded: int, config: Config, procs: Processes) -> int:
     """The microbatch that a run began with, whose number decides the noise of an image, or what must replace it."""
     share = config.training.batch // procs.count
-    asked = "batch_gpu" not in config.training.chosen and config.training.batch_gpu is not None
-    if fitting == recorded or asked:
+    if fitting == recorded or asks_for_batch(config.training):
         return fitting
     if share % recorded == 0:
         return recorded  # it fitted before

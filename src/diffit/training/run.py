@@ -21,7 +21,7 @@ from diffit.training.report import write_report
 from diffit.training.run_dir import RunLog, kimg_number, prune_snapshots, write_options
 from diffit.training.signals import StopSignals
 from diffit.training.step import Stepper
-from diffit.training.validation import validate as held_out_loss
+from diffit.training.validation import validate
 from diffit.utils.distributed import Processes, is_lost_connection
 from diffit.weights import newest_snapshot, save_network
 
@@ -32,10 +32,13 @@ class Outcome:
 
     run_dir: Path
     images_seen: int
-    interrupted: bool
     snapshot: Path | None
     signal: int | None = None
     """That interrupted it."""
+
+    @property
+    def interrupted(self) -> bool:
+        return self.signal is not None
 
 
 class Stopped(Exception):
@@ -119,15 +122,17 @@ class Run:
                 # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
                 if end or judge or self.crossed(training.dump):
                     self.save_state()
-                self.write_stats(scalars, validate=not due.stop)
+                self.write_stats(scalars, held_out=not due.stop)
                 if end or self.crossed(training.snap):
                     self.save_snapshot()
                 if judge and not due.stop:
                     self.evaluate()
                 began, seen = time.monotonic(), stepper.images_seen
         # A signal may have come after the last agreement, and have cut a grid short.
-        asked = bool(stepper.procs.max(int(due.stop or self.signals.in_haste)))
-        return asked and not (done and is_complete(self.run_dir, stepper, self.evaluator))
+        own = self.signals.number if due.stop or self.signals.in_haste else None
+        number = stepper.procs.max(own or 0)
+        self.signals.number = self.signals.number or number or None
+        return bool(number) and not (done and is_complete(self.run_dir, stepper, self.evaluator))
 
     def step(self, images: Iterator[tuple[Tensor, Tensor | None]]) -> None:
         with self.saved_on_failure():
@@ -242,11 +247,11 @@ class Run:
         scalars["memory_gib"] = peak_memory(stepper.procs.device) / 2**30
         return scalars
 
-    def write_stats(self, scalars: dict[str, Any], *, validate: bool) -> None:
+    def write_stats(self, scalars: dict[str, Any], *, held_out: bool) -> None:
         """One line of statistics, with the held-out loss where there are such images and time for them."""
-        if self.val is not None and validate:
+        if self.val is not None and held_out:
             with self.saved_on_failure():
-                scalars["val_loss"] = held_out_loss(self.stepper, self.val)
+                scalars["val_loss"] = validate(self.stepper, self.val)
         if self.log is not None:
             self.log.stats(self.stepper.images_seen, scalars)
             self.console.tick(scalars)
@@ -262,14 +267,9 @@ class Run:
             prune_states(self.run_dir)
             self.saved["state"] = time.monotonic()
 
-    @property
-    def snapshot_path(self) -> Path:
-        number = kimg_number(self.stepper.config, self.stepper.images_seen)
-        return self.run_dir / f"network-snapshot-{number}.safetensors"
-
     def save_snapshot(self) -> None:
         """The averaged weights and their grids, by the first process, for which the others wait."""
-        stepper, path = self.stepper, self.snapshot_path
+        stepper, (path, _) = self.stepper, pictures_of(self.run_dir, self.stepper)
         if self.log is not None:
             self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
             save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
@@ -281,14 +281,13 @@ class Run:
     def save_grids(self) -> None:
         """A grid of the averaged weights, and while the average is warming up one of the raw weights."""
         stepper, began = self.stepper, time.monotonic()
-        number = kimg_number(stepper.config, stepper.images_seen)
-        grid = self.run_dir / f"fakes{number}.png"
+        _, grid = pictures_of(self.run_dir, stepper)
         assert self.log is not None
         save_fakes(stepper, stepper.ema, grid)
         self.grid_seconds = time.monotonic() - began
         self.log.picture("fakes", grid, stepper.images_seen)
         if stepper.ema_warming_up:
-            save_fakes(stepper, stepper.net, self.run_dir / f"fakes{number}-raw.png")
+            save_fakes(stepper, stepper.net, grid.with_stem(f"{grid.stem}-raw"))
 
     def evaluate(self) -> None:
         """Metrics of the averaged weights, by all processes, where there is no record of them yet."""
@@ -318,7 +317,7 @@ class Run:
             self.console.finish(interrupted, snapshot)
             self.log.close()
         number = self.signals.number if interrupted else None
-        return Outcome(self.run_dir, self.stepper.images_seen, interrupted, snapshot, number)
+        return Outcome(self.run_dir, self.stepper.images_seen, snapshot, number)
 
 
 def explain(error: Exception, procs: Processes) -> str | None:
@@ -332,11 +331,15 @@ def explain(error: Exception, procs: Processes) -> str | None:
     return None
 
 
-def has_pictures(run_dir: Path, stepper: Stepper) -> bool:
-    """Whether the snapshot of this moment and its grid are there. All processes ask together."""
+def pictures_of(run_dir: Path, stepper: Stepper) -> tuple[Path, Path]:
+    """The snapshot of this moment, and the grid of its samples."""
     number = kimg_number(stepper.config, stepper.images_seen)
-    paths = (run_dir / f"network-snapshot-{number}.safetensors", run_dir / f"fakes{number}.png")
-    return bool(stepper.procs.broadcast(all(path.exists() for path in paths)))
+    return run_dir / f"network-snapshot-{number}.safetensors", run_dir / f"fakes{number}.png"
+
+
+def has_pictures(run_dir: Path, stepper: Stepper) -> bool:
+    """Whether both of :func:`pictures_of` are there. All processes ask together."""
+    return bool(stepper.procs.broadcast(all(path.exists() for path in pictures_of(run_dir, stepper))))
 
 
 def is_complete(run_dir: Path, stepper: Stepper, evaluator: Evaluator) -> bool:

@@ -10,6 +10,7 @@ from typing import Self
 from diffit.utils.locks import lost
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+STOPPING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class _CutShort(BaseException):
@@ -31,8 +32,7 @@ class StopSignals:
         self.speaks = os.environ.get("RANK", "0") == "0"
 
     def __enter__(self) -> Self:
-        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self.before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(

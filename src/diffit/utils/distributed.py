@@ -66,12 +66,7 @@ class Processes:
 
     def maxima(self, values: Sequence[int]) -> list[int]:
         """The largest of all processes' values at each place, asked for in the group of the steps."""
-        if self.count == 1:
-            return list(values)
-        tensor = torch.tensor(values, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.steps)
-        found: list[int] = tensor.tolist()
-        return found
+        return self._maxima(values, self.steps)
 
     def missing(self) -> str | None:
         """After a failed step: which processes do not answer any more, in words; None where that cannot be told."""
@@ -86,11 +81,15 @@ class Processes:
 
     def max(self, value: int) -> int:
         """The largest of all processes' values."""
+        return self._maxima([value], None)[0]
+
+    def _maxima(self, values: Sequence[int], group: Any) -> list[int]:
         if self.count == 1 or not dist.is_initialized():
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
+            return list(values)
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+        found: list[int] = tensor.tolist()
+        return found
 
     @contextmanager
     def together(self) -> Iterator[None]:
