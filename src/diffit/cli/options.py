@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
+from diffit.configs.schema import MAX_STEPS
 from diffit.errors import UserError
 
 LONGEST = 10_000_000  # numbers in a list: they are kept in memory
-MOST_STEPS = 100_000  # of a solver: their noise levels are kept, and no model has as many
 
 
 class Size(click.ParamType):
@@ -51,8 +51,8 @@ class Steps(click.ParamType):
         match = re.fullmatch(r"(ddim|-)?([0-9]{1,18})", text := str(value))
         if match is None:
             self.fail(f"{value!r} is not a number of steps; write 25, or ddim25 for a whole stride", param, ctx)
-        if int(match[2]) > MOST_STEPS:
-            self.fail(f"{value!r} is more than {MOST_STEPS:,} steps; use 1000 or fewer", param, ctx)
+        if int(match[2]) > MAX_STEPS:
+            self.fail(f"{value!r} is more than {MAX_STEPS:,} steps; use 1000 or fewer", param, ctx)
         return text if match[1] == "ddim" else int(text)
 
 

@@ -17,11 +17,11 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Size = Annotated[int, Field(ge=1, le=2**20)]
-"""Of a network; nothing larger fits a machine."""
-Blocks = Annotated[int, Field(ge=1, le=1000)]
-Steps = Annotated[int, Field(ge=1, le=100_000)]
-"""Of a sampler or a schedule."""
+MAX_SIZE, MAX_BLOCKS = 2**20, 1000  # of a network; nothing larger fits a machine
+MAX_STEPS = 100_000  # of a sampler or a schedule: their noise levels are kept, and no model has as many
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Blocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class Frozen(BaseModel):

@@ -14,7 +14,7 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
-from diffit.configs.schema import Config, LatentModel
+from diffit.configs.schema import MAX_BLOCKS, MAX_SIZE, Config, LatentModel
 from diffit.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ METADATA = "__metadata__"
 CONFIG_KEY = "diffit_config"
 SUM_KEY = "diffit_sha256"
 MAX_HEADER = 8 << 20  # bytes; the official model's has 35 kB, 100,000 class names some 3 MB
-MAX_BLOCKS = 1000
-MAX_NUMBER = 1 << 20  # of all other sizes: pixels, channels, classes
 
 Header = dict[str, Any]
 
@@ -126,7 +124,7 @@ def _sizes(config: Config) -> Iterator[tuple[str, float, int]]:
     model = config.model
     blocks = model.depth if isinstance(model, LatentModel) else sum(stage.blocks for stage in model.stages)
     yield "the number of blocks", blocks, MAX_BLOCKS
-    yield "the largest number of the model", max(_numbers(model.model_dump())), MAX_NUMBER
+    yield "the largest number of the model", max(_numbers(model.model_dump())), MAX_SIZE
 
 
 def _numbers(value: Any) -> Iterator[float]:
