@@ -93,7 +93,8 @@ def digits() -> Config:
 def _small(preset: str, side: int, *widths: int, batch: int, lr: float) -> Config:
     """Ours, for the machine at hand: the deepest stage attends globally, the others in windows of 4.
 
-    Small batches, because leaving the first plateau of the loss takes steps more than images.
+    Small batches, because leaving the first plateau of the loss seems to take steps more than images
+    (docs/results.md).
 
     The length is the machine's: see :mod:`diffit.training.plan`. ``kimg`` is only that of a run of unknown speed.
     """
