@@ -264,9 +264,8 @@ class FileTree:
             "are not listed in it": [name for name in known if name not in self.sums],
         }
         if self.is_zip:
-            kinds["have another CRC-32"] = [
-                name for name in known if self.checksum(name)[1] != self.sums.get(name, self.checksum(name)[1])
-            ]
+            listed = (name for name in known if name in self.sums)
+            kinds["have another CRC-32"] = [name for name in listed if self.checksum(name)[1] != self.sums[name]]
         return [
             f"{self.path}: of its files and {SUMS}, {len(found)} {what} ({name_some(found)}): {REMEDY}"
             for what, found in kinds.items()

@@ -124,13 +124,13 @@ class Model:
     def save_trajectory(self, path: Path, seeds: Sequence[int], labels: Labels = None) -> Path:
         """:meth:`trajectory` as an animation: the states to the left, what they are taken to show to the right."""
         columns = min(len(seeds), TRAJECTORY_COLUMNS)
+        rows = len(seeds) // columns  # whole ones only
         frames = []
         for pair in self.trajectory(seeds, labels):
-            both = [to_uint8(x.clamp(-1, 1), self.config.sampling.rounding).split(columns) for x in pair]
-            if len(both[0][-1]) < columns:
-                both = [list(parts[:-1]) for parts in both]  # whole rows only
-            rows = [part for row in zip(*both, strict=True) for part in row]
-            frames.append(make_grid(torch.cat(rows), (2 * columns, len(rows) // 2)))
+            halves = [
+                to_uint8(x[: rows * columns], self.config.sampling.rounding).unflatten(0, (rows, columns)) for x in pair
+            ]
+            frames.append(make_grid(torch.cat(halves, dim=1).flatten(0, 1), (2 * columns, rows)))
         save_gif(frames, path)
         return path
 

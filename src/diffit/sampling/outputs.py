@@ -147,7 +147,6 @@ class PngFolder:
                     record = job.record(format="png", subdirs=self.subdirs)
                     if not continues(self.outdir, record):
                         write_record(self.outdir, record)
-            procs.barrier()
             yield
 
     def name(self, seed: int) -> str:
