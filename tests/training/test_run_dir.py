@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -23,6 +24,7 @@ from diffit.training.run_dir import (
 )
 from diffit.training.tracking import require_tracker
 from diffit.utils.images import make_grid
+from diffit.utils.locks import exclusive
 
 FACTS = DataFacts(3, (16, 16), 3)
 
@@ -218,3 +220,16 @@ def test_the_second_command_is_told_of_the_first_and_takes_the_run_up_when_that_
                 find_state(config(), tmp_path, resume, second)
         first.close()
         assert find_state(config(), tmp_path, "auto", second) == state
+
+
+def test_folders_of_runs_that_ended_before_their_first_save_are_removed_by_the_next(tmp_path):
+    stillborn, held, young, trained = (create_run(tmp_path, config(), 1) for _ in range(4))
+    with_state(trained, 1)
+    for path in (stillborn, held, young, trained):
+        write_options(path, config())
+    long_ago = time.time() - 2 * run_dir.STARTING
+    with exclusive(held, "wait"):
+        for path in (stillborn, held, trained):
+            os.utime(path, (long_ago, long_ago))
+        fifth = create_run(tmp_path, config(), 1)
+    assert run_dir.runs(tmp_path) == [held, young, trained, fifth]

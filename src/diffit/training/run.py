@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.errors import UserError
-from diffit.training.checkpoint import PREFIX, prune_states, states
+from diffit.training.checkpoint import PREFIX, prune_states, read_progress, states, verify_state
 from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
 from diffit.training.pictures import save_fakes, save_progress, save_reals
@@ -213,7 +213,9 @@ class Run:
     def go_back_or_give_up(self) -> None:
         """After so many steps in a row without effect."""
         stepper, training = self.stepper, self.stepper.config.training
-        state = stepper.procs.broadcast(next(iter(reversed(states(self.run_dir))), None))
+        begun = stepper.images_seen - int(stepper.meter.skipped_in_a_row) * training.batch
+        found = whole_state(self.run_dir, begun) if self.log is not None else None
+        state = stepper.procs.broadcast(found)
         if training.on_spike == "rollback" and state is not None and self.rollbacks < MOST_ROLLBACKS:
             self.rollbacks += 1
             seen, seconds = stepper.images_seen, stepper.seconds
@@ -318,6 +320,16 @@ class Run:
             self.log.close()
         number = self.signals.number if interrupted else None
         return Outcome(self.run_dir, self.stepper.images_seen, snapshot, number)
+
+
+def whole_state(run_dir: Path, images_seen: int) -> Path | None:
+    """The newest undamaged state of a run that is older than ``images_seen``: later ones have the same weights."""
+    for state in reversed(states(run_dir)):
+        with suppress(UserError):
+            verify_state(state)
+            if read_progress(state)[0] < images_seen:
+                return state
+    return None
 
 
 def explain(error: Exception, procs: Processes) -> str | None:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +17,13 @@ from diffit.errors import UserError
 from diffit.training.checkpoint import PREFIX, read_progress, states, verify_state
 from diffit.training.tracking import open_trackers
 from diffit.utils.files import disk_errors, sweep, whole_file
-from diffit.utils.locks import exclusive
+from diffit.utils.locks import exclusive, is_free
 from diffit.weights import snapshots
 
 logger = logging.getLogger(__name__)
 
 OPTIONS = "training_options.json"
+STARTING = 60.0  # seconds that a run without a lock may be about to take it
 
 # Fields that may change between a stop and a resume: they say how long, how often and how fast, not what is learned.
 FREE: Any = {
@@ -93,6 +95,7 @@ def create_run(outdir: Path, config: Config, processes: int) -> Path:
     data = Path(config.data.path).stem if config.data.path else "data"
     parts = [data, config.preset, f"gpus{processes}", f"batch{config.training.batch}", desc]
     name = "-".join(part for part in parts if part)
+    remove_stillborn(outdir)
     first = max((int(path.name[:5]) for path in runs(outdir)), default=-1) + 1
     with disk_errors(outdir):
         for number in itertools.count(first):
@@ -103,6 +106,17 @@ def create_run(outdir: Path, config: Config, processes: int) -> Path:
                 continue
             return path
     raise AssertionError
+
+
+def remove_stillborn(outdir: Path) -> None:
+    """Remove the folders of runs that ended before anything was trained, next to those that may be starting."""
+    for run_dir in runs(outdir):
+        trained = any(run_dir.glob(f"*{PREFIX}*")) or snapshots(run_dir)
+        if trained or not (run_dir / OPTIONS).exists() or time.time() - run_dir.stat().st_mtime < STARTING:
+            continue
+        if is_free(run_dir):
+            logger.info("%s: removed; it ended before its first save", run_dir)
+            shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def write_options(run_dir: Path, config: Config) -> None:
