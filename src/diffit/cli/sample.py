@@ -1,5 +1,6 @@
 """``diffit sample``."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -53,13 +54,13 @@ OPTIONS: Options = {
                  help="Snapshot, run folder (its newest snapshot), NVIDIA's official weights, or a Hub id."),
     click.option("--outdir", type=click.Path(path_type=Path), required=True,
                  help="Folder for the images; one that holds samples of other settings is refused."),
-    click.option("--seeds", type=Numbers(), metavar="LIST", help="One image per seed: 0-63 or 3,7,9.  [default: 0-63]"),
+    click.option("--seeds", type=Numbers(), metavar="LIST", help="One image per seed: 0-63 or 3,7,9.  [default: as many as --grid holds, or 64]"),
     click.option("--num-samples", type=click.IntRange(1, LONGEST), help="Short for --seeds 0-(N−1)."),
     click.option("--class", "classes", metavar="NAME|INDEX,…",
                  help="Class of the images; several take turns.  [default: as --labels says]"),
     click.option("--labels", "policy", type=click.Choice(["random", "balanced"]),
                  help="Classes chosen at random by each seed, or in turn.  [default: random]"),
-    switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per class, a column per seed."),
+    switch("--class-grid", help="Write OUTDIR-class-grid.png instead: a row per class, a column per seed (8)."),
     click.option("--grid", type=Size(), metavar="WxH", help="Also write OUTDIR-grid.png with the first images."),
     switch("--trajectory", help="Also write OUTDIR-trajectory.gif: how the first 16 images come about."),
   ],
@@ -101,7 +102,7 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     """
     settings = {name: options.pop(name) for name in list(options) if name in Sampling.model_fields}
     own = SimpleNamespace(**options)
-    chosen = choose_seeds(own.seeds, own.num_samples)
+    chosen = choose_seeds(own)
     check_together(own)
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.sampling import NpzFile, PngFolder, find_classes, load
@@ -149,10 +150,11 @@ def check_together(own: SimpleNamespace) -> None:
         raise UserError("--subdirs is of PNG files, and --format npz writes one array: leave one of them out")
 
 
-def choose_seeds(seeds: list[int] | None, num_samples: int | None) -> Sequence[int]:
-    if seeds is not None and num_samples is not None:
+def choose_seeds(own: SimpleNamespace) -> Sequence[int]:
+    if own.seeds is not None and own.num_samples is not None:
         raise UserError("--seeds and --num-samples say the same thing: give one")
-    chosen: Sequence[int] = seeds if seeds is not None else range(num_samples or 64)
+    default = 8 if own.class_grid else math.prod(own.grid or (8, 8))
+    chosen: Sequence[int] = own.seeds if own.seeds is not None else range(own.num_samples or default)
     if len(set(chosen)) < len(chosen):
         twice = next(seed for seed, count in Counter(chosen).items() if count > 1)
         raise UserError(f"--seeds names {twice} more than once: one seed gives one image")

@@ -85,12 +85,12 @@ class Console:
         for line in (
             f"run       {run_dir}{resumed_at}",
             f"data      {len(archive)} images of {width}×{height}×{channels}, {classes}: {archive.path}",
-            f"model     {config.preset}: {cost.parameters:,} parameters, {count_work(config).macs / 1e9:.3g} G "
-            f"multiply-accumulates an image, {stepper.precision} on {procs.device.type}",
+            f"model     {config.preset}: {cost.parameters / 1e6:.3g} M parameters, {count_work(config).macs / 1e9:.3g} G "
+            f"multiply-accumulates, {stepper.precision} on {procs.device.type}",
             f"batch     {training.batch} = {stepper.batch_gpu} per GPU × {procs.count} processes "
             f"× {stepper.rounds} accumulated",
             f"duration  {length}{images:,} images, {images // training.batch:,} steps, "
-            f"{images / len(archive):.3g} epochs; the time that takes is said after the first steps",
+            f"{images / len(archive):.3g} epochs",
             f"memory    about {cost.training_bytes / GIB:.2f} GiB a process, "
             f"{cost.activation_bytes / GIB:.2f} of it for activations",
             f"loading   {loading}",
