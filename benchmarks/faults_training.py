@@ -55,6 +55,54 @@ main()
 """
 
 
+# Steps until the guard knows what is usual, then one whose loss is multiplied on one process only.
+SPIKE = """
+import sys, torch
+import torch.distributed as dist
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.training.batches import feed, microbatches
+from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import processes
+factor = float(sys.argv[1])
+with processes() as procs:
+    config = resolve("debug", {"batch_gpu": 4}, DataFacts(3, (16, 16), None))
+    stepper = Stepper(config, procs, build_network(config), "fp32")
+    data = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    order = microbatches(32, 0, 0, 8, 4, procs.rank, procs.count)
+    images = feed(type("Plain", (), {"labels": None}), order, torch.device("cpu"), resident=data, workers=0)
+    for _ in range(20):
+        stepper.step(images)
+    def held():
+        moments = [value for state in stepper.optimizer.state.values() for value in state.values()]
+        return [tensor.clone() for tensor in (*stepper.net.parameters(), *stepper.ema.parameters(), *moments)]
+    before, honest = held(), stepper.microbatch_loss
+    last = procs.rank == procs.count - 1
+    stepper.microbatch_loss = lambda *given: honest(*given) * (factor if last else 1)
+    stepper.step(images)
+    after = held()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "something moved"
+    assert int(stepper.meter.skipped) == 1
+    stepper.microbatch_loss = honest
+    stepper.step(images)
+    assert all(bool(tensor.isfinite().all()) for tensor in held()), "something is not finite"
+    assert not torch.equal(held()[0], before[0])
+"""
+
+# The n-th time that something is brought to the disk fails as a broken disk does.
+BROKEN = """
+import errno, os, sys
+honest, left = os.fsync, [int(sys.argv.pop(1))]
+def failing(descriptor):
+    left[0] -= 1
+    if left[0] == 0:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    honest(descriptor)
+os.fsync = failing
+from diffit.cli import main
+main()
+"""
+
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
 
 
@@ -327,6 +375,82 @@ def full_disk(sizes: list[int]) -> Row:
     return Row("a full disk", len(sizes), f"{full} times one line; the same bytes once there is room", tuple(failures))
 
 
+def broken_disk(calls: int) -> Row:
+    """EIO at every so-manieth fsync; then the disk is well again and the same command goes on."""
+    place, failures, said = Place(), [], 0
+    place.start("whole", "--kimg", "0.16").wait()
+    expected = content(place.run_dir("whole"))  # type: ignore[arg-type]
+    for call in range(1, calls + 1):
+        name = f"broken{call}"
+        words = [sys.executable, "-c", BROKEN, call, "train", "--outdir", place.folder / name]
+        words += ["--data", place.data, *OPTIONS, "--kimg", "0.16"]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=ENVIRONMENT)
+        said += done.returncode != 0
+        if done.returncode and ("the disk cannot be read or written" not in done.stderr or "Traceback" in done.stderr):
+            failures.append(f"call {call}: {done.stderr[-800:]}")
+        place.start(name, "--kimg", "0.16").wait()
+        run = place.run_dir(name)
+        if run is None or content(run) != expected:
+            failures.append(f"call {call}: other bytes afterwards: {place.log(name)[-800:]}")
+        elif left := leftovers(run):
+            failures.append(f"call {call}: left {left}")
+    place.close()
+    return Row("a disk that breaks", calls, f"{said} times one line; the same bytes afterwards", tuple(failures))
+
+
+def writers() -> Row:
+    """Every command that writes, on a full and on a read-only file system, then with room. Needs root."""
+    place, failures = Place(), []
+    place.start("run", "--kimg", "0.08").wait()
+    run = place.run_dir("run")
+    assert run is not None
+    network = next(run.glob("network-snapshot-*"))
+    target = place.folder / "target"
+    target.mkdir()
+    commands = {
+        "convert": ["data", "convert", "--source", place.data, "--dest", target / "a.zip", "--resolution", "64x64"],
+        "sample": ["sample", "--network", network, "--outdir", target / "png", "--num-samples", "64", "--steps", "2"],
+        "sample npz": ["sample", "--network", network, "--outdir", target / "npz", "--num-samples", "64", "--steps",
+                       "2", "--format", "npz"],
+        "export": ["export", "--network", network, "--to", "hub-folder", "--dest", target / "hub"],
+        "train": ["train", "--data", place.data, "--outdir", target / "runs", *OPTIONS, "--kimg", "0.08"],
+        "statistics": ["metrics", "ref", "--data", place.data, "--detector", "pixels", "--dest", target / "ref.npz"],
+    }  # fmt: skip
+    for name, words in commands.items():
+        for options, expected in (("size=8k", "the disk is full"), ("size=8k,ro", "not writable")):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", target], check=True)
+            try:
+                for remedy in (None, "remount,rw,size=64m"):
+                    if remedy:
+                        subprocess.run(["mount", "-o", remedy, target], check=True)
+                    done = subprocess.run(
+                        [sys.executable, "-m", "diffit", *map(str, words)],
+                        capture_output=True, text=True, env=ENVIRONMENT,
+                    )  # fmt: skip
+                    right = done.returncode == 0 if remedy else expected in done.stderr and done.returncode == 1
+                    if not right or "Traceback" in done.stderr:
+                        failures.append(f"{name} on {remedy or options}: exit {done.returncode}: {done.stderr[-600:]}")
+            finally:
+                subprocess.run(["umount", target], check=False)
+    place.close()
+    return Row("each writer, a full and a read-only disk", 2 * len(commands), "one line; right once mended",
+               tuple(failures))  # fmt: skip
+
+
+def spikes(factor: str, processes: int) -> Row:
+    """A loss multiplied on the last of some processes, in one step."""
+    place = Place()
+    script = place.folder / "spike.py"
+    script.write_text(SPIKE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    words = [sys.executable, *launcher, str(script), factor]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    place.close()
+    failures = (done.stderr[-1500:],) if done.returncode else ()
+    where = "on one of two processes" if processes > 1 else "on one process"
+    return Row(f"loss × {factor} {where}", 1, "not a bit moved, moments finite afterwards", failures)
+
+
 def pairs(count: int) -> Row:
     """Two of the same command at once: two trainings of one run, two samplings into one folder."""
     place, failures, told = Place(), [], 0
@@ -368,9 +492,14 @@ def run(*, whole: bool) -> Iterator[Row]:
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV) if whole else (signal.SIGKILL,):
         yield lost_worker(number)
     yield worlds()
+    for factor in ("100", "1e30", "nan") if whole else ("1e30",):
+        for processes in (1, 2):
+            yield spikes(factor, processes)
+    yield broken_disk(30 if whole else 2)
     yield pairs(16 if whole else 2)
     if os.geteuid() == 0:
         yield full_disk([64, *range(300, 3200, 100)] if whole else [64, 600])
+        yield writers()
 
 
 if __name__ == "__main__":

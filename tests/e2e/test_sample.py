@@ -190,7 +190,7 @@ def test_guidance_has_an_effect(network, tmp_path):
     [
         (["--class", "horse"], "horse: unknown; the model knows ant, bee, cat, or 0-2"),
         (["--class", "3"], "--class 3"),
-        (["--grid", "9x9"], "--grid 9x9 needs 81 images, there are 64"),
+        (["--grid", "9x9", "--num-samples", "64"], "--grid 9x9 needs 81 images, there are 64"),
         (["--steps", "0"], "steps: 0"),
         (["--seeds", "0-3,2"], "--seeds names 2 more than once"),
         (["--class-grid", "--grid", "2x2"], "takes no --grid"),
@@ -233,3 +233,8 @@ def test_a_damaged_network_is_refused_and_sampled_on_request(network, tmp_path):
     with pytest.raises(UserError, match=r"damaged.safetensors: damaged.*--no-verify"):
         sample(damaged, tmp_path / "out", "--seeds", "0")
     assert len(pixels(sample(damaged, tmp_path / "out", "--seeds", "0", "--no-verify"))) == 1
+
+
+def test_a_grid_says_how_many_images_there_are(network, tmp_path):
+    out = sample(network, tmp_path / "out", "--grid", "3x2", "--steps", "2")
+    assert len(pixels(out)) == 6

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import sys
@@ -128,6 +129,20 @@ def test_statistics_are_flat_and_reach_tensorboard(tmp_path):
     assert json.loads((tmp_path / "stats.jsonl").read_text()) == {"images": 8, "kimg": 0.008, "loss": 2.5}
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(8, 2.5)]
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = RunLog(tmp_path, config(), 0)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        for images in range(8, 800, 8):
+            log.stats(images, {"loss": 0.5})
+    assert capsys.readouterr().err == ""
 
 
 def test_statistics_are_strict_json(tmp_path):

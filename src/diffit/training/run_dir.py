@@ -232,7 +232,8 @@ class RunLog:
         self.run_dir = run_dir
         for path in (run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")):
             truncate_jsonl(path, images_seen)
-        self.trackers = open_trackers(run_dir, config, images_seen)
+        with disk_errors(run_dir):
+            self.trackers = open_trackers(run_dir, config, images_seen)
 
     def line(self, text: str) -> None:
         with disk_errors(self.run_dir), (self.run_dir / "log.txt").open("a") as file:

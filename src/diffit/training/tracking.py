@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import math
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,7 @@ class TensorBoard:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _without_tracebacks_of_tensorboard
         self.writer: Any = SummaryWriter(str(run_dir), purge_step=images_seen + 1)
         self.writer.add_text("options", f"```json\n{config.model_dump_json(indent=2)}\n```", images_seen)
 
@@ -62,6 +64,12 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _without_tracebacks_of_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """What fails on its writing thread, as on a full disk, it raises again when it is given the next number."""
+    if not type(failed.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failed)
 
 
 class Hosted:
