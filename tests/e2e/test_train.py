@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -331,8 +332,10 @@ def test_gradient_checkpointing_and_compilation_change_rounding_only(pets, tmp_p
     assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.slow
-def test_a_compiled_run_has_the_same_losses(pets, tmp_path):
+def test_a_compiled_run_has_the_same_losses(pets, tmp_path, monkeypatch):
+    """By the graphs of forward and backward pass; C++ of them takes minutes, and of TMSA is in tests/models."""
+    graphs = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", graphs)
     losses = []
     for options in ({}, {"compile": True}):
         # Without dropout: the compiler draws its masks from a stream of its own.

@@ -107,6 +107,17 @@ def test_learning_rate_ramps_up_linearly_and_stays(tmp_path):
     assert_close(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
+def test_convolutions_learn_at_a_rate_of_their_own(tmp_path):
+    """Adam's first step moves a weight by the learning rate, whatever its gradient."""
+    stepper, images = make(tmp_path, lr=0.01, lr_rampup_kimg=0.0, conv_lr=0.25)
+    before = {name: parameter.detach().clone() for name, parameter in stepper.net.named_parameters()}
+    stepper.step(images)
+    for name, parameter in stepper.net.named_parameters():
+        moved = float((parameter.detach() - before[name]).abs().max())
+        if moved > 1e-4:  # not those whose gradient begins at 0
+            assert_close(moved, 0.0025 if parameter.ndim == 4 else 0.01, rtol=1e-3, atol=0)
+
+
 def snapshot(stepper):
     """Copies of all that a step may move but the place in the data."""
     found = {f"net.{name}": tensor for name, tensor in stepper.net.state_dict().items()}

@@ -206,6 +206,8 @@ class Training(Frozen):
     minutes: Positive | None = None
     """The length by the clock, from which kimg was measured; None where kimg was asked for."""
     lr: Positive
+    conv_lr: Positive = 1.0
+    """The learning rate of convolutions, in multiples of lr."""
     lr_rampup_kimg: NonNegative = 10_000.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8

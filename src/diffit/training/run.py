@@ -245,7 +245,7 @@ class Run:
         stepper, batch = self.stepper, self.stepper.config.training.batch
         scalars: dict[str, Any] = {"kimg": stepper.images_seen / 1000, "steps": stepper.images_seen // batch}
         scalars |= stepper.meter.read(stepper.procs)
-        scalars |= {"lr": stepper.optimizer.param_groups[0]["lr"], "img_per_sec": images / seconds, "sec": seconds}
+        scalars |= {"lr": stepper.optimizer.param_groups[-1]["lr"], "img_per_sec": images / seconds, "sec": seconds}
         scalars["memory_gib"] = peak_memory(stepper.procs.device) / 2**30
         return scalars
 

@@ -4,13 +4,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffit.configs.resolve import accumulation
-from diffit.configs.schema import ADMDiffusion, Config
+from diffit.configs.schema import ADMDiffusion, Config, Training
 from diffit.data.augment import Augment, flip_half
 from diffit.diffusion.adm import ADMLoss, schedule_of
 from diffit.diffusion.edm import EDMLoss
@@ -44,6 +45,14 @@ def build_loss(config: Config, device: torch.device) -> EDMLoss | ADMLoss:
     if isinstance(diffusion, ADMDiffusion):
         return ADMLoss(schedule_of(diffusion).to(device))
     return EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)
+
+
+def parameter_groups(net: DiffiT, training: Training) -> list[dict[str, Any]]:
+    """Convolutions and the rest, with the ``scale`` of their learning rates."""
+    convolutions = [parameter for parameter in net.parameters() if parameter.ndim == 4]
+    rest = [parameter for parameter in net.parameters() if parameter.ndim != 4]
+    groups = [{"params": convolutions, "scale": training.conv_lr}, {"params": rest, "scale": 1.0}]
+    return [group for group in groups if group["params"]]
 
 
 def drop_labels(labels: Tensor, null: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -97,7 +106,7 @@ class Stepper:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.net.set_grad_ckpt(training.grad_ckpt)
         self.optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=training.lr, betas=training.betas, eps=training.eps, fused=True
+            parameter_groups(self.net, training), lr=training.lr, betas=training.betas, eps=training.eps, fused=True
         )
         # Also without fp16: the fused optimiser then skips a step with a non-finite gradient without asking the CPU.
         self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
@@ -123,7 +132,7 @@ class Stepper:
         rampup = training.lr_rampup_kimg * 1000
         seen = self.images_seen + training.batch
         for group in self.optimizer.param_groups:
-            group["lr"] = training.lr * min(seen / rampup, 1.0) if rampup else training.lr
+            group["lr"] = training.lr * group["scale"] * (min(seen / rampup, 1.0) if rampup else 1.0)
 
         for round_ in range(self.rounds):
             images, labels = next(feed)
