@@ -75,21 +75,21 @@ def main(kimg: float) -> None:
         loss, network, _ = train(folder, "rgb-run", rgb, kimg)
         print(f"32×32 RGB: loss {loss:.3f} at first", flush=True)
         compare(folder, "image model 32 to 64 pixels", network, archive(folder, "large", "64x64"))
-        compare(folder, "image model RGB to gray", network, archive(folder, "gray", "32x32", "classes", "--channels", "gray"))
+        gray = archive(folder, "gray", "32x32", "classes", "--channels", "gray")
+        compare(folder, "image model RGB to gray", network, gray)
 
         vae = write_vae(folder / "vae")
-        pixels = {n: archive(folder, f"pixels{n}", f"{n}x{n}", room) for n, room in ((256, "classes"), (384, "classes"))}
-        few = archive(folder, "few", "256x256", "few")
         latents = {}
-        for name, source in (("all", pixels[256]), ("large", pixels[384]), ("few", few)):
+        for name, size, room in (("all", 256, "classes"), ("larger", 384, "classes"), ("few", 256, "few")):
             latents[name] = folder / f"latents-{name}"
+            source = archive(folder, name, f"{size}x{size}", room)
             diffit("data", "encode", "--source", source, "--dest", latents[name], "--vae", vae)
         loss, snapshot, _ = train(folder, "latent-run", latents["all"], kimg, *LATENT, "--cond")
         official = folder / "official.safetensors"
         diffit("export", "--network", snapshot, "--to", "official", "--dest", official)
         compare(folder, "official layout, three classes", official, latents["few"], *LATENT, "--cond")
         compare(folder, "official layout, no classes", official, latents["all"], *LATENT)
-        compare(folder, "official layout, 48-pixel latents", official, latents["large"], *LATENT, "--cond")
+        compare(folder, "official layout, 48-pixel latents", official, latents["larger"], *LATENT, "--cond")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,13 @@ def test_a_disk_that_is_full_for_tensorboard_is_said_in_a_line(tmp_path, monkeyp
 
     log = RunLog(tmp_path, config(), 0)
     monkeypatch.setattr(RecordWriter, "write", full)
-    with pytest.raises(UserError, match="the disk is full"):
+
+    def statistics():
         for images in range(8, 800, 8):
             log.stats(images, {"loss": 0.5})
+
+    with pytest.raises(UserError, match="the disk is full"):
+        statistics()
     assert capsys.readouterr().err == ""
 
 

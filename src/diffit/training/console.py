@@ -85,8 +85,8 @@ class Console:
         for line in (
             f"run       {run_dir}{resumed_at}",
             f"data      {len(archive)} images of {width}×{height}×{channels}, {classes}: {archive.path}",
-            f"model     {config.preset}: {cost.parameters / 1e6:.3g} M parameters, {count_work(config).macs / 1e9:.3g} G "
-            f"multiply-accumulates, {stepper.precision} on {procs.device.type}",
+            f"model     {config.preset}: {cost.parameters / 1e6:.3g} M parameters, "
+            f"{count_work(config).macs / 1e9:.3g} G multiply-accumulates, {stepper.precision} on {procs.device.type}",
             f"batch     {training.batch} = {stepper.batch_gpu} per GPU × {procs.count} processes "
             f"× {stepper.rounds} accumulated",
             f"duration  {length}{images:,} images, {images // training.batch:,} steps, "
