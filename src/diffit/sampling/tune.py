@@ -23,6 +23,7 @@ from diffit.weights.header import CONFIG_KEY, METADATA, read_tensor_header
 FINER = 8  # steps of the trajectory that is aimed at, to each of those that are fitted
 FEWEST = 32  # of them
 ITERATIONS = 40
+LEAST = 0.02  # between neighbouring levels in ln σ: a polynomial through images at one level is none
 Show = Callable[[int, int], None]
 
 
@@ -76,7 +77,7 @@ def tune_levels(
     starts = {name: noise_levels(model.with_sampling(levels=name).config) for name in ("own", "lambda")}
     with autocast(model.device, model.precision):
         first = min(starts.values(), key=lambda sigmas: distance(sigmas, fitted_to))
-        found = _minimise(solver, fitted_to, first, iterations, show)
+        found = fit_levels(solver, fitted_to, first, iterations=iterations, show=show)
         levels = FittedLevels.model_validate(
             {"sampler": sampling.sampler, "sigmas": tuple(float(f"{s:.6g}") for s in found.tolist())}
         )
@@ -96,39 +97,43 @@ def _parts(model: Model, seeds: Sequence[int], fine_steps: int, batch: int) -> I
         yield Part(model.denoiser(labels), noise, fine.sample(some, classes).double())
 
 
-def _minimise(
-    solver: Callable[..., Tensor], parts: Sequence[Part], first: Tensor, iterations: int, show: Show | None
+def fit_levels(
+    solver: Callable[..., Tensor],
+    parts: Sequence[Part],
+    first: Tensor,
+    *,
+    iterations: int = ITERATIONS,
+    show: Show | None = None,
 ) -> Tensor:
-    """Levels ``(n,)`` float64, below the noisiest of ``first`` and falling: λ rises by exp(θ) from step to step."""
+    """Levels ``(n,)`` float64 whose samples are closest to the targets, from those of ``first`` ``(n + 1,)`` on.
+
+    They fall, from below the noisiest of ``first``: λ = −ln σ rises by between :data:`LEAST` and its whole range.
+    """
     lambdas = -first[:-1].log()
-    gaps = torch.cat([torch.full((1,), 0.01, dtype=torch.float64), lambdas.diff()])
-    theta = gaps.log().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=iterations, max_eval=2 * iterations, tolerance_change=1e-5, line_search_fn="strong_wolfe"
-    )
-    evaluated, scale = 0, 1.0
+    gaps = torch.cat([lambdas.new_tensor([2 * LEAST]), lambdas.diff().clamp(min=2 * LEAST)])
+    most = float(lambdas[-1] - lambdas[0]) + 2
+    theta = torch.logit((gaps - LEAST) / most).requires_grad_()
+    optimizer = torch.optim.LBFGS([theta], max_iter=iterations, tolerance_change=1e-6, line_search_fn="strong_wolfe")
+    evaluated = 0
 
     def levels() -> Tensor:
-        return (-(lambdas[0] + theta.exp().cumsum(0))).exp()
+        return (-(lambdas[0] + (LEAST + most * theta.sigmoid()).cumsum(0))).exp()
 
     def closure() -> Tensor:
-        nonlocal evaluated, scale
+        nonlocal evaluated
         optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
+        total = theta.new_zeros(())
         for part in parts:
             sigmas = torch.cat([levels(), theta.new_zeros(1)])
-            loss = (solver(part.denoise, part.noise, sigmas) - part.target).square().sum() * scale
+            loss = (solver(part.denoise, part.noise, sigmas) - part.target).square().sum()
             loss.backward()
             total += loss.detach().cpu()
-        if not evaluated:  # from 1 on, so that the tolerances are relative
-            scale = 1 / float(total)
-            assert theta.grad is not None
-            theta.grad *= scale
-            total *= scale
+        assert theta.grad is not None
+        theta.grad /= total  # of ln(total): its steps and tolerances are relative
         evaluated += 1
         if show is not None:
-            show(min(evaluated, 2 * iterations), 2 * iterations)
-        return total
+            show(min(evaluated, iterations), iterations)
+        return total.log()
 
     optimizer.step(closure)
     return levels().detach()
