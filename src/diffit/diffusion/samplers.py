@@ -100,7 +100,11 @@ def dpm_solver_pp(
     callback: Callback | None = None,
     after_step: AfterStep = keep,
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) or, with ``order`` 3, (3M). One evaluation a step, no noise."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) or, with ``order`` 3, (3M). One evaluation a step, no noise.
+
+    Order 3 integrates the parabola through three images exactly. diffusers gives its second difference half that
+    weight, and is of second order.
+    """
     return _multistep(denoise, noise, sigmas, order, callback, after_step)
 
 
@@ -114,9 +118,10 @@ def unipc(
     callback: Callback | None = None,
     after_step: AfterStep = keep,
 ) -> Tensor:
-    """UniPC with B₂ on denoised images (arXiv 2302.04867, Algorithms 5 and 6). One evaluation a step, no noise.
+    """UniPC with B₂ on denoised images (arXiv 2302.04867): order p predicts, p + 1 corrects. One evaluation a step.
 
-    The image that a predicted state is denoised to also corrects that state, before the next one is predicted.
+    The image that a predicted state is denoised to also corrects that state, before the next one is predicted. Adds
+    no noise.
     """
     return _multistep(denoise, noise, sigmas, order, callback, after_step, correct=True)
 
@@ -133,7 +138,7 @@ def _multistep(
 ) -> Tensor:
     """x ← (σ'/σ)·x + ∫ e^(λ − λ')·D dλ over the step, with λ = −ln σ and D the polynomial through past images.
 
-    The first steps have fewer images; those onto σ = 0 use one image in the last, at most two in the one before.
+    The first steps have fewer images. Onto σ = 0 the last step uses one, and the one before it at most two.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"order {order}: multistep solvers are of order 1 to 3")
@@ -183,7 +188,7 @@ def dpm_solver_pp_sde(
     callback: Callback | None = None,
     after_step: AfterStep = keep,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, Section 5): second order where noise is weak, one evaluation a step.
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095), of second order but for the noise. One evaluation a step.
 
     ``eta`` 0 is DPM-Solver++(2M), 1 the reverse-time SDE. The last step onto σ = 0 adds no noise.
     """
