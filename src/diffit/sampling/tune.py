@@ -57,7 +57,7 @@ def tune_levels(
     timesteps of its own.
     """
     sampling, diffusion = model.config.sampling, model.config.diffusion
-    if sampling.sampler not in (known := get_args(ODESampler)):
+    if sampling.sampler not in (known := get_args(ODESampler)) or sampling.S_churn:
         raise UserError(f"sampler {sampling.sampler}: it adds noise, or has timesteps; use one of {', '.join(known)}")
     if len(seeds) < 4:
         raise UserError(f"--seeds: {len(seeds)} are too few to fit to and to check with; use 4 or more")
