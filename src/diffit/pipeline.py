@@ -187,7 +187,7 @@ class DiffiTPipeline(DiffusionPipeline):
                 model takes.
             num_inference_steps: steps of the sampler, or ``"ddim50"`` and the like; by default the network's.
             guidance_scale: 1 for none; by default the network's, as are its schedule and channels.
-            sampler: heun, euler, dpm++, ddpm or ddim; by default the network's.
+            sampler: one of ``diffit.configs.schema.Sampler``; by default the network's.
             generator: one, one per image, or a seed; of the noise at the start and in every step. None is torch's own.
             latents: standard normal noise (B, C, h, w) to start from.
             output_type: pil; np (B, H, W, C) or pt (B, C, H, W) in [0, 1]; latent: what the sampler ends in.

@@ -23,7 +23,7 @@ from diffit.diffusion.adm import (
     space_timesteps,
     split_output,
 )
-from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, euler, heun
+from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
 
 LINEAR, COSINE = Schedule.named("linear"), Schedule.named("cosine")
 named = pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -542,6 +542,41 @@ def test_dpm_solver_is_that_of_diffusers():
             x = theirs.step(network(x, t)[:, :3], t, x).prev_sample
         out = dpm_solver_pp(denoiser(network, LINEAR), noise, sigmas)
         assert_close(out, x, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc_is_that_of_diffusers(order):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UniPCMultistepScheduler(
+        1000, 1e-4, 0.02, "linear", solver_order=order, solver_type="bh2", predict_x0=True, lower_order_final=True,
+        final_sigmas_type="zero", timestep_spacing="linspace",
+    )  # fmt: skip
+    for steps in (5, 12):
+        theirs.set_timesteps(steps)
+        sigmas = torch.cat([LINEAR.sigma[theirs.timesteps], torch.zeros(1, dtype=torch.float64)])
+        noise = randn(4, 3, 2, 2)
+        x = noise * sigmas[0] / (1 + sigmas[0] ** 2).sqrt()
+        for t in theirs.timesteps:
+            x = theirs.step(network(x, t)[:, :3], t, x).prev_sample
+        out = unipc(denoiser(network, LINEAR), noise, sigmas, order=order)
+        assert_close(out, x, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+def test_the_stochastic_dpm_solver_is_that_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        1000, 1e-4, 0.02, "linear", algorithm_type="sde-dpmsolver++", solver_order=2, solver_type="midpoint",
+        lower_order_final=True, final_sigmas_type="zero", timestep_spacing="linspace",
+    )  # fmt: skip
+    theirs.set_timesteps(12)
+    sigmas = torch.cat([LINEAR.sigma[theirs.timesteps], torch.zeros(1, dtype=torch.float64)])
+    noise, added = randn(4, 3, 2, 2), [randn(4, 3, 2, 2, seed=i) for i in range(12)]
+    x = noise * sigmas[0] / (1 + sigmas[0] ** 2).sqrt()
+    for t, z in zip(theirs.timesteps, added, strict=True):
+        x = theirs.step(network(x, t)[:, :3], t, x, variance_noise=z.float()).prev_sample
+    source = iter(added)
+    out = dpm_solver_pp_sde(denoiser(network, LINEAR), noise, sigmas, noise_source=lambda like: next(source))
+    assert_close(out, x, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 def test_ddpm_is_that_of_diffusers_over_all_steps():

@@ -1,21 +1,31 @@
 """Solvers against a Gaussian, whose probability flow is known in closed form, and against DDIM as it is published."""
 
 import math
+from functools import partial
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from scipy import integrate, interpolate, stats
 from torch import Tensor
 from torch.testing import assert_close
 
+from diffit.configs.schema import Sampler
 from diffit.diffusion.adm import Schedule
-from diffit.diffusion.edm import edm_sigmas
-from diffit.diffusion.samplers import ddim, dpm_solver_pp, euler, heun
+from diffit.diffusion.edm import edm_sigmas, lambda_sigmas
+from diffit.diffusion.samplers import ddim, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
 from diffit.utils.randomness import PerSampleNoise
 
 MU, S = 0.3, 0.5
-samplers = pytest.mark.parametrize("sampler", [euler, heun, dpm_solver_pp])
+dpm_solver_pp_3m = partial(dpm_solver_pp, order=3)
+unipc2 = partial(unipc, order=2)
+still = partial(dpm_solver_pp_sde, eta=0.0)
+samplers = pytest.mark.parametrize(
+    "sampler", [euler, heun, dpm_solver_pp, dpm_solver_pp_3m, unipc2, unipc, still],
+    ids=["euler", "heun", "2m", "3m", "unipc2", "unipc3", "sde-still"],
+)  # fmt: skip
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
@@ -30,6 +40,80 @@ def exact(noise: Tensor, first: float, last: float) -> Tensor:
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def mixture(x: Tensor, sigma: Tensor) -> Tensor:
+    """E[x₀ | x] for data of which 30 % are N(−0.6, 0.15²) and 70 % N(0.5, 0.25²)."""
+    means, variances = x.new_tensor([-0.6, 0.5]), x.new_tensor([0.15, 0.25]) ** 2
+    total = variances + sigma**2
+    log_likelihood = x.new_tensor([0.3, 0.7]).log() - total.log() / 2 - (x[..., None] - means) ** 2 / (2 * total)
+    return (log_likelihood.softmax(-1) * (variances * x[..., None] + sigma**2 * means) / total).sum(-1)
+
+
+ORDERS = [(dpm_solver_pp, 2), (dpm_solver_pp_3m, 3), (unipc2, 3), (unipc, 4)]
+"""UniPC's corrector is of one order more than its predictor."""
+
+
+@pytest.mark.parametrize(("sampler", "order"), ORDERS, ids=["2m", "3m", "unipc2", "unipc3"])
+def test_on_two_modes_the_error_falls_with_the_order_of_the_method(sampler, order):
+    noise = normal(16)
+    flow = integrate.solve_ivp(
+        lambda t, x: (x - mixture(torch.from_numpy(x), torch.tensor(t, dtype=torch.float64)).numpy()) / t,
+        (10, 0.1), (noise * 10).numpy(), method="DOP853", rtol=1e-11, atol=1e-11,
+    ).y[:, -1]  # fmt: skip
+    counts, errors = [32, 64, 128], []
+    for steps in counts:
+        sigmas = torch.logspace(1, -1, steps + 1, dtype=torch.float64)
+        errors.append(np.abs(sampler(mixture, noise, sigmas).numpy() - flow).max())
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(-order, abs=0.3)
+
+
+@pytest.mark.parametrize(("order", "corrected"), [(3, False), (2, True), (3, True)])
+def test_a_step_is_the_integral_of_the_polynomial_through_the_images(order, corrected):
+    """On unequal steps, by SciPy's interpolation and quadrature. Of two images it is their value at half the step."""
+    sigmas = torch.tensor([9.0, 4.0, 2.5, 1.0, 0.7, 0.2], dtype=torch.float64)
+    lambdas = (-np.log(sigmas.numpy())).tolist()
+
+    def denoise(x: float, sigma: float) -> float:
+        return math.tanh(x / (1 + sigma)) + 0.1 * sigma
+
+    def move(x: float, i: int, known: dict[float, float]) -> float:
+        start, end = lambdas[i], lambdas[i + 1]
+        curve = interpolate.lagrange(list(known), list(known.values()))
+        if len(known) == 2:
+            return math.exp(start - end) * x + (1 - math.exp(start - end)) * curve((start + end) / 2)
+        return math.exp(start - end) * x + integrate.quad(lambda u: math.exp(u - end) * curve(u), start, end)[0]
+
+    x, images, previous = 0.8 * 9, {}, 0.0
+    for i in range(5):
+        before = dict(list(images.items())[-min(order, i) :]) if i else {}
+        images[lambdas[i]] = denoise(x, sigmas[i].item())
+        if corrected and i:
+            x = move(previous, i - 1, before | {lambdas[i]: images[lambdas[i]]})
+        previous = x
+        x = move(x, i, dict(list(images.items())[-order:]))
+    sampler = partial(unipc if corrected else dpm_solver_pp, order=order)
+    noise = torch.tensor([0.8], dtype=torch.float64)
+    out = sampler(lambda x, s: torch.tanh(x / (1 + s)) + 0.1 * s, noise, sigmas)
+    assert out.item() == pytest.approx(x, rel=1e-9)
+
+
+@pytest.mark.parametrize("denoise", [gaussian, mixture])
+def test_on_a_fine_enough_trajectory_more_order_is_less_error_at_eight_evaluations(denoise):
+    """From σ = 3 to 0.3. Over EDM's whole range a step in ln σ is 1.5, and order 3 is worse than order 2."""
+    noise, sigmas = normal(200), torch.logspace(math.log10(3), math.log10(0.3), 9, dtype=torch.float64)
+    fine = heun(denoise, noise, torch.logspace(math.log10(3), math.log10(0.3), 400, dtype=torch.float64))
+    two, three, pc = (
+        (f(denoise, noise, sigmas) - fine).square().mean() for f in (dpm_solver_pp, dpm_solver_pp_3m, unipc)
+    )
+    assert max(pc, three) < two / 3
+
+
+def test_levels_even_in_lambda_are_a_geometric_series():
+    sigmas = lambda_sigmas(5, 0.01, 100.0)
+    assert_close(sigmas, torch.tensor([100, 10, 1, 0.1, 0.01, 0], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert lambda_sigmas(1, 0.01, 100.0).tolist() == pytest.approx([100, 0])
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2), (dpm_solver_pp, 2)])
@@ -113,6 +197,55 @@ def test_euler_takes_the_steps_of_ddim_at_eta_0():
     assert_close(euler(denoise, noise, sigmas), z, rtol=1e-9, atol=1e-9)
 
 
+# --- the stochastic solver ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_the_stochastic_solver_has_the_distribution_of_the_data(eta):
+    count = 20_000
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        x = dpm_solver_pp_sde(
+            gaussian, normal(count), lambda_sigmas(120, 0.01, 40), eta=eta, noise_source=torch.randn_like
+        )
+    assert x.mean().item() == pytest.approx(MU, abs=4 * S / count**0.5)
+    assert x.std().item() == pytest.approx(S, rel=4 / (2 * count) ** 0.5)
+    assert stats.kstest(x.numpy(), stats.norm(MU, S).cdf).pvalue > 1e-3
+
+
+def test_the_variance_of_a_coarse_stochastic_trajectory_is_that_of_its_linear_recursion():
+    """For data N(0, S²) a step maps the states linearly: their covariance follows exactly, and few steps show it."""
+    sigmas, eta = torch.tensor([4.0, 1.5, 0.6, 0.0], dtype=torch.float64), 0.7
+    weights = [S**2 / (S**2 + s**2) for s in (4.0, 1.5, 0.6)]
+    rows = np.array([[4.0, 0.0, 0.0]])  # x as a linear map of the start and the noises
+    images = []
+    for i, (s, t) in enumerate(pairwise((4.0, 1.5, 0.6))):
+        images.append(weights[i] * rows[-1])
+        h = math.log(s / t)
+        target = images[0] if i == 0 else images[1] + h / (2 * math.log(4.0 / 1.5)) * (images[1] - images[0])
+        noise = np.eye(3)[i + 1] * t * math.sqrt(1 - math.exp(-2 * eta * h))
+        step = t / s * math.exp(-eta * h)
+        rows = np.vstack([rows, step * rows[-1] + (1 - step) * target + noise])
+    expected = np.linalg.norm(weights[2] * rows[-1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        x = dpm_solver_pp_sde(
+            lambda x, sigma: x * (S**2 / (S**2 + sigma**2)),
+            normal(40_000),
+            sigmas,
+            eta=eta,
+            noise_source=torch.randn_like,
+        )
+    assert x.std().item() == pytest.approx(expected, rel=4 / 80_000**0.5)
+
+
+def test_without_noise_the_stochastic_solver_is_the_deterministic_one():
+    noise, sigmas = normal(20), edm_sigmas(9)
+    assert_close(still(mixture, noise, sigmas), dpm_solver_pp(mixture, noise, sigmas), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"noise_source.*torch\.randn_like"):
+        dpm_solver_pp_sde(mixture, noise, sigmas)
+
+
 # --- churn ----------------------------------------------------------------------------------------------------------
 
 
@@ -181,14 +314,18 @@ def test_without_churn_no_noise_is_asked_for():
     heun(gaussian, normal(2), edm_sigmas(4), noise_source=source)
     heun(gaussian, normal(2), edm_sigmas(4), noise_source=source, S_churn=5, S_min=1e5)
     euler(gaussian, normal(2), edm_sigmas(4), noise_source=source)
-    dpm_solver_pp(gaussian, normal(2), edm_sigmas(4), noise_source=source)
+    for sampler in (dpm_solver_pp, dpm_solver_pp_3m, unipc2, unipc, still):
+        sampler(gaussian, normal(2), edm_sigmas(4), noise_source=source)
     ddim(lambda x, t: x.sin(), normal(2, 1, 1), Schedule.named("linear").respace(4), noise_source=source)
 
 
 # --- contract -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sampler", "evaluations"), [(euler, 7), (heun, 13), (dpm_solver_pp, 7)])
+@pytest.mark.parametrize(
+    ("sampler", "evaluations"),
+    [(euler, 7), (heun, 13), (dpm_solver_pp, 7), (dpm_solver_pp_3m, 7), (unipc, 7), (still, 7)],
+)
 def test_it_evaluates_the_network_as_often_as_promised(sampler, evaluations):
     seen = []
     sampler(lambda x, sigma: seen.append(sigma) or gaussian(x, sigma), normal(2), edm_sigmas(7))
@@ -227,7 +364,27 @@ def test_it_leaves_its_arguments_as_they_were(sampler):
     assert_close((noise, sigmas), copies, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["heun", "euler", "dpm++", "ddpm", "ddim"])
+def test_only_the_orders_that_are_known_are_accepted():
+    for sampler in (unipc, dpm_solver_pp):
+        with pytest.raises(ValueError, match="order 4: multistep solvers are of order 1 to 3"):
+            sampler(gaussian, normal(2), edm_sigmas(3), order=4)
+
+
+def test_what_after_step_adds_is_not_taken_back_by_the_corrector():
+    """Where images do not depend on the state, a shift after a step shrinks as the state does."""
+    sigmas = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+
+    def shift(i: int, sigma: Tensor, x: Tensor) -> Tensor:
+        return x + 1 if i == 0 else x
+
+    plain, shifted = (
+        unipc(lambda x, sigma: sigma.expand_as(x), normal(3), sigmas, after_step=step)
+        for step in (lambda i, sigma, x: x, shift)
+    )
+    assert_close(shifted - plain, torch.full_like(plain, 0.5 / 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", get_args(Sampler))
 def test_after_step_sees_every_state_and_what_it_returns_goes_on(name):
     """A state that is held at a constant stays it, whatever the sampler; the last one seen is the result."""
     from diffit.configs.presets import get_preset

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("diffit.cli.train", "Train a model on an image archive."),
     "metrics": ("diffit.cli.metrics", "Judge samples: FID and its relatives, near-copies."),
     "sample": ("diffit.cli.sample", "Sample images from a trained model."),
+    "tune-schedule": ("diffit.cli.tune", "Fit the noise levels of few steps to a model."),
     "export": ("diffit.cli.export", "Write a network for the official implementation, for diffusers or for the Hub."),
     "info": ("diffit.cli.info", "Say what a preset or a network file is, and what it costs to run."),
 }
@@ -34,7 +35,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+        command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

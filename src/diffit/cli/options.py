@@ -69,6 +69,16 @@ class Interval(click.ParamType):
         return low, high
 
 
+class Listed(click.ParamType):
+    """Values of another type joined by commas, as a list."""
+
+    def __init__(self, of: click.ParamType) -> None:
+        self.of, self.name = of, "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        return [self.of.convert(part.strip(), param, ctx) for part in str(value).split(",") if part.strip()]
+
+
 class Images(click.ParamType):
     """A number of images as edm2 writes it: ``200Mi``, ``512Ki``, or a plain number in millions; in kimg."""
 

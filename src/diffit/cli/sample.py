@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from diffit.cli.options import LONGEST, GroupedCommand, Interval, Numbers, Options, Size, Steps, switch, with_options
-from diffit.configs.schema import Sampling, steps_text
+from diffit.configs.schema import Sampler, Sampling, steps_text
 from diffit.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TRAJECTORY_IMAGES = 16
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
-SAMPLERS = ["heun", "euler", "dpm++", "ddpm", "ddim"]
+SAMPLERS = get_args(Sampler)
 
 # Settings of the solver and of guidance; fields of `Sampling`, whose defaults come from the file.
 SETTINGS = [
@@ -27,7 +27,11 @@ SETTINGS = [
                  help="Solver; ddpm and ddim are for discrete schedules.  [default: the file's]"),
     click.option("--steps", type=Steps(), metavar="N|ddimN",
                  help="Steps of the solver.  [default: the file's]"),
-    click.option("--eta", type=float, help="Noise of ddim, 0 to 1; 0 is deterministic.  [default: 0]"),
+    click.option("--levels", type=click.Choice(get_args(Sampling.model_fields["levels"].annotation)),
+                 help="Noise levels: of `tune-schedule` where the file has them for these steps, the model's own, or "
+                 "evenly spaced in ln sigma.  [default: fitted]"),
+    click.option("--eta", type=float,
+                 help="Noise of ddim and dpm++2m-sde, 0 to 1; 0 is deterministic.  [default: 0; 1 for dpm++2m-sde]"),
     click.option("--cfg-scale", type=float, help="Guidance scale, 1 for none.  [default: the file's]"),
     click.option("--scale-pow", "cfg_power", type=float,
                  help="Exponent of the power-cosine guidance scale; 0 for a constant scale.  [default: the file's]"),
@@ -86,7 +90,7 @@ ALIASES = {
 }  # fmt: skip
 REFUSED = {
     "--disc": "EDM's choice of a discretisation; the noise levels here are EDM's own (--sigma-min, --sigma-max, --rho)",
-    "--schedule": "EDM's choice of a noise schedule; the model's own is used",
+    "--schedule": "EDM's choice of a noise schedule; the model's own is used, and --levels spaces its steps",
     "--scaling": "EDM's choice of a scaling; the model's own is used",
     "--trunc": "StyleGAN's truncation; use --cfg-scale",
     "--gnet": "edm2's guiding network; use --cfg-scale",

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import yaml
@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Size, switch, with_options
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import resolve
-from diffit.configs.schema import Config
+from diffit.configs.schema import Config, Sampler
 from diffit.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ OPTIONS: Options = {
         click.option("--metrics-ref", metavar="ARCHIVE|NPZ",
                      help="What metrics compare with.  [default: the training images]"),
         click.option("--metrics-ticks", type=int, help="Ticks between metrics.  [default: at the end only]"),
-        click.option("--metrics-sampler", type=click.Choice(["heun", "euler", "dpm++", "ddpm", "ddim"]),
+        click.option("--metrics-sampler", type=click.Choice(get_args(Sampler)),
                      help="Solver of the samples for metrics.  [default: the model's]"),
         click.option("--metrics-steps", type=click.IntRange(min=1),
                      help="Steps of that solver.  [default: the model's]"),

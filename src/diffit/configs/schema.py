@@ -6,7 +6,8 @@ the header of a weights file.
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -137,17 +138,42 @@ class ADMDiffusion(Frozen):
 AUGMENT_LABELS = 9
 """What :mod:`diffit.data.augment` tells the network of its transforms."""
 
+ODESampler = Literal["heun", "euler", "dpm++", "dpm++3m", "unipc2", "unipc"]
+Sampler = Literal[ODESampler, "dpm++2m-sde", "ddpm", "ddim"]
 DISCRETE = ("ddpm", "ddim")
 """Samplers on the schedule's own timesteps."""
+CONTINUOUS = (*get_args(ODESampler), "dpm++2m-sde")
+"""Samplers on continuous noise levels, for every model."""
+MULTISTEP = CONTINUOUS[2:]
+"""Samplers that use the denoised images of earlier steps again."""
+
+
+class FittedLevels(Frozen):
+    """Noise levels that ``diffit tune-schedule`` found for one sampler: as many as it makes steps."""
+
+    sampler: ODESampler
+    sigmas: Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], Field(min_length=1, max_length=1000)]
+    """From the noisiest on, without the 0 at the end."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> "FittedLevels":
+        for high, low in pairwise(self.sigmas):
+            if low >= high:
+                raise ValueError(f"sigmas: {low:g} follows {high:g}; noise levels fall from step to step")
+        return self
 
 
 class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
-    sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] = "heun"
+    sampler: Sampler = "heun"
     steps: Steps = 18
     spacing: Literal["linspace", "leading"] = "linspace"
     """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k."""
+    levels: Literal["fitted", "own", "lambda"] = "fitted"
+    """Noise levels of the steps: those of ``fitted`` for this sampler and number of steps, where there are such, else
+    the model's own (EDM's with rho, or those of its timesteps); its own in any case; or evenly spaced in ln sigma."""
+    fitted: Annotated[tuple[FittedLevels, ...], Field(max_length=100)] = ()
     sigma_min: Positive = 0.002
     """This, sigma_max and rho space EDM's noise levels; a discrete schedule has its own."""
     sigma_max: Positive = 80.0
@@ -188,6 +214,12 @@ class Sampling(Frozen):
             low, high = self.cfg_interval
             raise ValueError(f"cfg_interval {low:g},{high:g} is empty: the lower noise level comes first")
         return self
+
+    @property
+    def fitted_sigmas(self) -> tuple[float, ...] | None:
+        """Of the ``fitted`` levels those that these settings use; None where they use others."""
+        found = (fit.sigmas for fit in self.fitted if (fit.sampler, len(fit.sigmas)) == (self.sampler, self.steps))
+        return next(found, None) if self.levels == "fitted" and self.spacing == "linspace" else None
 
 
 def steps_text(sampling: Sampling) -> str:
@@ -262,7 +294,7 @@ class Training(Frozen):
     """Whether a metric's detector may be TorchScript, a program that can do what its user can."""
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
-    metrics_sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] | None = None
+    metrics_sampler: Sampler | None = None
     metrics_steps: Steps | None = None
     """How the samples for metrics are made; None is as the model samples by default."""
     track: Literal["wandb", "trackio"] | None = None
@@ -331,7 +363,7 @@ class Config(Frozen):
         if self.diffusion.kind == "edm" and self.sampling.sampler in DISCRETE:
             raise ValueError(
                 f"sampler {self.sampling.sampler} needs a discrete schedule, this model has EDM's: "
-                "take heun, euler or dpm++"
+                f"use {', '.join(CONTINUOUS[:-1])} or {CONTINUOUS[-1]}"
             )
         if self.diffusion.kind == "edm" and self.sampling.spacing != "linspace":
             raise ValueError(

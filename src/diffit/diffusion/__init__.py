@@ -2,9 +2,9 @@
 
 from diffit.diffusion import adm, edm
 from diffit.diffusion.adm import ADMLoss, Schedule, predictor
-from diffit.diffusion.edm import EDMLoss, edm_sigmas
+from diffit.diffusion.edm import EDMLoss, edm_sigmas, lambda_sigmas
 from diffit.diffusion.guidance import guided, power_cosine, within
-from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, euler, heun
+from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
 
 __all__ = [
     "ADMLoss",
@@ -14,12 +14,15 @@ __all__ = [
     "ddim",
     "ddpm",
     "dpm_solver_pp",
+    "dpm_solver_pp_sde",
     "edm",
     "edm_sigmas",
     "euler",
     "guided",
     "heun",
+    "lambda_sigmas",
     "power_cosine",
     "predictor",
+    "unipc",
     "within",
 ]

@@ -1,5 +1,6 @@
 """EDM: preconditioning, training loss and noise schedule (Karras et al., arXiv 2206.00364, Table 1)."""
 
+import math
 from collections.abc import Callable
 from statistics import NormalDist
 
@@ -85,4 +86,10 @@ def edm_sigmas(steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0,
     ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def lambda_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """The same with equal steps in λ = −ln σ, half the logarithm of the signal-to-noise ratio (arXiv 2206.00927)."""
+    sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, dtype=torch.float64).exp()
     return torch.cat([sigmas, sigmas.new_zeros(1)])

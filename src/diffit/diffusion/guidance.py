@@ -30,7 +30,7 @@ def guided(
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        s = float(scale(sigma)) if callable(scale) else scale
+        s = float(scale(sigma.detach())) if callable(scale) else scale
         cond = denoise_cond(x, sigma)
         if abs(s - 1) <= tolerance:
             return cond

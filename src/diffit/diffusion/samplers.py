@@ -1,6 +1,6 @@
 """Solvers of the probability-flow ODE and its stochastic relatives, as pure functions.
 
-On continuous noise levels ``heun``, ``euler`` and ``dpm_solver_pp`` are
+On continuous noise levels ``heun``, ``euler``, ``dpm_solver_pp``, ``dpm_solver_pp_sde`` and ``unipc`` are
 ``sampler(denoise, noise, sigmas, *, noise_source, callback, after_step) -> x``:
 
 - ``noise`` is standard normal, ``(B, …)``; the state keeps its dtype and device (float64 costs nothing here);
@@ -95,29 +95,119 @@ def dpm_solver_pp(
     noise: Tensor,
     sigmas: Tensor,
     *,
+    order: int = 2,
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
     after_step: AfterStep = keep,
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order, one evaluation a step. Adds no noise.
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) or, with ``order`` 3, (3M). One evaluation a step, no noise.
 
-    With λ = −ln σ and h the step in λ: x ← (σ'/σ)·x + (1 − e^−h)·D, D extrapolated from the last two denoised images.
-    The first step, and the last onto σ = 0, are of first order.
+    Order 3 integrates the parabola through three images exactly. diffusers gives its second difference half that
+    weight, and is of second order.
     """
+    return _multistep(denoise, noise, sigmas, order, callback, after_step)
+
+
+def unipc(
+    denoise: Denoiser,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 3,
+    noise_source: NoiseSource | None = None,
+    callback: Callback | None = None,
+    after_step: AfterStep = keep,
+) -> Tensor:
+    """UniPC with B₂ on denoised images (arXiv 2302.04867): order p predicts, p + 1 corrects. One evaluation a step.
+
+    The image that a predicted state is denoised to also corrects that state, before the next one is predicted. Adds
+    no noise.
+    """
+    return _multistep(denoise, noise, sigmas, order, callback, after_step, correct=True)
+
+
+def _multistep(
+    denoise: Denoiser,
+    noise: Tensor,
+    sigmas: Tensor,
+    order: int,
+    callback: Callback | None,
+    after_step: AfterStep,
+    *,
+    correct: bool = False,
+) -> Tensor:
+    """x ← (σ'/σ)·x + ∫ e^(λ − λ')·D dλ over the step, with λ = −ln σ and D the polynomial through past images.
+
+    The first steps have fewer images. Onto σ = 0 the last step uses one, and the one before it at most two.
+    """
+    if not 1 <= order <= 3:
+        raise ValueError(f"order {order}: multistep solvers are of order 1 to 3")
     sigmas = sigmas.cpu().double()
-    x = noise * sigmas[0]
-    previous: tuple[Tensor, float] | None = None
+    lambdas, steps, to_zero = -sigmas.log(), len(sigmas) - 1, bool(sigmas[-1] == 0)
+    x, images = noise * sigmas[0], list[Tensor]()  # newest first
+    change, used = torch.zeros_like(x), 0
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         if callback is not None:
             callback(i, sigma, x, denoised)
-        h = float((sigma / sigma_next).log())  # inf onto σ = 0
-        target = denoised
-        if previous is not None and sigma_next > 0:
-            before, h_before = previous
-            target = torch.lerp(before, denoised, 1 + h / (2 * h_before))
-        x = after_step(i, sigma, target + (x - target) * (sigma_next / sigma))
-        previous = denoised, h
+        images = [denoised, *images[:order]]
+        if correct and i > 0:  # the step that led here again, now with the image at its end
+            places = torch.tensor([*range(i - 1, i - 1 - used, -1), i])
+            x = x - change + _integral(lambdas[i - 1], lambdas[i], lambdas[places], [*images[1 : used + 1], denoised])
+        used = min(order, i + 1, steps - i if to_zero else order)
+        places = torch.arange(i, i - used, -1)
+        change = _integral(lambdas[i], lambdas[i + 1], lambdas[places], images[:used])
+        x = after_step(i, sigma, x * (sigma_next / sigma) + change)
+    return x
+
+
+def _integral(start: Tensor, end: Tensor, places: Tensor, images: list[Tensor]) -> Tensor:
+    """∫ e^(λ − end)·D(λ) dλ from ``start`` to ``end``, D the polynomial through ``images`` at λ = ``places``.
+
+    The first place is ``start``. Of two images the integral is that of DPM-Solver++(2M) and of UniPC's B₂: the images
+    extra- or interpolated to the middle of the step.
+    """
+    h = end - start
+    moments = [-torch.expm1(-h)]  # ∫ e^(u − h)·(u/h)^k du, u from 0 to h
+    if len(images) == 2:
+        moments.append(moments[0] / 2)
+    while len(moments) < len(images):
+        moments.append(1 - len(moments) * moments[-1] / h)
+    powers = torch.stack([((places - start) / h) ** k for k in range(len(images))])
+    weights = torch.linalg.solve(powers, torch.stack(moments)) if len(images) > 1 else moments
+    return sum((weight * image for weight, image in zip(weights, images, strict=True)), torch.zeros_like(images[0]))
+
+
+def dpm_solver_pp_sde(
+    denoise: Denoiser,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    noise_source: NoiseSource | None = None,
+    callback: Callback | None = None,
+    after_step: AfterStep = keep,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095), of second order but for the noise. One evaluation a step.
+
+    ``eta`` 0 is DPM-Solver++(2M), 1 the reverse-time SDE. The last step onto σ = 0 adds no noise.
+    """
+    if eta > 0 and noise_source is None:
+        raise ValueError("eta > 0 adds noise in every step: pass noise_source, for example torch.randn_like")
+    sigmas = sigmas.cpu().double()
+    x, before, h_before = noise * sigmas[0], noise, torch.tensor(torch.inf, dtype=torch.float64)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(i, sigma, x, denoised)
+        h = (sigma / sigma_next).log()
+        target = denoised if i == 0 or sigma_next == 0 else torch.lerp(before, denoised, float(1 + h / (2 * h_before)))
+        kept = (-(1 + eta) * h).exp()
+        x = target + (x - target) * kept
+        if eta > 0 and sigma_next > 0 and noise_source is not None:
+            x = x + noise_source(x) * (sigma_next * (-torch.expm1(-2 * eta * h)).sqrt())
+        x = after_step(i, sigma, x)
+        before, h_before = denoised, h
     return x
 
 

@@ -1,7 +1,7 @@
 """From a network or a folder of images to records: samples go straight from the sampler to the detectors."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +35,31 @@ def evaluate_network(
     seeds = range(first_seed, first_seed + suite.samples)
     labels, policy = training_labels(model.config, real_labels, seeds)
     samples = model.generate(seeds, labels, procs=suite.procs, batch=batch, progress=progress)
-    batches = ((torch.arange(start, start + len(images)), images) for start, images in samples)
+    spent = [0.0, 0.0]
+    batches = ((torch.arange(start, start + len(images)), images) for start, images in _timed(samples, spent))
     numbers = suite(batches, progress=progress)
     source: dict[str, Any] = {"preset": model.config.preset, **(facts or {}), "precision": model.precision}
     if "weights_sha256" not in source:
         source["weights_sha256"] = state_hash(model.net.state_dict())
     if model.autoencoder is not None:
         source["vae_sha256"] = model.autoencoder.sha256
+    if spent[1]:
+        source["seconds_per_image"] = float(f"{spent[0] / spent[1]:.3g}")  # of this process
     source |= {"labels": policy, "sampling": model.config.sampling.model_dump(mode="json")}
     sources = [source | {"seeds": f"{first_seed}-{first_seed + metric.samples - 1}"} for metric in suite.metrics]
     return _records(suite, numbers, sources, began)
+
+
+def _timed(samples: Iterator[tuple[int, Tensor]], spent: list[float]) -> Iterator[tuple[int, Tensor]]:
+    """The same; ``spent`` counts the seconds that they took, and the images."""
+    while True:
+        began = time.monotonic()
+        part = next(samples, None)
+        spent[0] += time.monotonic() - began
+        if part is None:
+            return
+        spent[1] += len(part[1])
+        yield part
 
 
 def evaluate_images(

@@ -8,7 +8,7 @@ from typing import Any
 from diffit.metrics.record import own_numbers
 
 # What differs by nature, has a column of its own, or explains another value.
-LEFT_OUT = {"metric", "results", "kimg", "notes", "seconds", "date", "repeats", "weights_sha256"}
+LEFT_OUT = {"metric", "results", "kimg", "notes", "seconds", "seconds_per_image", "date", "repeats", "weights_sha256"}
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "±": r"$\pm$"})
 
 Table = tuple[list[str], list[list[str]]]

@@ -13,12 +13,13 @@ from diffit.configs.schema import DISCRETE, ADMDiffusion, Config
 from diffit.diffusion import adm, edm
 from diffit.diffusion.adm import Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
-from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, dpm_solver_pp, euler, heun, keep
+from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, keep
 from diffit.errors import UserError
 from diffit.models import DiffiT
 from diffit.models.autoencoder import Autoencoder, autoencoder_of
 from diffit.models.latent import LatentDiffiT
 from diffit.sampling.labels import Labels, choose_labels, class_names, class_title
+from diffit.sampling.levels import noise_levels, solver_of
 from diffit.sampling.outputs import Job, Output, SamplingBar
 from diffit.sampling.settings import with_sampling
 from diffit.utils.distributed import Processes, pick_device
@@ -223,26 +224,14 @@ class Model:
     def _solver(self, labels: Tensor | None) -> Callable[..., Tensor]:
         """The sampler of the settings as a function of noise and hooks, for classes ``(B,)`` on the device."""
         diffusion, sampling = self.config.diffusion, self.config.sampling
-        if isinstance(diffusion, ADMDiffusion):
+        if isinstance(diffusion, ADMDiffusion) and sampling.sampler in DISCRETE:
             schedule = schedule_of(diffusion)
-            if sampling.sampler in DISCRETE:
-                predict = self._guide(partial(adm.predictor, self.net), labels, schedule)
-                respaced = schedule.respace(sampling.steps, sampling.spacing)
-                extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
-                solver: Callable[..., Tensor] = ddim if sampling.sampler == "ddim" else ddpm
-                return partial(solver, predict, schedule=respaced, clip=diffusion.clip, **extra)
-            if sampling.sampler == "dpm++":
-                sigmas = schedule.multistep_sigmas(sampling.steps, sampling.spacing)
-            else:
-                sigmas = schedule.respace(sampling.steps, sampling.spacing).sigmas()
-        else:
-            bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
-            sigmas = edm.edm_sigmas(sampling.steps, **bounds)
-        denoise = self.denoiser(labels)
-        if sampling.sampler == "heun":
-            churn = {name: getattr(sampling, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
-            return partial(heun, denoise, sigmas=sigmas, **churn)
-        return partial({"euler": euler, "dpm++": dpm_solver_pp}[sampling.sampler], denoise, sigmas=sigmas)
+            predict = self._guide(partial(adm.predictor, self.net), labels, schedule)
+            respaced = schedule.respace(sampling.steps, sampling.spacing)
+            extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
+            solver: Callable[..., Tensor] = ddim if sampling.sampler == "ddim" else ddpm
+            return partial(solver, predict, schedule=respaced, clip=diffusion.clip, **extra)
+        return partial(solver_of(sampling), self.denoiser(labels), sigmas=noise_levels(self.config))
 
     def _guide(
         self,

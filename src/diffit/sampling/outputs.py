@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from diffit.configs.schema import Config
+from diffit.configs.schema import Config, Sampling
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import disk_errors, sweep, whole_file
@@ -91,10 +91,10 @@ def continues(outdir: Path, record: dict[str, Any]) -> bool:
         if held is not None:
             raise UserError(f"{outdir}: holds {held}, and no {RECORD} says of what; give another --outdir")
         return False
-    # By the fingerprint, not by how the network was spelled; records of before 0.2 have no spacing.
+    # By the fingerprint, not by how the network was spelled; older records lack settings that have come since.
     before = {"sampling": {}} | before | {"network": None}
     now = record | {"network": None}
-    before["sampling"] = {"spacing": "linspace"} | before["sampling"]
+    before["sampling"] = Sampling().model_dump(mode="json") | before["sampling"]
     if before == now:
         return True
     changed = sorted(key for key in now if before.get(key) != now[key])
