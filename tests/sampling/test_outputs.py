@@ -23,6 +23,7 @@ from diffit.sampling.outputs import fingerprint
 from diffit.utils.distributed import Processes
 from diffit.utils.files import whole_file
 from diffit.utils.images import to_uint8
+from helpers import run_processes
 
 ONE = Processes(0, 1, torch.device("cpu"))
 SEEDS = [3, 1, 4, 15, 9, 2, 6]
@@ -341,3 +342,31 @@ def test_a_class_grid_of_thousands_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"1000 classes × 7 seeds are 7000 images.*fewer --seeds"):
         Model(net, config).save_class_grid(tmp_path / "out", SEEDS, range(1000), procs=ONE)
     assert content(tmp_path) == {}
+
+
+APART = """
+from pathlib import Path
+from diffit.errors import UserError
+from diffit.sampling import outputs
+from diffit.utils.distributed import processes
+outputs.SEEN_WITHIN = 0.3
+with processes() as procs:
+    with outputs.own_folder(Path("together"), procs):
+        procs.barrier()
+    try:
+        with outputs.own_folder(Path(f"disk{procs.rank}"), procs):
+            pass
+    except UserError as error:
+        print(f"<{error}>")
+    procs.barrier()
+    if procs.is_first:
+        print([path.name for path in (*Path("together").iterdir(), *Path("disk0").iterdir())])
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_the_same_folder_are_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run_processes(APART, tmp_path)
+    assert said.count("does not see what process 0 writes there; use a folder as --outdir that all nodes share") == 2
+    assert "[]" in said

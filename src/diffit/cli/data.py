@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from PIL import Image
 
-from diffit.cli.options import Size
+from diffit.cli.options import Bytes, Size
 from diffit.data.archive import describe_shape
 from diffit.data.check import CheckReport
 from diffit.data.check import check as check_archive
@@ -68,11 +68,12 @@ def _choice(name: str, help: str, default: str) -> Callable[[F], F]:
 @_choice("--on-error", "At a broken image: stop, or skip it and say so.", "stop")
 @click.option("--cond", is_flag=True, help="Require a label for every image; folders named by numbers are classes too.")
 @click.option("--overwrite", is_flag=True, help="Replace the archive at --dest.")
+@click.option("--shard-size", type=Bytes(), help="Write a folder of zips of at most this size, such as 4GiB.")
 def convert(source: Path, dest: Path, resolution: tuple[int, int] | None, **options: Any) -> None:
     """Convert raw images into an archive to train on.
 
     The source is a folder or zip of images, where folders are classes; another archive with dataset.json;
-    cifar-10-python.tar.gz; MNIST idx files; or an LMDB folder.
+    cifar-10-python.tar.gz; WebDataset's tars, one or a folder of them; MNIST idx files; or an LMDB folder.
     """
     started = time.monotonic()
     size = resolution and (resolution[1], resolution[0])

@@ -24,6 +24,19 @@ class Size(click.ParamType):
         return int(match[2] or match[1]), int(match[1])
 
 
+class Bytes(click.ParamType):
+    """``4GiB``, ``500MB`` or a number as bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d{1,15})\s*(?:([kmgt])(i?)b?|b)?", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write 4GiB or 500MB", param, ctx)
+        unit = 0 if match[2] is None else "kmgt".index(match[2]) + 1
+        return int(match[1]) * (1024 if match[3] else 1000) ** unit
+
+
 class Numbers(click.ParamType):
     """``0-63``, ``3,7,9`` or both joined by commas, as a list."""
 

@@ -289,11 +289,12 @@ def open_archive(options: dict[str, Any], preset: str | Config | None, dry_run: 
     """The data, with its absolute path in the options; a latent cache brings its VAE."""
     from diffit.data.latents import LatentArchive
     from diffit.data.open import open_data
+    from diffit.data.remote import url_of
 
     archive, path = None, options.get("data")
-    if path is not None and not (dry_run and not Path(path).exists()):
+    if path is not None and not (dry_run and url_of(path) is None and not Path(path).exists()):
         archive = open_data(path, options.get("cond"), preset if isinstance(preset, str) else None)
-        options["data"] = str(archive.path.resolve())
+        options["data"] = archive.location
         if isinstance(archive, LatentArchive):
             options.setdefault("vae", archive.header.vae)
     if options.get("vae") is not None and Path(options["vae"]).is_dir():

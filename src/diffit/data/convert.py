@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 from zlib import crc32
 
-from diffit.data.archive import META
 from diffit.data.files import BrokenImageError, map_ordered, name_some, subset
+from diffit.data.labels import META
 from diffit.data.pixels import WHITE, Color, color
 from diffit.data.png import Look, PngEncoder, value_range_of
 from diffit.data.sources import CLASS_ORDERS, Source, open_source
@@ -22,6 +22,8 @@ from diffit.data.transforms import resizer
 from diffit.errors import UserError
 from diffit.utils.files import whole_file, whole_folder
 
+MIN_SHARD = 1024  # bytes
+OURS = re.compile(r"\d{5,}(-of-\d{5,}\.zip)?")  # folders and zips of an archive folder
 CHOICES = {
     "channels": ("auto", "gray", "rgb"),
     "frames": ("first", "all"),
@@ -45,6 +47,7 @@ class ConvertOptions(TypedDict, total=False):
     on_error: str
     cond: bool
     overwrite: bool
+    shard_size: int | None
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,15 @@ class Settings:
     """Require a label for every image. Without it labels are kept if every image has one."""
     overwrite: bool = False
     """Replace ``dest`` if it is a zip or an archive folder."""
+    shard_size: int | None = None
+    """Write a folder of zips of at most so many bytes each, but for those of one larger image."""
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} {value!r} is not known: use one of {', '.join(known)}")
+        if self.shard_size is not None and self.shard_size < MIN_SHARD:
+            raise UserError(f"shard_size is {self.shard_size} bytes: use {MIN_SHARD} or more, such as 4GiB")
 
 
 @dataclass
@@ -109,6 +116,8 @@ def convert(
 ) -> ConvertReport:
     """Convert ``source`` into the archive ``dest``: an uncompressed zip if it ends in ``.zip``, otherwise a folder.
 
+    With ``shard_size`` it is a folder of zips, which is read, image by image, as the one zip would be.
+
     The same arguments give the same bytes, with any number of ``workers`` (threads; 0: one a CPU core). The archive
     appears whole under its name or not at all. ``progress`` is called with (images done, images in all).
     :class:`Settings` describes the options.
@@ -123,7 +132,7 @@ def convert(
         value_range_of(settings.value_range),
         color(settings.background),
     )
-    _check_dest(source, dest, settings.overwrite)
+    _check_dest(source, dest, settings)
     raw = open_source(source, cond=settings.cond, class_order=settings.class_order)
     if settings.frames == "all":
         raw = raw.with_all_frames()
@@ -135,7 +144,7 @@ def convert(
     labels: list[tuple[str, int | None]] = []
     done, sums = Counter[str](), dict[str, int]()
 
-    with _writing(dest) as write:
+    with _writing(dest, settings.shard_size) as write:
         for index, image in zip(indices, map_ordered(encoder, indices, workers), strict=True):
             name = raw.names[index]
             if isinstance(image, BrokenImageError):
@@ -206,26 +215,28 @@ def _require_labels(source: Path, raw: Source) -> None:
         )
 
 
-def _check_dest(source: Path, dest: Path, overwrite: bool) -> None:
+def _check_dest(source: Path, dest: Path, settings: Settings) -> None:
     inner, outer = source.resolve(), dest.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise UserError(f"{dest} and the source {source} lie in one another: choose a --dest elsewhere")
     is_zip = dest.suffix.lower() == ".zip"
+    if is_zip and settings.shard_size is not None:
+        raise UserError(f"{dest} is one zip, and --shard-size writes several: use a folder as --dest")
     if not dest.exists() or (not is_zip and dest.is_dir() and not any(dest.iterdir())):
         return
     if is_zip != dest.is_file() or (not is_zip and not _is_archive_folder(dest)):
         raise UserError(f"{dest} exists and is not an image archive, so it is never replaced: choose another --dest")
-    if not overwrite:
+    if not settings.overwrite:
         raise UserError(f"{dest} exists: choose another --dest, or replace it with --overwrite")
 
 
 def _is_archive_folder(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
-    return META in names and all(re.fullmatch(r"\d{5,}", name) for name in names - {META, SUMS})
+    return META in names and all(OURS.fullmatch(name) for name in names - {META, SUMS})
 
 
 @contextmanager
-def _writing(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
+def _writing(dest: Path, shard_size: int | None) -> Iterator[Callable[[str, bytes], None]]:
     """Yields ``write(name, data)``; what it wrote takes the name ``dest`` at the end, and vanishes on any exception."""
     try:
         if dest.suffix.lower() == ".zip":
@@ -233,9 +244,46 @@ def _writing(dest: Path) -> Iterator[Callable[[str, bytes], None]]:
                 yield lambda name, data: archive.writestr(_zip_entry(name), data)
         else:
             with whole_folder(dest) as folder:
-                yield partial(_write_file, folder)
+                if shard_size is None:
+                    yield partial(_write_file, folder)
+                else:
+                    with _Shards(folder, shard_size) as shards:
+                        yield shards.write
     except OSError as error:
         raise UserError(f"{dest} cannot be written ({error.strerror or error}): choose another --dest") from error
+
+
+class _Shards:
+    """Zips of limited size in a folder, and next to them what describes all of them."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit, self.size = folder, limit, 0
+        self.zips: list[zipfile.ZipFile] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write(self, name: str, data: bytes) -> None:
+        if name in (META, SUMS):
+            (self.folder / name).write_bytes(data)
+            return
+        size = len(data) + 2 * len(name) + 76 + 22  # with its two headers, and the end of the zip
+        if not self.zips or self.size + size > self.limit:
+            self._close()
+            self.zips.append(zipfile.ZipFile(self.folder / f"{len(self.zips)}.part", "w", zipfile.ZIP_STORED))
+            self.size = 0
+        self.zips[-1].writestr(_zip_entry(name), data)
+        self.size += size - 22
+
+    def _close(self) -> None:
+        if self.zips:
+            self.zips[-1].close()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close()
+        if kind is None:  # only now is their number known, by which one that gets lost is missed
+            for i in range(len(self.zips)):
+                (self.folder / f"{i}.part").rename(self.folder / f"{i:05d}-of-{len(self.zips):05d}.zip")
 
 
 def _zip_entry(name: str) -> zipfile.ZipInfo:

@@ -12,8 +12,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from diffit.data.archive import META, ImageArchive
+from diffit.data.archive import ImageArchive
 from diffit.data.files import map_ordered, readable
+from diffit.data.labels import META
 from diffit.data.latents import (
     DTYPES,
     HEADER,

@@ -1,4 +1,4 @@
-"""The files of a folder or zip: listed, named safely, read, and worked through in order."""
+"""The files of a folder, a zip, or a folder of zips: listed, named safely, read, and worked through in order."""
 
 import os
 import re
@@ -10,14 +10,15 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from diffit.data.bounds import max_bytes
-from diffit.data.formats import IMAGE_SUFFIXES
+from diffit.data.formats import IMAGE_SUFFIXES, unread
+from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import REMEDY, SUMS, parse_sums
 from diffit.errors import UserError
 
@@ -26,6 +27,9 @@ R = TypeVar("R")
 
 SUMS_BYTES = 1 << 20, 1 << 10  # of dataset.sfv: in all, and for each file
 ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of any other may be in any encoding
+_DIGITS = re.compile(r"\d+")
+_HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
+_SAFE = re.compile(r"[^\\/:\0.][^\\/:\0]*(?:/[^\\/:\0.][^\\/:\0]*)*")  # most names, as they are
 # Kana, kanji and what goes with them, none of them next to a Latin letter.
 _JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
 # RuntimeError is an encrypted member, NotImplementedError an unknown compression, ValueError a name that is not UTF-8.
@@ -36,15 +40,16 @@ class BrokenImageError(UserError):
     """One file that cannot be read or decoded; the others may be fine."""
 
 
-def natural_key(name: str) -> tuple[list[list[Any]], str]:
+def natural_key(name: str) -> tuple[str, str]:
     """Sort key: ``img2`` before ``img10``, folder by folder."""
+    # Names have no NUL, so that what ends a folder and what begins a number come before all that a name may hold.
+    return _DIGITS.sub(_number, name.replace("/", "\0\0")), name  # the name itself decides between img1 and img01
 
-    def component(text: str) -> list[Any]:
-        # Digits compare as (length, text) rather than as int(): Python refuses to parse very long numbers.
-        chunks = re.split(r"(\d+)", text)
-        return [(len(c.lstrip("0")), c.lstrip("0")) if i % 2 else c for i, c in enumerate(chunks)]
 
-    return [component(part) for part in name.split("/")], name  # the name itself decides between img1 and img01
+def _number(digits: re.Match[str]) -> str:
+    """By length, then as text, rather than by ``int``: Python refuses to parse very long numbers."""
+    text = digits[0].lstrip("0")
+    return f"\0\1{chr(len(text))}{text}"
 
 
 def name_some(names: Sequence[str], limit: int = 3) -> str:
@@ -58,12 +63,12 @@ def convert_command(path: Path, *options: str) -> str:
     return shlex.join(["diffit", "data", "convert", "--source", str(path), "--dest", "NEW.zip", *options])
 
 
-def subset(count: int, max_images: int | None, seed: int) -> list[int]:
+def subset(count: int, max_images: int | None, seed: int) -> Sequence[int]:
     """Indices of a seeded random choice of ``max_images`` out of ``count``, ascending; all of them when None."""
     if max_images is not None and max_images < 1:
         raise UserError(f"max_images is {max_images}: use 1 or more, or leave it out for all {count} images")
     if max_images is None or max_images >= count:
-        return list(range(count))
+        return range(count)
     return sorted(np.random.default_rng(seed).permutation(count)[:max_images].tolist())
 
 
@@ -100,6 +105,8 @@ def map_ordered(function: Callable[[T], R], items: Sequence[T], workers: int = 0
 
 def safe_name(raw: str, where: str) -> str:
     """Normalise a stored file name to ``a/b.png``; names that point outside their archive are a UserError."""
+    if _SAFE.fullmatch(raw):
+        return raw
     name = raw.replace("\\", "/")
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name) or not parts:
@@ -120,46 +127,94 @@ def readable(raw: Sequence[bytes], fallback: str) -> list[str]:
     return [name.decode(fallback, "backslashreplace") for name in raw]
 
 
-class FileTree:
-    """The files of a folder or zip by relative name with forward slashes; hidden files are left out.
+def shards_in(folder: Path) -> list[str]:
+    """The zips in ``folder`` that together are one archive; none where it has folders or images next to them."""
+    found = []
+    for entry in os.scandir(folder):
+        if not _HIDDEN.search(entry.name):
+            if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES):
+                return []
+            found.append(entry.name)
+    return sorted((name for name in found if name.lower().endswith(".zip")), key=natural_key)
 
-    Safe to pickle and to fork: every process opens its own zip handle when it first reads.
-    Raises UserError for a path that is neither, a damaged zip, unsafe names and links that lead out of the folder.
+
+class FileTree:
+    """The files of a folder, a zip, or a folder of zips by relative name with forward slashes; no hidden ones.
+
+    In natural order, and those of several zips zip by zip; what such a folder holds next to its zips comes last.
+    Safe to pickle and to fork: every process opens its own zip handles when it first reads.
+    Raises UserError for a path that is none of them, a damaged zip, unsafe names, a name that is in two zips, and links
+    that lead out of the folder.
+
+    Attributes:
+        zips: their paths; none for a folder of files.
+        folders: that were listed.
+        mirror: of an archive behind a URL, whose zips need not be here yet.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._handle: tuple[int, zipfile.ZipFile] | None = None
+    def __init__(self, path: str | Path, mirror: Mirror | None = None) -> None:
+        self.mirror = mirror = mirror or mirror_of(path)
+        self.path = Path(path) if mirror is None else mirror.path
+        self.zips: list[Path] = []
+        self.folders: list[Path] = []
+        self._handles: tuple[int, dict[int, zipfile.ZipFile]] = (0, {})
         self._stored: dict[str, str] = {}  # the few files whose name on disk or in the zip is another
+        self._part: dict[str, int] = {}  # of a folder of zips: the zip that holds a file
         if self.path.is_dir():
-            self.is_zip, names = False, self._folder_names()
-        elif self.path.is_file():
-            self.is_zip, names = True, self._zip_names()
+            self.names = self._folder_names()
+        elif self.path.is_file() or mirror is not None:
+            self.zips = [self.path]
+            self.names = self._zip_names(0)
         else:
             raise UserError(f"{path}: no such file or folder; check the spelling")
-        visible = (n for n in names if not any(p.startswith(".") or p == "__MACOSX" for p in n.split("/")))
-        self.names = sorted(dict.fromkeys(visible), key=natural_key)
         self.images = [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
         self.sums: dict[str, int] | None = None
         if SUMS in self.names:
             self.sums = parse_sums(self.read(SUMS, SUMS_BYTES[0] + SUMS_BYTES[1] * len(self.names)), f"{path}: {SUMS}")
 
+    @property
+    def is_zip(self) -> bool:
+        """Whether the images are in one zip or several."""
+        return bool(self.zips)
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handle": None}
+        return self.__dict__ | {"_handles": (0, {})}
 
     def _folder_names(self) -> list[str]:
+        if self.mirror is not None:
+            described = sorted(self.mirror.names.intersection(DESCRIBING))
+            for name in described:
+                self.mirror.fetch(name)
+            return self._shard_names(sorted(self.mirror.names.difference(described), key=natural_key)) + described
         try:
+            shards = shards_in(self.path)
             names = list(self._walk(self.path, ""))
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
                 f"{error.filename or self.path} cannot be listed ({reason}): check its permissions"
             ) from error
+        if shards:
+            return self._shard_names(shards) + _ordered([name for name in names if name not in shards])
         # Python keeps bytes that are not UTF-8 as lone surrogates, which no file and no terminal takes.
         foreign = [name for name in names if not name.isascii() and not _is_text(name)]
-        return self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252"))
+        return _ordered(self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252")))
+
+    def _shard_names(self, shards: Sequence[str]) -> list[str]:
+        self.zips, names = [self.path / shard for shard in shards], []
+        for part, shard in enumerate(shards):
+            for name in self._zip_names(part):
+                if (other := self._part.setdefault(name, part)) != part:
+                    raise UserError(
+                        f"{self.path}: '{name}' is in {shards[other]} and in {shard}; the zips of one archive have "
+                        "different files: write them again with `diffit data convert --shard-size`"
+                    )
+                names.append(name)
+        return names
 
     def _rename(self, names: list[str], old: list[str], new: list[str]) -> list[str]:
+        if not old:
+            return names
         taken = set(names)
         for stored, name in zip(old, new, strict=True):
             if name not in taken and name not in self._stored:
@@ -170,6 +225,7 @@ class FileTree:
         return [shown.get(name, name) for name in names]
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[str]:
+        self.folders.append(folder)
         for entry in os.scandir(folder):
             name = prefix + entry.name
             # A link may show a file that the owner never meant to share, or lead in a circle.
@@ -186,13 +242,14 @@ class FileTree:
     def _is_inside(self, path: str) -> bool:
         return Path(path).resolve().is_relative_to(self.path.resolve())
 
-    def _zip_names(self) -> list[str]:
-        if self.path.suffix.lower() != ".zip" and not zipfile.is_zipfile(self.path):
+    def _zip_names(self, part: int) -> list[str]:
+        path = self.zips[part]
+        if self.mirror is None and path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
             raise UserError(
-                f"{self.path} is not a folder or zip of images: "
-                f"`{convert_command(self.path)}` makes one from the formats that it knows"
+                f"{path} is not a folder or zip of images: "
+                f"`{convert_command(path)}` makes one from the formats that it knows"
             )
-        infos = [info for info in self._zip().infolist() if not info.is_dir()]
+        infos = [info for info in self._zip(part).infolist() if not info.is_dir()]
         raw = {}
         for info in infos:
             if not info.flag_bits & ZIP_UTF8 and not info.filename.isascii():
@@ -200,55 +257,55 @@ class FileTree:
                     raw[info.filename] = info.filename.encode("cp437")
         texts = dict(zip(raw, readable(list(raw.values()), "cp437"), strict=True))
         stored = [info.filename for info in infos]
-        safe = {name: safe_name(texts.get(name, name), str(self.path)) for name in stored}
-        changed = [name for name in stored if safe[name] != name]
-        return self._rename(stored, changed, [safe[name] for name in changed])
+        safe = [safe_name(texts.get(name, name), str(path)) for name in stored]
+        changed = [(old, new) for old, new in zip(stored, safe, strict=True) if old != new]
+        return _ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
 
-    def _zip(self) -> zipfile.ZipFile:
+    def _zip(self, part: int) -> zipfile.ZipFile:
         # After a fork the children share the parent's file offset, so a handle belongs to the process that made it.
-        if self._handle is None or self._handle[0] != os.getpid():
+        if self._handles[0] != os.getpid():
+            self._handles = os.getpid(), {}
+        handles = self._handles[1]
+        if part not in handles:
             try:
-                self._handle = os.getpid(), zipfile.ZipFile(self.path)
+                file = self.zips[part]
+                handles[part] = zipfile.ZipFile(file if self.mirror is None else self.mirror.open(file.name))
             except READ_ERRORS as error:
                 raise UserError(
-                    f"{self.path} cannot be read as a zip ({error}): it is damaged or incomplete, copy it again"
+                    f"{self.zips[part]} cannot be read as a zip ({error}): it is damaged or incomplete, copy it again"
                 ) from error
-        return self._handle[1]
+        return handles[part]
+
+    def member(self, name: str) -> tuple[int, zipfile.ZipInfo] | None:
+        """Which of the zips holds a file, and its entry in the directory; None for a file on the disk."""
+        part = 0 if self.zips == [self.path] else self._part.get(name)
+        return None if part is None else (part, self._zip(part).getinfo(self.stored_name(name)))
+
+    def stored_name(self, name: str) -> str:
+        """What the disk or the zip calls a file."""
+        return self._stored.get(name, name)
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of one file. Raises BrokenImageError for a damaged one, and above ``limit`` bytes unpacked.
 
         None is the limit of an image: a small zip can claim to unfold to terabytes.
         """
-        try:
-            if self.is_zip:
-                info = self._zip().getinfo(self._stored.get(name, name))
-                size = info.file_size
-            else:
-                size = os.stat(self._on_disk(name)).st_size
-            if size > (limit := max_bytes() if limit is None else limit):
-                raise OSError(f"{size} bytes unpacked, more than the limit of {limit}")
-            data = self._zip().read(info) if self.is_zip else self._on_disk(name).read_bytes()
-            expected = None if self.is_zip or self.sums is None else self.sums.get(name)
-            if expected is not None and zlib.crc32(data) != expected:
-                raise OSError(f"damaged: its CRC-32 is not that in {SUMS}")
-            return data
-        except READ_ERRORS as error:
-            reason = getattr(error, "strerror", None) or error
-            raise BrokenImageError(f"{self.path}: '{name}' cannot be read ({reason})") from error
+        with reading(self.path, name):
+            found = self.member(name)
+            if found is None:
+                return read_file(self.path / self.stored_name(name), (self.sums or {}).get(name), limit)
+            part, info = found
+            require_bytes(info.file_size, limit)
+            if self.mirror is not None and not self.zips[part].exists():
+                self.mirror.fetch(self.zips[part].name)
+                self._handles[1].pop(part, None)
+            return self._zip(part).read(info)
 
-    def checksum(self, name: str, *, read: bool = True) -> tuple[int, int | None]:
-        """(size, CRC-32) of one file, as a zip's directory or ``dataset.sfv`` has them.
-
-        Otherwise the file is read for it, or, without ``read``, the second is None.
-        """
-        if self.is_zip:
-            info = self._zip().getinfo(self._stored.get(name, name))
-            return info.file_size, info.CRC
-        if not read or (self.sums and name in self.sums):
-            return os.stat(self._on_disk(name)).st_size, (self.sums or {}).get(name)
-        data = self.read(name)
-        return len(data), zlib.crc32(data)
+    def checksum(self, name: str) -> tuple[int, int | None]:
+        """(size, CRC-32) of one file, as a zip's directory or ``dataset.sfv`` has them; None where neither does."""
+        if (found := self.member(name)) is not None:
+            return found[1].file_size, found[1].CRC
+        return os.stat(self.path / self.stored_name(name)).st_size, (self.sums or {}).get(name)
 
     def altered(self, *others: str) -> list[str]:
         """How the images and ``others`` differ from what ``dataset.sfv`` lists, one line each; nothing without one.
@@ -258,14 +315,16 @@ class FileTree:
         if self.sums is None:
             return []
         names = set(self.names)
-        known = [name for name in (*self.images, *others) if name in names]
+        known = [*self.images, *(name for name in others if name in names)]
         kinds = {
             "listed in it are not there": [name for name in self.sums if name not in names],
             "are not listed in it": [name for name in known if name not in self.sums],
         }
         if self.is_zip:
-            listed = (name for name in known if name in self.sums)
-            kinds["have another CRC-32"] = [name for name in listed if self.checksum(name)[1] != self.sums[name]]
+            listed = [(name, self.member(name), self.sums.get(name)) for name in known]
+            kinds["have another CRC-32"] = [
+                name for name, found, crc in listed if found is not None and crc not in (None, found[1].CRC)
+            ]
         return [
             f"{self.path}: of its files and {SUMS}, {len(found)} {what} ({name_some(found)}): {REMEDY}"
             for what, found in kinds.items()
@@ -274,10 +333,50 @@ class FileTree:
 
     def num_bytes(self) -> int:
         """Size on disk."""
-        return sum(os.stat(f).st_size for f in ([self.path] if self.is_zip else map(self._on_disk, self.names)))
+        if self.mirror is not None:
+            return sum(size for _, size, _ in self.mirror.entries)
+        files = [self.path / self.stored_name(name) for name in self.names if self.member(name) is None]
+        return sum(os.stat(file).st_size for file in [*self.zips, *files])
 
-    def _on_disk(self, name: str) -> Path:
-        return self.path / self._stored.get(name, name)
+
+def require_images(files: FileTree) -> list[str]:
+    """The image names; UserError when there are none."""
+    if files.images:
+        return files.images
+    if known := unread(files.names):
+        raise UserError(f"{files.path} holds no image that can be read: {'; '.join(known)}")
+    found = f"found {name_some(files.names)}" if files.names else "it is empty"
+    raise UserError(f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}): {found}; check the path")
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    """Those that are not hidden, each once, in natural order."""
+    return sorted((name for name in dict.fromkeys(names) if not _HIDDEN.search(name)), key=natural_key)
+
+
+@contextmanager
+def reading(path: Path, name: str) -> Iterator[None]:
+    """Whatever is raised over a file that cannot be read, as a BrokenImageError that names it."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BrokenImageError(f"{path}: '{name}' cannot be read ({reason})") from error
+
+
+def require_bytes(size: int, limit: int | None = None) -> None:
+    """OSError for a file of more bytes than the ``limit``, None being that of an image."""
+    if size > (limit := max_bytes() if limit is None else limit):
+        raise OSError(f"{size} bytes unpacked, more than the limit of {limit}")
+
+
+def read_file(path: Path, crc: int | None, limit: int | None = None) -> bytes:
+    """A file on the disk; OSError where its CRC-32 is not ``crc``, where that is known."""
+    require_bytes(os.stat(path).st_size, limit)
+    data = path.read_bytes()
+    if crc is not None and zlib.crc32(data) != crc:
+        raise OSError(f"damaged: its CRC-32 is not that in {SUMS}")
+    return data
 
 
 def _is_text(name: str) -> bool:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffit.configs.schema import Count, Frozen, Positive, explain
-from diffit.data.archive import META, count_classes, read_labels, require_classes
 from diffit.data.files import FileTree
+from diffit.data.labels import META, count_classes, read_labels, require_classes
 from diffit.errors import UserError
 from diffit.weights.header import read_tensor_header
 
@@ -178,7 +178,7 @@ class LatentArchive:
 
     Attributes:
         header: what the latents were made of and how.
-        name: the folder's name.
+        location, name: the whole path, and the folder's name.
         image_size: (H, W) of the images.
         latent_shape: (C, h, w).
         has_labels, num_classes, class_names, labels: as in :class:`ImageArchive`.
@@ -188,7 +188,7 @@ class LatentArchive:
 
     def __init__(self, path: str | Path, *, cond: bool = False) -> None:
         self.path = Path(path)
-        self.name = self.path.resolve().name
+        self.location, self.name = str(self.path.resolve()), self.path.resolve().name
         self.header = read_header(self.path)
         self.image_size, self.latent_shape = self.header.image_size, self.header.latent_shape
         missing = missing_shards(self.path, self.header)

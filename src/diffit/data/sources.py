@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffit.data.archive import META, decoding, open_image, read_labels, require_images
+from diffit.data.archive import decoding, open_image
 from diffit.data.bounds import VARIABLE, max_bytes, max_pixels, require_size
-from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key
+from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key, require_images
 from diffit.data.formats import suffix_of
+from diffit.data.labels import META, read_labels
+from diffit.data.remote import url_of
 from diffit.data.sums import SUMS
+from diffit.data.tars import list_tars, read_place, tars_in
 from diffit.errors import UserError, install_hint
 
 Pixels = npt.NDArray[np.uint8]
@@ -99,12 +103,16 @@ def open_source(path: str | Path, *, cond: bool = False, class_order: str = "nat
     ``cond`` says that labels are wanted, so that any folders count as classes; ``class_order`` how they are numbered.
     Raises UserError for a path that is missing, of no known kind, damaged or unsafe.
     """
+    if url_of(path) is not None:
+        return _tree(path, cond, class_order)
     path = Path(path)
     if path.is_dir():
         if (path / "data.mdb").is_file():
             return _lmdb(path)
         if idx := _idx_in(path):
             return _idx(idx)
+        if tars := tars_in(path):
+            return _tars(tars)
         return _tree(path, cond, class_order)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; check the spelling")
@@ -113,16 +121,16 @@ def open_source(path: str | Path, *, cond: bool = False, class_order: str = "nat
     if IDX_IMAGES.search(path.name) or start == b"\x00\x00\x08\x03":
         return _idx(path)
     if path.name.endswith((".tar", ".tar.gz", ".tgz")):
-        return _cifar10(path)
+        return _tars([path]) if path.suffix == ".tar" and not _is_cifar10(path) else _cifar10(path)
     if path.suffix.lower() == ".zip" or start == b"PK\x03\x04":
         return _tree(path, cond, class_order)
     raise UserError(
-        f"{path} is none of the known sources: a folder or zip of images, cifar-10-python.tar.gz, "
+        f"{path} is none of the known sources: a folder or zip of images, cifar-10-python.tar.gz, WebDataset's tars, "
         "an MNIST idx file (train-images-idx3-ubyte.gz) or an LMDB folder"
     )
 
 
-def _tree(path: Path, cond: bool, class_order: str) -> Source:
+def _tree(path: str | Path, cond: bool, class_order: str) -> Source:
     files = FileTree(path)
     names = require_images(files)
     table, class_names = read_labels(files)
@@ -135,7 +143,7 @@ def _tree(path: Path, cond: bool, class_order: str) -> Source:
         kind = "of class folders" if class_names and None not in labels else "of images"
     images = set(names)
     ignored = [name for name in files.names if name not in images and name not in (META, SUMS)]
-    kind = f"{'zip' if files.is_zip else 'folder'} {kind}"
+    kind = f"{'zip' if files.zips == [files.path] else 'folder of zips' if files.is_zip else 'folder'} {kind}"
     return Source(kind, names, lambda i: files.read(names[i]), labels, class_names, ignored, notes)
 
 
@@ -243,6 +251,21 @@ def _batch(content: dict[bytes, Any], where: str) -> tuple[Pixels, list[int]]:
     if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
         raise UserError(f"{where} has labels outside 0 to 9: download it again")
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+
+def _tars(paths: list[Path]) -> Source:
+    names, places, labels, ignored = list_tars(paths)
+    if not names:
+        raise UserError(f"{paths[0]} holds no images: found {name_some(ignored) or 'nothing'}; check the path")
+    kind = f"WebDataset of {len(paths)} tars" if len(paths) > 1 else "WebDataset"
+    return Source(kind, names, lambda i: read_place(places[i], names[i]), labels, ignored=ignored)
+
+
+def _is_cifar10(path: Path) -> bool:
+    """By the names at the beginning."""
+    with suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
+        return any("data_batch" in member.name for member in islice(tar, MAX_TAR_MEMBERS))
+    return False
 
 
 def _cifar10(path: Path) -> Source:

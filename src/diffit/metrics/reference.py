@@ -1,7 +1,6 @@
 """What samples are compared with: the images of an archive, or statistics that somebody published."""
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 
 from diffit import __version__
@@ -21,18 +19,10 @@ from diffit.metrics.features import Need, gather
 from diffit.metrics.frechet import FID, Gaussian
 from diffit.metrics.images import Images, NpzImages, choose, open_images, stream
 from diffit.utils.distributed import Processes
-from diffit.utils.files import sha256_of, whole_file
+from diffit.utils.files import cache_folder, sha256_of, whole_file
 
 FIELDS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names; EDM has the first pair
 MAX_ARRAY = 1 << 28  # bytes: a covariance of 5,000 features
-
-
-def cache_folder() -> Path:
-    """Where statistics of real images are kept; a user without a home has no such place, and nothing is kept."""
-    if named := os.environ.get("DIFFIT_CACHE"):
-        return Path(named)
-    folder = platformdirs.user_cache_path("diffit")
-    return folder if folder.is_absolute() else Path(os.devnull) / "none"  # "~" is nobody's folder here
 
 
 class Reference:

@@ -1,5 +1,6 @@
 """The order of the images, and the microbatches of each process, as functions of (seed, images seen)."""
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ class _Fetch(torch.utils.data.Dataset[Tensor | UserError]):
     """
 
     def __init__(self, archive: Archive) -> None:
-        self.archive = archive
+        self.archive = copy.copy(archive)
+        self.archive.labels = None  # which would go to every worker
 
     def __getitem__(self, indices: Tensor) -> Tensor | UserError:
         try:

@@ -3,18 +3,26 @@
 Tensors are full and named after parameters, so that any number of processes can take a state up.
 """
 
+import hashlib
 import json
+import logging
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffit.errors import UserError
+from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of, whole_folder
-from diffit.weights.file import save_tensors
+from diffit.utils.locks import lost
+from diffit.weights.file import stream_tensors
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "training-state-"
 KEEP_STATES = 2
@@ -46,21 +54,90 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, ten
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
+class StateWriter:
+    """Writes training states on a thread: the caller waits for a copy of the tensors in memory, not for the disk.
+
+    One state at a time. Whatever its writing raises is raised by the next :meth:`check`, :meth:`wait` or :meth:`save`,
+    and the states before it stay.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "training-state")  # which Python waits for at its end
+        self._pending: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}  # kept: memory that is new costs more than copying into it
+
+    @torch.no_grad()
+    def save(
+        self, folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
+    ) -> None:
+        """As :func:`save_state`; older states but the newest are removed once this one is on disk."""
+        self.wait()
+        groups = _groups(net, ema, optimizer)
+        copies = {
+            name: {key: self._copy(f"{name} {key}", tensor) for key, tensor in tensors.items()}
+            for name, tensors in groups.items()
+        }
+        if next(net.parameters()).is_cuda:
+            torch.cuda.current_stream().synchronize()
+        text = json.dumps(metadata, indent=2)
+        self._pending = self._pool.submit(self._write, folder, copies, text)
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
+
+    def _write(self, folder: Path, copies: dict[str, dict[str, Tensor]], text: str) -> None:
+        _write_state(folder, copies, text)
+        prune_states(folder.parent)
+
+    def check(self) -> None:
+        """Raise what the writing of the last state has raised, if it has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last state is on disk. Raises what its writing has raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for a run that ends for another reason, whose error is the one to be seen."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
+
+
 def save_state(
     folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
 ) -> None:
     """``metadata`` is what JSON can hold: images seen, the loss scaler, the configuration."""
+    groups = _groups(net, ema, optimizer)
+    tensors = {
+        name: {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+        for name, group in groups.items()
+    }
+    _write_state(folder, tensors, json.dumps(metadata, indent=2))
+
+
+def _groups(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    return {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer, net)}
+
+
+def _write_state(folder: Path, groups: dict[str, dict[str, Tensor]], metadata: str) -> None:
     with whole_folder(folder) as part:
-        groups = {
-            "model": net.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer_tensors(optimizer, net),
-        }
+        sums = {}
         for name, tensors in groups.items():
-            save_tensors(tensors, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps(metadata, indent=2))
-        sums = {item.name: sha256_of(item) for item in sorted(part.iterdir())}
-        (part / "manifest.json").write_text(json.dumps(sums, indent=2))
+            sums[f"{name}.safetensors"] = stream_tensors(tensors, part / f"{name}.safetensors")
+        (part / "state.json").write_text(metadata)
+        sums["state.json"] = hashlib.sha256(metadata.encode()).hexdigest()
+        (part / "manifest.json").write_text(json.dumps(dict(sorted(sums.items())), indent=2))
+        if lost.is_set():
+            raise UserError(f"{folder.parent}: another process has this run now; nothing more is written")
 
 
 def verify_state(folder: Path) -> None:
@@ -77,12 +154,29 @@ def verify_state(folder: Path) -> None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors of ``model``, ``ema`` and ``optimizer``, and the metadata, of a state that :func:`verify_state` passed.
-
-    Each process reads it, and only one need verify it.
-    """
+    """Tensors of ``model``, ``ema`` and ``optimizer``, and metadata, of a state that :func:`verify_state` passed."""
     tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
     return tensors, json.loads((folder / "state.json").read_text())
+
+
+@torch.no_grad()
+def share_state(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, procs: Processes) -> None:
+    """Give all processes what the first one has loaded: a node may not see its disk. All call this together."""
+    if procs.count == 1:
+        return
+    ours = optimizer_tensors(optimizer, net)
+    layout = [(key, str(value.dtype).removeprefix("torch."), value.ndim == 0) for key, value in ours.items()]
+    parameters = dict(net.named_parameters())
+    for key, dtype, scalar in procs.broadcast(layout):
+        kind, name = key.split(".", 1)
+        if not procs.is_first:
+            like = torch.zeros((), device=parameters[name].device) if scalar else parameters[name]
+            optimizer.state[parameters[name]][kind] = torch.empty_like(like, dtype=getattr(torch, dtype))
+    for group in _groups(net, ema, optimizer).values():
+        for tensor in group.values():
+            whole = tensor.contiguous()  # collectives take no channels_last
+            dist.broadcast(whole, src=0)
+            tensor.copy_(whole)
 
 
 def states(run_dir: Path) -> list[Path]:

@@ -42,7 +42,7 @@ class Evaluator:
         names = config.training.metrics
         reference = config.training.metrics_ref
         if reference is None and isinstance(archive, ImageArchive):
-            reference = str(archive.path)
+            reference = archive.location
         if names and reference is None:
             raise UserError(
                 f"--metrics {','.join(names)}: compare with images, and {archive.path} holds latents; "

@@ -90,6 +90,7 @@ def train(
             )  # fmt: skip
             images = feed(archive, order, procs.device, resident=resident, workers=training.workers)
             run = Run(stepper, run_dir, console, evaluator, val, log, signals, began - stepper.seconds)
+            held.callback(run.writer.close)  # before the folder is another's
             if state is None:
                 run.first_grids(archive)
             try:

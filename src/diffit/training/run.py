@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.errors import UserError
-from diffit.training.checkpoint import PREFIX, prune_states, read_progress, states, verify_state
+from diffit.training.checkpoint import PREFIX, StateWriter, read_progress, states, verify_state
 from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
 from diffit.training.pictures import save_fakes, save_progress, save_reals
@@ -82,6 +82,7 @@ class Run:
     steps_between: int = 1
     """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
     rollbacks: int = 0
+    writer: StateWriter = field(default_factory=StateWriter)
 
     def first_grids(self, archive: Archive) -> None:
         """``reals.png`` and ``fakes_init.png``."""
@@ -121,7 +122,7 @@ class Run:
                 judge = done or self.crossed(training.metrics_ticks)
                 # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
                 if end or judge or self.crossed(training.dump):
-                    self.save_state()
+                    self.save_state(wait=end)
                 self.write_stats(scalars, held_out=not due.stop)
                 if end or self.crossed(training.snap):
                     self.save_snapshot()
@@ -135,6 +136,7 @@ class Run:
         return bool(number) and not (done and is_complete(self.run_dir, stepper, self.evaluator))
 
     def step(self, images: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+        self.writer.check()
         with self.saved_on_failure():
             self.stepper.step(images)
         self.stepper.seconds = time.monotonic() - self.began
@@ -152,7 +154,7 @@ class Run:
             yield
         except (UserError, RuntimeError) as error:
             why = explain(error, stepper.procs)
-            self.write_state()
+            self.write_state(wait=True)
             if why is None:
                 raise
             if self.signals.requested:  # by a signal that reached the others, or a loader process, too
@@ -214,6 +216,7 @@ class Run:
         """After so many steps in a row without effect."""
         stepper, training = self.stepper, self.stepper.config.training
         begun = stepper.images_seen - int(stepper.meter.skipped_in_a_row) * training.batch
+        self.writer.wait()
         found = whole_state(self.run_dir, begun) if self.log is not None else None
         state = stepper.procs.broadcast(found)
         if training.on_spike == "rollback" and state is not None and self.rollbacks < MOST_ROLLBACKS:
@@ -224,7 +227,7 @@ class Run:
             stepper.meter.skipped_in_a_row.zero_()
             self.console.say(f"{seen / 1000:.2f} kimg   {training.max_skipped} steps skipped: back to {state.name}")
             return
-        self.save_state()  # a launcher ends all processes with the first: the state must be on disk by then
+        self.save_state(wait=True)  # a launcher ends all processes with the first: the state must be on disk by then
         raise UserError(
             f"{training.max_skipped} steps in a row were skipped, for a gradient that was not finite or far larger "
             f"than before; the last good weights are saved in {self.run_dir}. Remedies: a lower --lr, --precision "
@@ -258,16 +261,21 @@ class Run:
             self.log.stats(self.stepper.images_seen, scalars)
             self.console.tick(scalars)
 
-    def save_state(self) -> None:
-        """By the first process; the others wait for it, here and not in a step, where waiting has a limit."""
-        self.write_state()
+    def save_state(self, *, wait: bool = False) -> None:
+        """By the first process; the others wait for it, here and not in a step, where waiting has a limit.
+
+        It is being written while the run goes on, unless that is to ``wait``.
+        """
+        self.write_state(wait=wait)
         self.stepper.procs.wait_for_first()
 
-    def write_state(self) -> None:
+    def write_state(self, *, wait: bool) -> None:
         if self.log is not None:
-            self.stepper.save(self.run_dir / f"{PREFIX}{kimg_number(self.stepper.config, self.stepper.images_seen)}")
-            prune_states(self.run_dir)
+            number = kimg_number(self.stepper.config, self.stepper.images_seen)
+            self.stepper.save(self.run_dir / f"{PREFIX}{number}", self.writer.save)
             self.saved["state"] = time.monotonic()
+            if wait:
+                self.writer.wait()
 
     def save_snapshot(self) -> None:
         """The averaged weights and their grids, by the first process, for which the others wait."""
@@ -309,6 +317,7 @@ class Run:
             write_report(self.run_dir)
 
     def finish(self, interrupted: bool) -> Outcome:
+        self.writer.wait()
         if not self.signals.in_haste:
             self.stepper.procs.barrier()
         snapshot = newest_snapshot(self.run_dir)

@@ -1,7 +1,7 @@
 """One training step: microbatches, gradients, optimiser, moving average. Nothing in it waits for the device."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from diffit.diffusion.edm import EDMLoss
 from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
-from diffit.training.checkpoint import load_optimizer_tensors, load_state, save_state
+from diffit.training.checkpoint import load_optimizer_tensors, load_state, save_state, share_state
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.guard import Guard
 from diffit.training.meter import Meter
@@ -168,8 +168,8 @@ class Stepper:
             beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
         update_ema(self.ema.parameters(), self.net.parameters(), beta, skip)
 
-    def save(self, folder: Path) -> None:
-        """Write all that training changes as a training state."""
+    def save(self, folder: Path, write: Callable[..., None] = save_state) -> None:
+        """Write all that training changes as a training state, by :func:`save_state` or :meth:`StateWriter.save`."""
         metadata = {
             "images_seen": self.images_seen,
             "seconds": round(self.seconds, 1),
@@ -178,14 +178,22 @@ class Stepper:
             "skipped": [int(self.meter.skipped), int(self.meter.skipped_in_a_row)],
             "config": self.config.model_dump(mode="json"),
         }
-        save_state(folder, self.net, self.ema, self.optimizer, metadata)
+        write(folder, self.net, self.ema, self.optimizer, metadata)
 
     def restore(self, folder: Path) -> None:
-        """Take up a training state exactly: weights, average, moments, loss scaler and place in the data."""
-        tensors, metadata = load_state(folder)
-        load_into(self.net, tensors["model"], folder)
-        load_into(self.ema, tensors["ema"], folder)
-        load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
+        """Take up a training state exactly: weights, average, moments, loss scaler and place in the data.
+
+        All processes call this together; only the first one reads ``folder``.
+        """
+        metadata = None
+        with self.procs.together():
+            if self.procs.is_first:
+                tensors, metadata = load_state(folder)
+                load_into(self.net, tensors["model"], folder)
+                load_into(self.ema, tensors["ema"], folder)
+                load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
+        share_state(self.net, self.ema, self.optimizer, self.procs)
+        metadata = self.procs.broadcast(metadata)
         if metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         if "guard" in metadata:  # states of before 0.2 have none

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import psutil
 
 from diffit.errors import UserError
@@ -168,6 +169,14 @@ def _has_writer(path: Path, pid: int) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept; a user without a home has no such place, and nothing is kept."""
+    if named := os.environ.get("DIFFIT_CACHE"):
+        return Path(named)
+    folder = platformdirs.user_cache_path("diffit")
+    return folder if folder.is_absolute() else Path(os.devnull) / "none"  # "~" is nobody's folder here
 
 
 def sha256_of(path: Path) -> str:

@@ -1,10 +1,12 @@
 """Network files: safetensors with the complete configuration in the header. Nothing is ever unpickled."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ from diffit.utils import hub
 from diffit.utils.files import whole_file
 from diffit.weights.header import CONFIG_KEY, SUM_KEY, parse_config, read_tensor_header, require_whole, seal
 from diffit.weights.official import INDEX, check_index, recognise, stranger
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+PIECE = 1 << 24  # bytes that are hashed while they are still in a cache, and then written
 
 
 def public(config: Config) -> Config:
@@ -68,6 +76,32 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def stream_tensors(state: Mapping[str, Tensor], path: Path) -> str:
+    """Write contiguous tensors of the CPU as safetensors' ``save_file`` does, hashing what is written; the SHA-256.
+
+    Both release the GIL, so that a thread does this while others compute.
+    """
+    order = sorted(state, key=lambda key: (-state[key].element_size(), key))  # safetensors': aligned, then by name
+    header: dict[str, Any] = {}
+    end = 0
+    for key in order:
+        begin, end = end, end + state[key].nbytes
+        header[key] = {"dtype": DTYPES[state[key].dtype], "shape": list(state[key].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    total = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        parts = (memoryview(state[key].reshape(-1).view(torch.uint8).numpy()) for key in order)
+        for part in chain((memoryview(len(text).to_bytes(8, "little")), memoryview(text)), parts):
+            for start in range(0, len(part), PIECE):
+                piece = part[start : start + PIECE]
+                total.update(piece)
+                written = 0
+                while written < len(piece):  # a disk that fills up takes a part first
+                    written += file.write(piece[written:])
+    return total.hexdigest()
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
