@@ -392,3 +392,24 @@ def test_names_that_a_terminal_would_obey_are_shown_as_text(tmp_path):
 def test_class_names_of_an_archive_cannot_move_the_cursor(tmp_path):
     files = edm_files() | {"dataset.json": json.dumps({"labels": None, "class_names": ["a\x1b[1m\n"]}).encode()}
     assert ImageArchive(write_zip(tmp_path / "a.zip", files)).class_names == [r"a\x1b[1m\n"]
+
+
+def test_in_place_of_an_image_that_cannot_be_read_the_next_of_its_label_is_shown(tmp_path, caplog):
+    files = edm_files(count=6)  # labels 0 1 2 0 1 2
+    names = [name for name in files if name.endswith("png")]
+    for broken in (0, 1):
+        files[names[broken]] = files[names[broken]][:60]
+    path = write_zip(tmp_path / "a.zip", files)
+    with pytest.raises(UserError, match="img00000000"):
+        ImageArchive(path)
+    archive = ImageArchive(path, cond=True, skip_broken=True)
+    whole = [torch.from_numpy(pixels(i)).permute(2, 0, 1) for i in (3, 4, 2, 3, 4, 5)]
+    for _ in range(2):
+        assert torch.equal(archive.load_all(), torch.stack(whole))
+    said = [record.getMessage() for record in caplog.records]
+    assert ["img00000000" in said[0], "img00000001" in said[1], len(said)] == [True, True, 2]
+    assert said[1].endswith("left out, the 2. so far")
+    files |= {name: files[name][:60] for name in names[4:5]}
+    archive = ImageArchive(write_zip(tmp_path / "b.zip", files), cond=True, skip_broken=True)
+    with pytest.raises(UserError, match="no image can be read in place of '00000/img00000001.png'"):
+        archive[1]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from functools import partialmethod
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from diffit.cli import cli
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
@@ -167,6 +169,18 @@ def test_data_that_fail_in_the_middle_cost_nothing(pets, tmp_path, monkeypatch):
         ):
             run(pets, tmp_path / "broken", kimg=0.08)
     assert_identical(tensors(run(pets, tmp_path / "broken", kimg=0.08).run_dir), tensors(whole.run_dir))
+
+
+def test_images_that_cannot_be_read_are_left_out_if_that_is_asked_for(pets, tmp_path, caplog):
+    with zipfile.ZipFile(pets) as whole, zipfile.ZipFile(tmp_path / "hurt.zip", "w") as hurt:
+        for name in whole.namelist():
+            hurt.writestr(name, whole.read(name)[: 60 if name.endswith("05.png") else None])
+    words = ["train", "--data", tmp_path / "hurt.zip", "--outdir", tmp_path / "runs", *ARGUMENTS, "--kimg", "0.04"]
+    with pytest.raises(UserError, match="img00000005.png"):
+        cli(list(map(str, words)), standalone_mode=False)
+    cli([*map(str, words), "--on-error", "skip"], standalone_mode=False)
+    assert "img00000005.png" in caplog.text
+    assert "left out, the 1. so far" in caplog.text
 
 
 def test_after_too_many_spikes_a_run_goes_back_and_on_behind_them(pets, tmp_path, monkeypatch):

@@ -114,6 +114,8 @@ OPTIONS: Options = {
         click.option("--on-spike", type=click.Choice(["skip", "rollback", "ignore"]),
                      help="Steps whose gradient is far larger than before: leave them out, or after 20 in a row also "
                           "go back to the newest state.  [default: skip]"),
+        click.option("--on-error", type=click.Choice(["stop", "skip"]),
+                     help="Images that cannot be read: save and stop, or leave them out.  [default: stop]"),
         click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
     ],
     "Machine": [
@@ -293,7 +295,8 @@ def open_archive(options: dict[str, Any], preset: str | Config | None, dry_run: 
 
     archive, path = None, options.get("data")
     if path is not None and not (dry_run and url_of(path) is None and not Path(path).exists()):
-        archive = open_data(path, options.get("cond"), preset if isinstance(preset, str) else None)
+        skip = options.get("on_error") == "skip"
+        archive = open_data(path, options.get("cond"), preset if isinstance(preset, str) else None, skip_broken=skip)
         options["data"] = archive.location
         if isinstance(archive, LatentArchive):
             options.setdefault("vae", archive.header.vae)

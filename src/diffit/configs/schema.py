@@ -266,6 +266,8 @@ class Training(Frozen):
     """Norm that a gradient is scaled down to."""
     on_spike: Literal["skip", "rollback", "ignore"] = "skip"
     """What to do with a gradient far larger than those before it; one that is not finite is always skipped."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do with an image that cannot be read; where it is skipped, the next one of its class stands for it."""
     max_skipped: Count = 20
     """Skipped steps in a row after which the run stops, or goes back to its newest state (rollback)."""
     timeout_minutes: Positive = 10.0

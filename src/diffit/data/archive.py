@@ -5,8 +5,9 @@ of its files, see :mod:`diffit.data.sums`.
 """
 
 import io
+import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from diffit.data.index import Index, open_index
 from diffit.data.labels import META, require_classes
 from diffit.data.pixels import is_sixteen_bit_color, orientation
 from diffit.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -72,6 +75,7 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
             is unlabelled.
         cond: load the labels; it is a UserError if a file has none.
         max_images: keep a seeded random subset of this many images, in the archive's order.
+        skip_broken: an image that cannot be read is a warning, and the next one of its label takes its place.
 
     Attributes:
         location: the whole path, or the URL.
@@ -84,7 +88,15 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
     Raises UserError, naming the file and the remedy, for anything that a user can get wrong or that is damaged.
     """
 
-    def __init__(self, path: str | Path, *, cond: bool = False, max_images: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        cond: bool = False,
+        max_images: int | None = None,
+        seed: int = 0,
+        skip_broken: bool = False,
+    ) -> None:
         self._index = index = open_index(path)
         self.path, self.class_names = index.path, index.class_names
         self.location = str(self.path.resolve()) if index.mirror is None else index.mirror.url
@@ -99,7 +111,8 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         self.labels: torch.Tensor | None = None
         if cond and index.labels is not None:
             self.labels = torch.from_numpy(index.labels[np.asarray(self._rows)])
-        channels, height, width = self.decode(0).shape
+        self.skip_broken, self._broken = skip_broken, set[int]()
+        channels, height, width = (self._or_next(0, self.decode) if skip_broken else self.decode(0)).shape
         self.image_shape = (channels, height, width)
 
     def __len__(self) -> int:
@@ -111,6 +124,23 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         return self._index.names(self._rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        return self._or_next(index, self._fitting) if self.skip_broken else self._fitting(index)
+
+    def _or_next(self, index: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The image or, where that cannot be read, the next one with its label."""
+        labels, rows = self._index.labels, self._rows
+        for other in (*range(index, len(self)), *range(index)):
+            if labels is not None and labels[rows[other]] != labels[rows[index]]:
+                continue
+            try:
+                return read(other)
+            except UserError as error:
+                if other not in self._broken:
+                    self._broken.add(other)
+                    logger.warning("%s; left out, the %d. so far", error, len(self._broken))
+        raise UserError(f"{self.path}: no image can be read in place of '{self._index.name(rows[index])}'")
+
+    def _fitting(self, index: int) -> torch.Tensor:
         pixels = self.decode(index)
         if tuple(pixels.shape) != self.image_shape:
             remedy = convert_command(self.path, "--resolution", "WxH")

@@ -16,11 +16,13 @@ from diffit.errors import UserError
 Archive = ImageArchive | LatentArchive
 
 
-def open_data(path: str | Path, cond: bool | None, preset: str | None) -> Archive:
+def open_data(path: str | Path, cond: bool | None, preset: str | None, *, skip_broken: bool = False) -> Archive:
     """The archive at ``path``; with labels where ``cond``, or else the preset, asks for them."""
     if cond is None and preset is not None:
         cond = get_preset(preset).data.cond
-    return LatentArchive(path, cond=bool(cond)) if is_latents(path) else ImageArchive(path, cond=bool(cond))
+    if is_latents(path):
+        return LatentArchive(path, cond=bool(cond))
+    return ImageArchive(path, cond=bool(cond), skip_broken=skip_broken)
 
 
 def facts_of(archive: Archive | None) -> DataFacts | None:

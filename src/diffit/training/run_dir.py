@@ -30,7 +30,7 @@ FREE: Any = {
     "training": {
         "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
         "max_skipped", "grid", "desc", "minutes", "snap_minutes", "dump_minutes", "keep", "metrics_sampler",
-        "metrics_steps", "chosen", "track", "on_spike", "timeout_minutes", "allow_scripts",
+        "metrics_steps", "chosen", "track", "on_spike", "on_error", "timeout_minutes", "allow_scripts",
     },
     "sampling": True,
     "data": {"val", "empty_classes", "path", "content"},
