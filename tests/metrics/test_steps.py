@@ -10,6 +10,7 @@ from PIL import Image
 from diffit.cli import cli
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
+from diffit.configs.schema import ADMDiffusion
 from diffit.errors import UserError
 from diffit.metrics import steps as module
 from diffit.metrics.record import read_records
@@ -45,8 +46,9 @@ def test_guidance_makes_two_evaluations_a_step_and_a_schedule_ends():
     ]  # fmt: skip
     with pytest.raises(UserError, match="--evaluations 1: a guided step has two; allow 2 or more"):
         plan(model, [1], ["unipc"], [2.0])
-    latent = Model(None, get_preset("latent-debug"))
-    assert settings(plan(latent, [2000], ["ddim"])) == [("ddim", 1000, 1000, 1)]
+    config = get_preset("latent-debug")
+    latent = Model(None, config.model_copy(update={"diffusion": ADMDiffusion(timesteps=6)}))
+    assert settings(plan(latent, [5, 20], ["ddim"])) == [("ddim", 5, 5, 1), ("ddim", 6, 6, 1)]
     assert {"ddim", "ddpm"} < {name for name, *_ in settings(plan(latent, [2]))}
 
 

@@ -23,6 +23,12 @@ MAX_STEPS = 100_000  # of a sampler or a schedule: their noise levels are kept, 
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Blocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+# Not strict: Sampling is looked at before it is validated, so that an array of JSON comes as a list.
+Interval = Annotated[tuple[NonNegative, Positive], Field(strict=False)]
+Levels = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)], ...],
+    Field(strict=False, min_length=1, max_length=1000),
+]
 
 
 class Frozen(BaseModel):
@@ -152,7 +158,7 @@ class FittedLevels(Frozen):
     """Noise levels that ``diffit tune-schedule`` found for one sampler: as many as it makes steps."""
 
     sampler: ODESampler
-    sigmas: Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], Field(min_length=1, max_length=1000)]
+    sigmas: Levels
     """From the noisiest on, without the 0 at the end."""
 
     @model_validator(mode="after")
@@ -173,7 +179,7 @@ class Sampling(Frozen):
     levels: Literal["fitted", "own", "lambda"] = "fitted"
     """Noise levels of the steps: those of ``fitted`` for this sampler and number of steps, where there are such, else
     the model's own (EDM's with rho, or those of its timesteps); its own in any case; or evenly spaced in ln sigma."""
-    fitted: Annotated[tuple[FittedLevels, ...], Field(max_length=100)] = ()
+    fitted: Annotated[tuple[FittedLevels, ...], Field(strict=False, max_length=100)] = ()
     sigma_min: Positive = 0.002
     """This, sigma_max and rho space EDM's noise levels; a discrete schedule has its own."""
     sigma_max: Positive = 80.0
@@ -187,7 +193,7 @@ class Sampling(Frozen):
     cfg_scale: NonNegative = 1.0
     cfg_power: Positive | None = None
     """Exponent of the power-cosine schedule that rises to cfg_scale at the end; None keeps the scale constant."""
-    cfg_interval: tuple[NonNegative, Positive] | None = None
+    cfg_interval: Interval | None = None
     """Noise levels sigma between which guidance is on (arXiv 2404.07724)."""
     cfg_channels: Count | None = None
     """Guide only the first so many channels; None guides all."""
