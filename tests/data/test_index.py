@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from diffit.data import ImageArchive, convert
 from diffit.data import index as index_module
+from diffit.data import zips as zips_module
 from diffit.data.files import FileTree, natural_key
 from diffit.data.index import open_index
 from diffit.data.sums import SUMS
+from diffit.data.zips import read_directory
 from diffit.errors import UserError
 from helpers import write_archive
 
@@ -66,6 +68,71 @@ def test_the_index_of_a_zip_is_zipfiles_view_of_it(tmp_path):
         for row, name in enumerate(index.names(range(len(index)))):
             assert list(index.checksums([row])) == [(infos[name].file_size, infos[name].CRC)]
             assert index.read(row) == archive.read(name)
+
+
+def large_zip(path: Path, kind: str) -> Path:
+    """Of 40 members: as convert writes them, deflated, with names in UTF-8, beyond 4 GiB, after other bytes."""
+    path.write_bytes(b"#!/bin/sh\n" if kind == "after" else b"")
+    with zipfile.ZipFile(path, "a" if kind == "after" else "w") as archive:
+        for i in range(40):
+            member = zipfile.ZipInfo(("ä" if kind == "utf-8" else "a") + f"/{i}.png")
+            member.compress_type = METHODS[i % 2] if kind != "bzip2" else METHODS[i % 3]
+            with archive.open(member, "w", force_zip64=kind == "zip64") as file:
+                file.write(bytes([i]) * (i * 50))
+        archive.mkdir("a/empty")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["plain", "utf-8", "zip64", "after", "bzip2"])
+def test_the_directory_of_a_large_zip_is_read_as_zipfile_reads_it(tmp_path, monkeypatch, kind):
+    path = large_zip(tmp_path / "a.zip", kind)
+    assert read_directory(path) is None  # so few are left to zipfile
+    monkeypatch.setattr(zips_module, "LARGE", 40)
+    directory = read_directory(path)
+    with zipfile.ZipFile(path) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        assert directory.names == [info.filename for info in infos]
+        for info in infos:
+            assert directory[info.filename] == zips_module.member_of(info)
+        index = open_index(path)
+        assert all(index.read(row) == archive.read(index.name(row)) for row in range(40))
+        assert [FileTree(path).read(name) for name in index.names([3, 30])] == [index.read(3), index.read(30)]
+
+
+def test_numbers_of_64_bits_in_the_directory_of_a_large_zip_are_read(tmp_path, monkeypatch):
+    path, monkey = tmp_path / "a.zip", monkeypatch.setattr
+    monkey(zips_module, "LARGE", 3)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", bytes(i))
+    # A hole of 5 GiB in front of the third member moves it there, and the directory.
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.fp.seek(5 << 30)
+        archive.start_dir = 5 << 30
+        archive.writestr("3.png", b"far away")
+    directory = read_directory(path)
+    with zipfile.ZipFile(path) as archive:
+        assert directory["3.png"].offset == archive.getinfo("3.png").header_offset == 5 << 30
+    assert open_index(path).read(3) == b"far away"
+    path.unlink()
+
+
+@pytest.mark.parametrize("flips", [300])
+def test_a_damaged_directory_is_left_to_zipfile_or_read_as_zipfile_reads_it(tmp_path, monkeypatch, flips):
+    monkeypatch.setattr(zips_module, "LARGE", 1)
+    path = large_zip(tmp_path / "a.zip", "zip64")
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    begin = content.index(zips_module.ENTRY)
+    for _ in range(flips):
+        damaged = bytearray(content)
+        damaged[rng.integers(begin, len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        if (directory := read_directory(path)) is None:
+            continue
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+        assert directory.names == [info.filename for info in infos]
+        assert [directory[info.filename] for info in infos] == [zips_module.member_of(info) for info in infos]
 
 
 def test_the_index_of_a_folder_is_what_lies_on_the_disk(tmp_path):

@@ -145,10 +145,10 @@ def test_a_disk_that_takes_a_part_of_a_write_gets_the_rest(tmp_path, monkeypatch
         def write(self, data):
             return self.file.write(data[: max(len(data) // 2, 1)])
 
-    honest = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *given, **named: Slow(honest(path, *given, **named)))
-    tensors = {"a": torch.randn(999)}
-    total = stream_tensors(tensors, tmp_path / "a")
+    honest, tensors = Path.open, {"a": torch.randn(999)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *given, **named: Slow(honest(path, *given, **named)))
+        total = stream_tensors(tensors, tmp_path / "a")
     assert hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest() == total
     assert (tmp_path / "a").read_bytes() == save(tensors)
 

@@ -10,16 +10,19 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from diffit.data.bounds import max_bytes
 from diffit.data.formats import IMAGE_SUFFIXES, unread
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import REMEDY, SUMS, parse_sums
+from diffit.data.zips import OTHER, Directory, Member, member_of, read_directory, read_member
 from diffit.errors import UserError
 
 T = TypeVar("T")
@@ -158,6 +161,7 @@ class FileTree:
         self.zips: list[Path] = []
         self.folders: list[Path] = []
         self._handles: tuple[int, dict[int, zipfile.ZipFile]] = (0, {})
+        self._directories: dict[int, Directory] = {}
         self._stored: dict[str, str] = {}  # the few files whose name on disk or in the zip is another
         self._part: dict[str, int] = {}  # of a folder of zips: the zip that holds a file
         if self.path.is_dir():
@@ -249,6 +253,9 @@ class FileTree:
                 f"{path} is not a folder or zip of images: "
                 f"`{convert_command(path)}` makes one from the formats that it knows"
             )
+        if self.mirror is None and (directory := read_directory(path)) is not None:
+            self._directories[part] = directory
+            return self._named(path, directory.names, {})
         infos = [info for info in self._zip(part).infolist() if not info.is_dir()]
         raw = {}
         for info in infos:
@@ -256,7 +263,10 @@ class FileTree:
                 with suppress(UnicodeEncodeError):  # a name that zipfile found noted down elsewhere
                     raw[info.filename] = info.filename.encode("cp437")
         texts = dict(zip(raw, readable(list(raw.values()), "cp437"), strict=True))
-        stored = [info.filename for info in infos]
+        return self._named(path, [info.filename for info in infos], texts)
+
+    def _named(self, path: Path, stored: list[str], texts: dict[str, str]) -> list[str]:
+        """The names that are shown, in order; ``texts`` has those whose encoding was guessed."""
         safe = [safe_name(texts.get(name, name), str(path)) for name in stored]
         changed = [(old, new) for old, new in zip(stored, safe, strict=True) if old != new]
         return _ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
@@ -276,10 +286,25 @@ class FileTree:
                 ) from error
         return handles[part]
 
-    def member(self, name: str) -> tuple[int, zipfile.ZipInfo] | None:
-        """Which of the zips holds a file, and its entry in the directory; None for a file on the disk."""
+    def member(self, name: str) -> tuple[int, Member] | None:
+        """Which of the zips holds a file, and where in it; None for a file on the disk."""
         part = 0 if self.zips == [self.path] else self._part.get(name)
-        return None if part is None else (part, self._zip(part).getinfo(self.stored_name(name)))
+        if part is None:
+            return None
+        stored, directory = self.stored_name(name), self._directories.get(part)
+        return part, member_of(self._zip(part).getinfo(stored)) if directory is None else directory[stored]
+
+    def members(self, names: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Of files in zips: (N,) the zips, and (N, 5) the fields of :class:`Member`."""
+        parts, found = np.array([self._part.get(name, 0) for name in names], np.int32), []
+        for part, group in groupby(names, lambda name: self._part.get(name, 0)):
+            stored, directory = list(map(self.stored_name, group)), self._directories.get(part)
+            if directory is None:
+                known = self._zip(part)
+                found.append(np.array([member_of(known.getinfo(name)) for name in stored], np.int64))
+            else:
+                found.append(directory.several(stored))
+        return parts, np.concatenate(found)
 
     def stored_name(self, name: str) -> str:
         """What the disk or the zip calls a file."""
@@ -294,17 +319,19 @@ class FileTree:
             found = self.member(name)
             if found is None:
                 return read_file(self.path / self.stored_name(name), (self.sums or {}).get(name), limit)
-            part, info = found
-            require_bytes(info.file_size, limit)
-            if self.mirror is not None and not self.zips[part].exists():
-                self.mirror.fetch(self.zips[part].name)
-                self._handles[1].pop(part, None)
-            return self._zip(part).read(info)
+            part, member = found
+            file = self.zips[part] if self.mirror is None else self.mirror.fetch(self.zips[part].name)
+            if member.method == OTHER:
+                require_bytes(member.size, limit)
+                with zipfile.ZipFile(file) if self.mirror is not None else nullcontext(self._zip(part)) as known:
+                    return known.read(self.stored_name(name))
+            with file.open("rb") as opened:
+                return read_member(opened.fileno(), member, limit)
 
     def checksum(self, name: str) -> tuple[int, int | None]:
         """(size, CRC-32) of one file, as a zip's directory or ``dataset.sfv`` has them; None where neither does."""
         if (found := self.member(name)) is not None:
-            return found[1].file_size, found[1].CRC
+            return found[1].size, found[1].crc
         return os.stat(self.path / self.stored_name(name)).st_size, (self.sums or {}).get(name)
 
     def altered(self, *others: str) -> list[str]:
@@ -321,9 +348,10 @@ class FileTree:
             "are not listed in it": [name for name in known if name not in self.sums],
         }
         if self.is_zip:
-            listed = [(name, self.member(name), self.sums.get(name)) for name in known]
+            zipped = [name for name in known if self.zips == [self.path] or name in self._part]
+            crcs = self.members(zipped)[1][:, Member._fields.index("crc")].tolist()
             kinds["have another CRC-32"] = [
-                name for name, found, crc in listed if found is not None and crc not in (None, found[1].CRC)
+                name for name, crc in zip(zipped, crcs, strict=True) if self.sums.get(name, crc) != crc
             ]
         return [
             f"{self.path}: of its files and {SUMS}, {len(found)} {what} ({name_some(found)}): {REMEDY}"

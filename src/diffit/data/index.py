@@ -7,9 +7,7 @@ one that is damaged, of another version, or of an archive that has changed since
 import hashlib
 import json
 import os
-import struct
 import time
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,11 +20,12 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from diffit.data.files import FileTree, natural_key, read_file, reading, require_bytes, require_images, shards_in
+from diffit.data.files import FileTree, natural_key, read_file, reading, require_images, shards_in
 from diffit.data.formats import IMAGE_SUFFIXES
 from diffit.data.labels import META, read_labels
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import SUMS
+from diffit.data.zips import LARGE, OTHER, Member, read_member
 from diffit.errors import UserError, printable
 from diffit.utils.files import cache_folder, whole_file
 from diffit.weights.file import save_tensors
@@ -34,12 +33,10 @@ from diffit.weights.header import SUM_KEY, seal, verify
 
 VERSION = 1
 ABOUT = "diffit_index"  # the key in the file's header
-KEPT_FROM = 20_000  # images: to list fewer takes a fraction of a second
+KEPT_FROM = LARGE  # images: to list fewer takes a fraction of a second
 PATIENCE = 120.0  # seconds to wait for another process that makes an index
 RACE = 2 * 10**9  # nanoseconds in which what has just changed may change once more under the same time
 TAIL = 1 << 16  # bytes at the end of a file that are looked at: a zip's directory is there
-LOCAL_HEADER, SLACK = 30, 512  # bytes before a zip's member: of the header itself; of the names and fields after it
-OTHER = 255  # a method that zipfile is asked for, or an encrypted member
 
 Array = npt.NDArray[Any]
 
@@ -136,27 +133,11 @@ class Index:
         return int(self.arrays["part"][row]) if len(self.zips) > 1 else 0
 
     def _member(self, row: int, name: str) -> bytes:
-        offset, packed, size, crc, method = (
-            int(self.arrays[key][row]) for key in ("offset", "packed", "size", "crc", "method")
-        )
-        require_bytes(max(size, packed))
-        if method == OTHER:
-            self._tree = self._tree or FileTree(self.path, self.mirror)
-            return self._tree.read(name)
-        descriptor = self._open(self._part(row))
-        # No file position is used, which processes that were forked would share.
-        data = os.pread(descriptor, LOCAL_HEADER + SLACK + packed, offset)
-        if data[:4] != b"PK\3\4":
-            raise zipfile.BadZipFile("no file begins where the zip's directory says")
-        begin = LOCAL_HEADER + sum(struct.unpack_from("<HH", data, 26))
-        data = data[begin : begin + packed]
-        if len(data) < packed:  # long fields of a tool of its own
-            data += os.pread(descriptor, packed - len(data), offset + begin + len(data))
-        if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        if len(data) != size or zlib.crc32(data) != crc:
-            raise zipfile.BadZipFile("Bad CRC-32")
-        return data
+        member = Member(*(int(self.arrays[key][row]) for key in Member._fields))
+        if member.method != OTHER:
+            return read_member(self._open(self._part(row)), member)
+        self._tree = self._tree or FileTree(self.path, self.mirror)
+        return self._tree.read(name)
 
     def _open(self, part: int) -> int:
         if part not in self._files:
@@ -254,7 +235,8 @@ def _build(tree: FileTree) -> Index:
         top = max(labels)
         arrays["label"] = np.array([min(label, 2**62) for label in labels], np.int64)  # refused where it is used
     if tree.is_zip:
-        arrays |= _members(tree, names)
+        arrays["part"], fields = tree.members(names)
+        arrays |= {key: fields[:, i].copy() for i, key in enumerate(Member._fields)}
     elif tree.sums is not None:
         sums = [tree.checksum(name) for name in names]
         arrays["size"], arrays["crc"] = np.array(sums, np.int64).T.copy()
@@ -264,21 +246,6 @@ def _build(tree: FileTree) -> Index:
         "zips": [os.path.relpath(file, tree.path) for file in tree.zips], "stored": stored,
     }  # fmt: skip
     return Index(tree.path, arrays, about, mirror=tree.mirror)
-
-
-def _members(tree: FileTree, names: Sequence[str]) -> dict[str, Array]:
-    """Where the images are in the zips."""
-    rows = np.empty((len(names), 6), np.int64)
-    for row, name in enumerate(names):
-        found = tree.member(name)
-        assert found is not None
-        part, info = found
-        plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
-        method = info.compress_type if plain else OTHER
-        rows[row] = part, info.header_offset, info.compress_size, info.file_size, info.CRC, method
-    keys = ("part", "offset", "packed", "size", "crc", "method")
-    kinds = (np.int32, np.int64, np.int64, np.int64, np.int64, np.uint8)
-    return {key: rows[:, i].astype(kind) for i, (key, kind) in enumerate(zip(keys, kinds, strict=True))}
 
 
 def _watched(tree: FileTree) -> list[Path]:
