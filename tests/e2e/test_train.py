@@ -176,7 +176,7 @@ def test_images_that_cannot_be_read_are_left_out_if_that_is_asked_for(pets, tmp_
         for name in whole.namelist():
             hurt.writestr(name, whole.read(name)[: 60 if name.endswith("05.png") else None])
     words = ["train", "--data", tmp_path / "hurt.zip", "--outdir", tmp_path / "runs", *ARGUMENTS, "--kimg", "0.04"]
-    with pytest.raises(UserError, match="img00000005.png"):
+    with pytest.raises(UserError, match=r"img00000005\.png"):
         cli(list(map(str, words)), standalone_mode=False)
     cli([*map(str, words), "--on-error", "skip"], standalone_mode=False)
     assert "img00000005.png" in caplog.text
