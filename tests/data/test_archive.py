@@ -411,5 +411,5 @@ def test_in_place_of_an_image_that_cannot_be_read_the_next_of_its_label_is_shown
     assert said[1].endswith("left out, the 2. so far")
     files |= {name: files[name][:60] for name in names[4:5]}
     archive = ImageArchive(write_zip(tmp_path / "b.zip", files), cond=True, skip_broken=True)
-    with pytest.raises(UserError, match="no image can be read in place of '00000/img00000001.png'"):
+    with pytest.raises(UserError, match=r"no image can be read in place of '00000/img00000001\.png'"):
         archive[1]
