@@ -1,6 +1,7 @@
 """How much arithmetic a network and a sampling run are, counted on tensors without memory: on any machine, at once."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffit.configs.schema import Config, ImageModel
+from diffit.configs.schema import Config, ImageModel, LatentModel
 from diffit.models import build
 from diffit.models.attention import TMSA
 from diffit.utils.precision import autocast
@@ -70,7 +71,10 @@ class Cost:
 
 def example_inputs(config: Config, batch: int) -> tuple[Tensor | None, ...]:
     """Inputs of the network for ``batch`` images, all zero."""
-    model = config.model
+    return _inputs(config.model, batch)
+
+
+def _inputs(model: ImageModel | LatentModel, batch: int) -> tuple[Tensor | None, ...]:
     labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
     inputs = (torch.zeros(batch, *model.sample_shape), torch.zeros(batch), labels)
     if isinstance(model, ImageModel) and model.augment_dim:
@@ -84,11 +88,27 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: st
     On a GPU attention is one kernel that keeps queries, keys, values, output and a number per query; on a CPU it keeps
     the weights of all pairs. Left out is the program itself.
     """
+    # All that is kept grows with the batch or does not depend on it.
+    two, three = (_trace(config.model, n, config.training.grad_ckpt, precision, device) for n in (2, 3))
+    activations = round((two + (batch_gpu - 2) * (three - two)) * OVERHEAD[device])
+    parameters = count_parameters(config.model)
+    return Cost(parameters, 5 * FLOAT * parameters, activations)
+
+
+@lru_cache
+def count_parameters(model: ImageModel | LatentModel) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(model).parameters())
+
+
+@lru_cache
+def _trace(model: ImageModel | LatentModel, batch: int, grad_ckpt: bool, precision: str, device: str) -> int:
+    """Bytes that autograd keeps of ``batch`` images, and those that a step of the backward pass holds next to them."""
     # Fake tensors pretend to be on the CPU, so that autocast has its effect on what is kept.
     with torch.device("meta"):
-        net = build(config.model)
+        net = build(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net.to_empty(device="cpu").set_grad_ckpt(config.training.grad_ckpt)
+        net.to_empty(device="cpu").set_grad_ckpt(grad_ckpt)
         if device == "cuda":
             for module in net.modules():
                 if isinstance(module, TMSA):
@@ -101,15 +121,13 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: st
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
-            output = net(*example_inputs(config, batch_gpu))  # held until the sum is made: storages must not be reused
+            output = net(*_inputs(model, batch))  # held until the sum is made: storages must not be reused
         for parameter in net.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         # The backward pass holds the gradients of a block next to what the forward pass kept: of two of its widest.
         working = 2 * max(kept.values(), default=0)
-        activations = round((sum(kept.values()) + working) * OVERHEAD[device])
-        parameters = sum(parameter.numel() for parameter in net.parameters())
         del output
-    return Cost(parameters, 5 * FLOAT * parameters, activations)
+    return sum(kept.values()) + working
 
 
 class _FusedAttention(torch.autograd.Function):
