@@ -59,7 +59,7 @@ ADAPTED = [  # (pattern, replacement), in this order
     (r"(--metrics[ =])([a-z]+)\d+k", r"\g<1>\g<2>16"),
     (r"--metric fd10k_full:pixels --evaluations \S+", "--metric fd16_full:filters.safetensors --evaluations 2,3"),
     # A trained network, a GPU and days of time.
-    (r"(tune-schedule .*--steps) \S+", r"\1 8 --seeds 0-7"),
+    (r"(tune-schedule .*--steps) \S+", r"\1 4 --seeds 0-7"),
     (r"--num-samples \d{3,}", "--num-samples 4"),
     (r'"cuda"', '"cpu"'),
     # The stand-in for the official file is far smaller than XL/2; tests/weights/test_adapt.py tunes such a file.

@@ -140,7 +140,7 @@ def network(tmp_path_factory):
 
 
 def test_the_command_writes_levels_into_the_header_and_sampling_uses_them(network, tmp_path, capsys):
-    words = ["tune-schedule", "--network", network, "--steps", "2,3", "--sampler", "dpm++", "--seeds", "0-5"]
+    words = ["tune-schedule", "--network", network, "--steps", "2,3", "--sampler", "dpm++", "--seeds", "0-11"]
     cli([*map(str, words), "--dest", str(tmp_path / "tuned.safetensors")], standalone_mode=False)
     text = capsys.readouterr().out
     assert text.count("mean squared distance to 32 steps of heun, by levels: own") == 2

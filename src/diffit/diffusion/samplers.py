@@ -174,7 +174,7 @@ def _integral(start: Tensor, end: Tensor, places: Tensor, images: list[Tensor]) 
     while len(moments) < len(images):
         moments.append(1 - len(moments) * moments[-1] / h)
     powers = torch.stack([((places - start) / h) ** k for k in range(len(images))])
-    weights = torch.linalg.solve(powers, torch.stack(moments)) if len(images) > 1 else moments
+    weights = torch.linalg.solve(powers, torch.stack(moments))
     return sum((weight * image for weight, image in zip(weights, images, strict=True)), torch.zeros_like(images[0]))
 
 

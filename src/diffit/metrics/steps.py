@@ -93,8 +93,8 @@ def measure(
         found = _find(known, suite, model, facts, first_seed) if procs.is_first else None
         record: dict[str, Any] | None = procs.broadcast(found)
         if record is None:
-            how = {"first_seed": first_seed, "real_labels": candidate.real_labels, "batch": batch, "facts": facts}
-            (record,) = evaluate_network(suite, model, progress=True, **how)
+            how: dict[str, Any] = {"first_seed": first_seed, "real_labels": candidate.real_labels, "batch": batch}
+            (record,) = evaluate_network(suite, model, progress=True, facts=facts, **how)
             record["evaluations"] = sum(count_evaluations(model.config))
             known.append(record)
             if procs.is_first:  # as a whole: a kill may have cut off the last line
