@@ -270,7 +270,6 @@ from pathlib import Path
 import torch
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.errors import UserError
-from diffit.training.checkpoint import _groups
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import alone, processes
 config = resolve("debug", {"batch_gpu": 4}, DataFacts(3, (16, 16)))

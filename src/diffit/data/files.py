@@ -296,7 +296,8 @@ class FileTree:
 
     def members(self, names: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Of files in zips: (N,) the zips, and (N, 5) the fields of :class:`Member`."""
-        parts, found = np.array([self._part.get(name, 0) for name in names], np.int32), []
+        parts = np.array([self._part.get(name, 0) for name in names], np.int32)
+        found: list[npt.NDArray[np.int64]] = []
         for part, group in groupby(names, lambda name: self._part.get(name, 0)):
             stored, directory = list(map(self.stored_name, group)), self._directories.get(part)
             if directory is None:

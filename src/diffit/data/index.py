@@ -106,7 +106,7 @@ class Index:
 
     def digest(self, rows: Sequence[int], sums: Iterable[tuple[int, int | None]], labels: Array | None) -> str:
         """SHA-256 over a line of JSON for each of these images: its name, its size and CRC-32, its label."""
-        total, sums, quote, at = hashlib.sha256(), iter(sums), json.encoder.encode_basestring_ascii, 0
+        total, sums, quote, at = hashlib.sha256(), iter(sums), json.JSONEncoder().encode, 0
         for part in _chunks(rows):
             given = ["null"] * len(part) if labels is None else labels[at : at + len(part)].tolist()
             at += len(part)

@@ -118,7 +118,9 @@ def _place(file: Any) -> tuple[int, int, int, int] | None:
 
 
 def _parse(data: bytes, entries: int, before: int) -> Directory | None:
-    places, names, at, extras, lengths = [], [], 0, 0, struct.Struct("<3H").unpack_from
+    places: list[int] = []
+    names: list[bytes] = []
+    at, extras, lengths = 0, 0, struct.Struct("<3H").unpack_from
     try:
         for _ in range(entries):
             name, extra, comment = lengths(data, at + 28)
@@ -144,10 +146,10 @@ def _parse(data: bytes, entries: int, before: int) -> Directory | None:
             return None
     try:
         # Of a name without the flag for UTF-8, zipfile guesses the encoding, or finds it in an extra field 0x7075.
-        plain = bool((arrays["flags"] & 0x800).all())
-        if not plain and extras and b"\x75\x70" in data:
+        flagged = arrays["flags"] & 0x800 != 0
+        if extras and not flagged.all() and b"\x75\x70" in data:
             return None
-        texts = [name.decode("utf-8" if plain else "ascii") for name in names]
+        texts = [name.decode("utf-8" if flag else "ascii") for name, flag in zip(names, flagged.tolist(), strict=True)]
     except UnicodeDecodeError:
         return None
     if any("\0" in text for text in texts) or len(set(texts)) != len(texts):
