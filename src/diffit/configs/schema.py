@@ -6,6 +6,7 @@ the header of a weights file.
 
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -144,14 +145,20 @@ DISCRETE = ("ddpm", "ddim")
 class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
-    sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim"] = "heun"
+    sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim", "consistency"] = "heun"
     steps: Steps = 18
-    spacing: Literal["linspace", "leading"] = "linspace"
-    """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k."""
+    spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k.
+
+    ``trailing``, of either kind of schedule, ends in the noisiest level, and every second level is that of half as many
+    steps: what progressive distillation needs.
+    """
     sigma_min: Positive = 0.002
     """This, sigma_max and rho space EDM's noise levels; a discrete schedule has its own."""
     sigma_max: Positive = 80.0
     rho: Positive = 7.0
+    sigma_mid: Positive | None = None
+    """Noise level of the second evaluation of ``consistency``."""
     S_churn: NonNegative = 0.0
     S_min: NonNegative = 0.0
     S_max: NonNegative = 1e6
@@ -184,6 +191,8 @@ class Sampling(Frozen):
     def _range(self) -> "Sampling":
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
+        if self.sampler == "consistency" and self.steps > (1 if self.sigma_mid is None else 2):
+            raise ValueError(f"steps {self.steps}: consistency sampling takes 1, or 2 where sigma_mid is known")
         if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
             low, high = self.cfg_interval
             raise ValueError(f"cfg_interval {low:g},{high:g} is empty: the lower noise level comes first")
@@ -207,6 +216,9 @@ class Training(Frozen):
     """The length by the clock, from which kimg was measured; None where kimg was asked for."""
     lr: Positive
     lr_rampup_kimg: NonNegative = 10_000.0
+    lr_decay: Probability = 0.0
+    """Share of the run, its last, over which the learning rate falls to 0 linearly."""
+    optimizer: Literal["adam", "radam"] = "adam"
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8
     ema_halflife_kimg: NonNegative = 500.0
@@ -306,6 +318,26 @@ class Data(Frozen):
     """Numbered, but without an image: nothing trains them, so they are not sampled."""
 
 
+class Distillation(Frozen):
+    """What a student, sampled in few steps, is made from."""
+
+    method: Literal["progressive", "consistency"]
+    teacher: str
+    """Its network file; in the header of a student's file the name alone."""
+    teacher_sha256: str
+    """Over the names and values of the teacher's weights: the same in any file that holds them."""
+    cfg_scale: NonNegative = 1.0
+    """Guidance scale of the first teacher; the student has it built in, and needs no unconditional half."""
+    teacher_sampling: Sampling | None = None
+    """How the teacher of progressive distillation is sampled: two of its steps become one of the student's."""
+
+    @model_validator(mode="after")
+    def _halves(self) -> "Distillation":
+        if (self.teacher_sampling is None) != (self.method == "consistency"):
+            raise ValueError("progressive distillation, and it alone, samples its teacher")
+        return self
+
+
 class Config(Frozen):
     """Everything that determines a run."""
 
@@ -317,6 +349,8 @@ class Config(Frozen):
     sampling: Sampling = Sampling()
     training: Training
     data: Data = Data()
+    distillation: Distillation | None = None
+    """None of a model that was trained without a teacher."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
@@ -331,7 +365,7 @@ class Config(Frozen):
                 f"sampler {self.sampling.sampler} needs a discrete schedule, this model has EDM's: "
                 "take heun, euler or dpm++"
             )
-        if self.diffusion.kind == "edm" and self.sampling.spacing != "linspace":
+        if self.diffusion.kind == "edm" and self.sampling.spacing == "leading":
             raise ValueError(
                 f"steps ddim{self.sampling.steps} needs a discrete schedule, this model has EDM's: give a number"
             )
@@ -344,7 +378,24 @@ class Config(Frozen):
                 f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never "
                 "trains: use cfg_scale 1"
             )
+        self._check_student()
         return self
+
+    def _check_student(self) -> None:
+        """ValueError where a model is sampled as only a student can be, or a student as it was not taught to be."""
+        spec, sampling = self.distillation, self.sampling
+        if spec is not None and spec.teacher_sampling is not None:
+            taught = {"sampler": "euler" if self.diffusion.kind == "edm" else "ddim", "spacing": "trailing"}
+            taught |= {"steps": spec.teacher_sampling.steps // 2}
+            if any(getattr(sampling, name) != value for name, value in taught.items()):
+                raise ValueError(
+                    f"a student that was taught {taught['steps']} steps of {taught['sampler']}: leave sampler and "
+                    "steps as they are, or sample its teacher"
+                )
+        elif spec is not None and sampling.sampler != "consistency":
+            raise ValueError(f"sampler {sampling.sampler}: a student of consistency tuning has its own; leave it out")
+        elif spec is None and sampling.sampler == "consistency":
+            raise ValueError("sampler consistency: only for a student of consistency tuning; use another")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -361,6 +412,17 @@ class Config(Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UserError(f"{source}: {explain(error)}") from None
+
+
+def student_title(config: Config) -> str:
+    """What a student is, in a line."""
+    student, sampling = config.distillation, config.sampling
+    assert student is not None
+    guided = f", guided at {student.cfg_scale:g}" if student.cfg_scale != 1 else ""
+    return (
+        f"{student.method}, {sampling.steps} step{'s' * (sampling.steps > 1)} of {sampling.sampler}, from "
+        f"{Path(student.teacher).name} ({student.teacher_sha256[:12]}){guided}"
+    )
 
 
 KINDS = ("image", "latent", "edm", "adm")

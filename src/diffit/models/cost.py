@@ -59,7 +59,7 @@ class Cost:
 
     parameters: int
     state_bytes: int
-    """Weights, gradients, two moments and the moving average, float32."""
+    """Weights, gradients, two moments, the moving average and a teacher, float32."""
     activation_bytes: int
     """What autograd keeps for one microbatch, and what one step of the backward pass holds next to it."""
 
@@ -109,7 +109,9 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: st
         activations = round((sum(kept.values()) + working) * OVERHEAD[device])
         parameters = sum(parameter.numel() for parameter in net.parameters())
         del output
-    return Cost(parameters, 5 * FLOAT * parameters, activations)
+    student = config.distillation
+    copies = 5 if student is None or student.teacher_sampling is None else 6
+    return Cost(parameters, copies * FLOAT * parameters, activations)
 
 
 class _FusedAttention(torch.autograd.Function):

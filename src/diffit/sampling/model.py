@@ -13,7 +13,18 @@ from diffit.configs.schema import DISCRETE, ADMDiffusion, Config
 from diffit.diffusion import adm, edm
 from diffit.diffusion.adm import Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
-from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, dpm_solver_pp, euler, heun, keep
+from diffit.diffusion.samplers import (
+    AfterStep,
+    Callback,
+    NoiseSource,
+    consistency,
+    ddim,
+    ddpm,
+    dpm_solver_pp,
+    euler,
+    heun,
+    keep,
+)
 from diffit.errors import UserError
 from diffit.models import DiffiT
 from diffit.models.autoencoder import Autoencoder, autoencoder_of
@@ -237,11 +248,14 @@ class Model:
                 sigmas = schedule.respace(sampling.steps, sampling.spacing).sigmas()
         else:
             bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
-            sigmas = edm.edm_sigmas(sampling.steps, **bounds)
+            sigmas = edm.edm_sigmas(sampling.steps, trailing=sampling.spacing == "trailing", **bounds)
         denoise = self.denoiser(labels)
         if sampling.sampler == "heun":
             churn = {name: getattr(sampling, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
             return partial(heun, denoise, sigmas=sigmas, **churn)
+        if sampling.sampler == "consistency":
+            levels = [sampling.sigma_max, sampling.sigma_mid or 0.0][: sampling.steps]
+            return partial(consistency, denoise, sigmas=torch.tensor([*levels, 0.0], dtype=torch.float64))
         return partial({"euler": euler, "dpm++": dpm_solver_pp}[sampling.sampler], denoise, sigmas=sigmas)
 
     def _guide(
