@@ -93,7 +93,7 @@ def test_a_latent_model_is_distilled_with_its_vae_and_keeps_its_variances_rows(p
         words = ("--network", teacher, "--outdir", tmp_path / "student", "--method", "progressive", *words)
         cli(["distill", *map(str, words), "--steps", "1", "--kimg", "0.016", "--grid", "2x2"], standalone_mode=False)
 
-    with pytest.raises(UserError, match=r"the model's autoencoder: tiny: no such folder .*--vae PATH\|ID") as error:
+    with pytest.raises(UserError, match=r"the model's autoencoder: tiny: no such folder, .*--vae PATH\|ID") as error:
         distill("--data", pets)
     assert "\n" not in str(error.value)
     distill("--data", latents, "--vae", vae)

@@ -385,12 +385,12 @@ class Config(Frozen):
         """ValueError where a model is sampled as only a student can be, or a student as it was not taught to be."""
         spec, sampling = self.distillation, self.sampling
         if spec is not None and spec.teacher_sampling is not None:
-            taught = {"sampler": "euler" if self.diffusion.kind == "edm" else "ddim", "spacing": "trailing"}
-            taught |= {"steps": spec.teacher_sampling.steps // 2}
-            if any(getattr(sampling, name) != value for name, value in taught.items()):
+            solver = "euler" if self.diffusion.kind == "edm" else "ddim"
+            taught = (solver, spec.teacher_sampling.steps // 2, "trailing")
+            if (sampling.sampler, sampling.steps, sampling.spacing) != taught:
                 raise ValueError(
-                    f"a student that was taught {taught['steps']} steps of {taught['sampler']}: leave sampler and "
-                    "steps as they are, or sample its teacher"
+                    f"a student that was taught {taught[1]} steps of {solver}: leave sampler and steps as they are, or "
+                    "sample its teacher"
                 )
         elif spec is not None and sampling.sampler != "consistency":
             raise ValueError(f"sampler {sampling.sampler}: a student of consistency tuning has its own; leave it out")

@@ -75,7 +75,8 @@ class Teacher:
             method=method, teacher=self.path, teacher_sha256=self.sha256, cfg_scale=guidance, teacher_sampling=taught
         )
         own = get_preset(teacher.preset).training
-        recipe = {"batch": teacher.training.batch, "lr": LR_SHARE * own.lr, "augment": 0.0, "label_drop": 0.0}
+        recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": LR_SHARE * own.lr}
+        recipe |= {"augment": 0.0, "label_drop": 0.0}
         if teacher.autoencoder is None:
             recipe["metrics_ref"] = options.get("val")
             # A covariance takes a tenth as many images as it has dimensions.
