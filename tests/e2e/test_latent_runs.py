@@ -86,6 +86,25 @@ def test_cached_and_live_latents_give_the_same_losses(pets, latents, vae, tmp_pa
     assert Image.open(cached / "reals.png").size == Image.open(cached / "fakes_init.png").size
 
 
+def test_a_latent_model_is_distilled_with_its_vae_and_keeps_its_variances_rows(pets, latents, vae, tmp_path):
+    teacher = train(tmp_path / "teacher", latents, vae, "--kimg", 0.016, "--lr", 0.01)
+
+    def distill(*words: object) -> None:
+        words = ("--network", teacher, "--outdir", tmp_path / "student", "--method", "progressive", *words)
+        cli(["distill", *map(str, words), "--steps", "1", "--kimg", "0.016", "--grid", "2x2"], standalone_mode=False)
+
+    with pytest.raises(UserError, match=r"the model's autoencoder: tiny: no such folder, .*--vae PATH\|ID") as error:
+        distill("--data", pets)
+    assert "\n" not in str(error.value)
+    distill("--data", latents, "--vae", vae)
+    student = tmp_path / "student" / "student-1.safetensors"
+    assert len(pixels(sample(student, tmp_path / "images", vae, "--num-samples", 2))) == 2
+    before, after = (load_network(path)[0].final_layer.linear.weight.detach() for path in (teacher, student))
+    epsilon, variance = (before == after).unflatten(0, (2, 2, 8)).split(4, dim=2)  # rows are (p, q, c)
+    assert not epsilon.all()
+    assert variance.all()
+
+
 def test_mirrored_training_draws_other_latents(latents, vae, tmp_path):
     """And half of them: at a learning rate of nothing only the data differ."""
     runs = [

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 COMMANDS = {
     "data": ("diffit.cli.data", "Convert, encode, check and inspect image archives."),
     "train": ("diffit.cli.train", "Train a model on an image archive."),
+    "distill": ("diffit.cli.distill", "Make a student that samples in 8, 4, 2 or 1 steps."),
     "metrics": ("diffit.cli.metrics", "Judge samples: FID and its relatives, near-copies."),
     "sample": ("diffit.cli.sample", "Sample images from a trained model."),
     "tune-schedule": ("diffit.cli.tune", "Fit the noise levels of few steps to a model."),

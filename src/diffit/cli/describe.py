@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
-from diffit.configs.schema import ADMDiffusion, Config, steps_text
+from diffit.configs.schema import ADMDiffusion, Config, steps_text, student_title
 from diffit.data.open import Archive
 from diffit.errors import UserError, printable
 from diffit.models import build
@@ -74,6 +74,8 @@ def _lines(config: Config) -> list[str]:
         f"forward     {_amount(work.macs)} an image: {work.linear / 1e9:,.4g} G linear, "
         f"{work.attention / 1e9:,.4g} G attention, {work.time / 1e9:,.4g} G time token",
     ]
+    if config.distillation is not None:
+        lines.append(f"student     {student_title(config)}")
     if config.preset in PAPER:
         lines.append(f"paper       {PAPER[config.preset]}")
     return lines + _sampling_of(config, work)

@@ -205,11 +205,7 @@ def train(**options: Any) -> None:
 
     with processes(join=not dry_run) as procs:
         archive = open_archive(given, preset, dry_run)
-        epochs = given.pop("epochs", None)
-        if epochs is not None:
-            if archive is None:
-                raise UserError("--epochs counts passes over the data: give --data too, or --kimg")
-            given["kimg"] = epochs * len(archive) / 1000
+        count_epochs(given, archive)
         config = resolve(preset, given, facts_of(archive), processes=procs.count)
         parse_metrics(config.training.metrics)
         if dry_run:
@@ -256,9 +252,19 @@ def read_options(options: dict[str, Any], ctx: click.Context) -> tuple[dict[str,
     for name in lengths if typed else ():
         if name not in typed:  # of the file
             options[name] = None
-    options["grid"] = options["grid"] and options["grid"][::-1]  # columns first
     if options["num_blocks"] is not None:
         options["num_blocks"] = tuple(options["num_blocks"])
+    found = in_our_terms(options)
+    if found.get("init_from") is not None and Path(found["init_from"]).exists():
+        found["init_from"] = str(Path(found["init_from"]).resolve())
+    if preset is None and not found.keys() & set(LENGTHS) and not spelled_out(found):
+        found["minutes"] = MINUTES
+    return found, preset
+
+
+def in_our_terms(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as :func:`resolve` takes them; UserError for two that say the same."""
+    options["grid"] = options["grid"] and options["grid"][::-1]  # columns first
     if options["metrics"] is not None:
         options["metrics"] = tuple(name for name in options["metrics"].split(",") if name and name != "none")
     if options.pop("fp16"):
@@ -273,12 +279,16 @@ def read_options(options: dict[str, Any], ctx: click.Context) -> tuple[dict[str,
     options["kimg"] = options["kimg"] if duration is None else duration
     ema = options.pop("ema")
     options["ema_halflife_kimg"] = None if ema is None else ema * 1000
-    found = {key: value for key, value in options.items() if value is not None or key == "outdir"}
-    if found.get("init_from") is not None and Path(found["init_from"]).exists():
-        found["init_from"] = str(Path(found["init_from"]).resolve())
-    if preset is None and not given and not spelled_out(found):
-        found["minutes"] = MINUTES
-    return found, preset
+    return {key: value for key, value in options.items() if value is not None or key == "outdir"}
+
+
+def count_epochs(options: dict[str, Any], archive: "Archive | None") -> None:
+    """Put ``kimg`` in the place of ``epochs``."""
+    epochs = options.pop("epochs", None)
+    if epochs is not None:
+        if archive is None:
+            raise UserError("--epochs counts passes over the data: give --data too, or --kimg")
+        options["kimg"] = epochs * len(archive) / 1000
 
 
 def spelled_out(options: dict[str, Any]) -> bool:

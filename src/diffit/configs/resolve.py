@@ -43,6 +43,8 @@ class DataFacts:
     """Numbered, but without an image."""
     content: str | None = None
     """A hash of the archive."""
+    images: int = 0
+    """Their number; 0 where it is not known."""
     latent_scale: float | None = None
     """Of cached latents; None for images."""
     latent_shape: tuple[int, int, int] | None = None

@@ -7,6 +7,7 @@ the header of a weights file.
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -145,7 +146,7 @@ AUGMENT_LABELS = 9
 """What :mod:`diffit.data.augment` tells the network of its transforms."""
 
 ODESampler = Literal["heun", "euler", "dpm++", "dpm++3m", "unipc2", "unipc"]
-Sampler = Literal[ODESampler, "dpm++2m-sde", "ddpm", "ddim"]
+Sampler = Literal[ODESampler, "dpm++2m-sde", "ddpm", "ddim", "consistency"]
 DISCRETE = ("ddpm", "ddim")
 """Samplers on the schedule's own timesteps."""
 CONTINUOUS = (*get_args(ODESampler), "dpm++2m-sde")
@@ -174,8 +175,12 @@ class Sampling(Frozen):
 
     sampler: Sampler = "heun"
     steps: Steps = 18
-    spacing: Literal["linspace", "leading"] = "linspace"
-    """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k."""
+    spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k.
+
+    ``trailing``, of either kind of schedule, ends in the noisiest level, and every second level is that of half as many
+    steps: what progressive distillation needs.
+    """
     levels: Literal["fitted", "own", "lambda"] = "fitted"
     """Noise levels of the steps: those of ``fitted`` for this sampler and number of steps, where there are such, else
     the model's own (EDM's with rho, or those of its timesteps); its own in any case; or evenly spaced in ln sigma."""
@@ -184,6 +189,8 @@ class Sampling(Frozen):
     """This, sigma_max and rho space EDM's noise levels; a discrete schedule has its own."""
     sigma_max: Positive = 80.0
     rho: Positive = 7.0
+    sigma_mid: Positive | None = None
+    """Noise level of the second evaluation of ``consistency``."""
     S_churn: NonNegative = 0.0
     S_min: NonNegative = 0.0
     S_max: NonNegative = 1e6
@@ -216,6 +223,8 @@ class Sampling(Frozen):
     def _range(self) -> "Sampling":
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
+        if self.sampler == "consistency" and self.steps > (1 if self.sigma_mid is None else 2):
+            raise ValueError(f"steps {self.steps}: consistency sampling takes 1, or 2 where sigma_mid is known")
         if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
             low, high = self.cfg_interval
             raise ValueError(f"cfg_interval {low:g},{high:g} is empty: the lower noise level comes first")
@@ -247,6 +256,9 @@ class Training(Frozen):
     conv_lr: Positive = 1.0
     """The learning rate of convolutions, in multiples of lr."""
     lr_rampup_kimg: NonNegative = 10_000.0
+    lr_decay: Probability = 0.0
+    """Share of the run, its last, over which the learning rate falls to 0 linearly."""
+    optimizer: Literal["adam", "radam"] = "adam"
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8
     ema_halflife_kimg: NonNegative = 500.0
@@ -348,6 +360,26 @@ class Data(Frozen):
     """Numbered, but without an image: nothing trains them, so they are not sampled."""
 
 
+class Distillation(Frozen):
+    """What a student, sampled in few steps, is made from."""
+
+    method: Literal["progressive", "consistency"]
+    teacher: str
+    """Its network file; in the header of a student's file the name alone."""
+    teacher_sha256: str
+    """Over the names and values of the teacher's weights: the same in any file that holds them."""
+    cfg_scale: NonNegative = 1.0
+    """Guidance scale of the first teacher; the student has it built in, and needs no unconditional half."""
+    teacher_sampling: Sampling | None = None
+    """How the teacher of progressive distillation is sampled: two of its steps become one of the student's."""
+
+    @model_validator(mode="after")
+    def _halves(self) -> "Distillation":
+        if (self.teacher_sampling is None) != (self.method == "consistency"):
+            raise ValueError("progressive distillation, and it alone, samples its teacher")
+        return self
+
+
 class Config(Frozen):
     """Everything that determines a run."""
 
@@ -359,6 +391,8 @@ class Config(Frozen):
     sampling: Sampling = Sampling()
     training: Training
     data: Data = Data()
+    distillation: Distillation | None = None
+    """None of a model that was trained without a teacher."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
@@ -373,7 +407,7 @@ class Config(Frozen):
                 f"sampler {self.sampling.sampler} needs a discrete schedule, this model has EDM's: "
                 f"use {', '.join(CONTINUOUS[:-1])} or {CONTINUOUS[-1]}"
             )
-        if self.diffusion.kind == "edm" and self.sampling.spacing != "linspace":
+        if self.diffusion.kind == "edm" and self.sampling.spacing == "leading":
             raise ValueError(
                 f"steps ddim{self.sampling.steps} needs a discrete schedule, this model has EDM's: give a number"
             )
@@ -386,7 +420,24 @@ class Config(Frozen):
                 f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never "
                 "trains: use cfg_scale 1"
             )
+        self._check_student()
         return self
+
+    def _check_student(self) -> None:
+        """ValueError where a model is sampled as only a student can be, or a student as it was not taught to be."""
+        spec, sampling = self.distillation, self.sampling
+        if spec is not None and spec.teacher_sampling is not None:
+            solver = "euler" if self.diffusion.kind == "edm" else "ddim"
+            taught = (solver, spec.teacher_sampling.steps // 2, "trailing")
+            if (sampling.sampler, sampling.steps, sampling.spacing) != taught:
+                raise ValueError(
+                    f"a student that was taught {taught[1]} steps of {solver}: leave sampler and steps as they are, or "
+                    "sample its teacher"
+                )
+        elif spec is not None and sampling.sampler != "consistency":
+            raise ValueError(f"sampler {sampling.sampler}: a student of consistency tuning has its own; leave it out")
+        elif spec is None and sampling.sampler == "consistency":
+            raise ValueError("sampler consistency: only for a student of consistency tuning; use another")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -403,6 +454,17 @@ class Config(Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UserError(f"{source}: {explain(error)}") from None
+
+
+def student_title(config: Config) -> str:
+    """What a student is, in a line."""
+    student, sampling = config.distillation, config.sampling
+    assert student is not None
+    guided = f", guided at {student.cfg_scale:g}" if student.cfg_scale != 1 else ""
+    return (
+        f"{student.method}, {sampling.steps} step{'s' * (sampling.steps > 1)} of {sampling.sampler}, from "
+        f"{Path(student.teacher).name} ({student.teacher_sha256[:12]}){guided}"
+    )
 
 
 KINDS = ("image", "latent", "edm", "adm")

@@ -34,6 +34,7 @@ def facts_of(archive: Archive | None) -> DataFacts | None:
         "class_names": tuple(archive.class_names) if archive.class_names else None,
         "empty_classes": _empty_classes(archive),
         "content": archive.content_hash,
+        "images": len(archive),
     }
     if isinstance(archive, LatentArchive):
         scale, shape = archive.header.scale, archive.latent_shape

@@ -2,15 +2,19 @@
 
 from diffit.diffusion import adm, edm
 from diffit.diffusion.adm import ADMLoss, Schedule, predictor
+from diffit.diffusion.distillation import ConsistencyLoss, ProgressiveLoss
 from diffit.diffusion.edm import EDMLoss, edm_sigmas, lambda_sigmas
 from diffit.diffusion.guidance import guided, power_cosine, within
-from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
+from diffit.diffusion.samplers import consistency, ddim, ddpm, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
 
 __all__ = [
     "ADMLoss",
+    "ConsistencyLoss",
     "EDMLoss",
+    "ProgressiveLoss",
     "Schedule",
     "adm",
+    "consistency",
     "ddim",
     "ddpm",
     "dpm_solver_pp",

@@ -17,7 +17,10 @@ from torch import Tensor
 from diffit.configs.schema import ADMDiffusion
 from diffit.diffusion.guidance import Denoiser
 
-Spacing = Literal["linspace", "leading"]
+Spacing = Literal["linspace", "leading", "trailing"]
+
+TRAILING_SIGMA = 80.0
+"""As EDM's highest level. The cosine schedule goes on to 20,000, where x − σε has no digit of the image left."""
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """``predict(x, t) -> output``: x ``(B, C, …)``, t ``(1,)`` or ``(B,)`` original timesteps, output C or 2C channels."""
@@ -41,6 +44,7 @@ def space_timesteps(total: int, count: int, spacing: Spacing = "linspace") -> Te
 
     ``linspace``: stride (total − 1)/(count − 1), the positions rounded, both ends included.
     ``leading``: every k-th timestep from 0 on, for the whole k that gives ``count``. Raises ValueError where none does.
+    ``trailing``: ⌊k·total/count⌋ − 1 for k = 1 … count, of which every second is that of half as many.
     """
     if not 1 <= count <= total:
         raise ValueError(f"steps {count}: the schedule has {total} timesteps; use 1 to {total}")
@@ -51,8 +55,10 @@ def space_timesteps(total: int, count: int, spacing: Spacing = "linspace") -> Te
                 f"steps {count}: no whole stride leaves {count} of {total} timesteps; use spacing linspace"
             )
         return timesteps
+    if spacing == "trailing":
+        return torch.arange(1, count + 1) * total // count - 1
     if spacing != "linspace":
-        raise ValueError(f"spacing {spacing!r}: use linspace or leading")
+        raise ValueError(f"spacing {spacing!r}: use linspace, leading or trailing")
     stride = (total - 1) / (count - 1) if count > 1 else 1.0
     # Added up one by one, as in the official implementation: a product may round the other way.
     return torch.tensor([round(position) for position in accumulate([0.0] + [stride] * (count - 1))])
@@ -76,8 +82,12 @@ class Schedule:
         return Schedule(self.betas.to(device), self.timesteps.to(device))
 
     def respace(self, steps: int, spacing: Spacing = "linspace") -> "Schedule":
-        """The schedule of fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`."""
-        kept = space_timesteps(len(self), steps, spacing)
+        """The schedule of fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`.
+
+        ``trailing`` begins where σ is at most :data:`TRAILING_SIGMA`.
+        """
+        total = int((self.sigma <= TRAILING_SIGMA).sum()) if spacing == "trailing" else len(self)
+        kept = space_timesteps(total, steps, spacing)
         alpha_bar = self.alpha_bar[kept]
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         return Schedule(1 - alpha_bar / before, self.timesteps[kept])
@@ -121,7 +131,7 @@ class Schedule:
         The step to timestep 0 is several times as long in ln σ as those before it; a solver that extrapolates from
         them over it is worse off than one of first order, and the level of 0.01 that it ends in gains nothing.
         """
-        if spacing == "leading" or steps >= len(self):
+        if spacing != "linspace" or steps >= len(self):
             return self.respace(steps, spacing).sigmas()
         return torch.cat([self.respace(steps + 1, spacing).sigmas()[:-2], self.sigma.new_zeros(1)])
 

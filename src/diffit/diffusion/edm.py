@@ -81,9 +81,14 @@ class EDMLoss:
         return weight * (denoise(noisy, sigma) - images).square().flatten(1).mean(dim=1)
 
 
-def edm_sigmas(steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Noise levels from ``sigma_max`` down to ``sigma_min``, then 0: float64 ``(steps + 1,)`` on the CPU (Eq. 5)."""
-    ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+def edm_sigmas(
+    steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, trailing: bool = False
+) -> Tensor:
+    """Noise levels from ``sigma_max`` down to ``sigma_min``, then 0: float64 ``(steps + 1,)`` on the CPU (Eq. 5).
+
+    ``trailing`` goes to 0 in place of ``sigma_min``: every second level is then that of half as many steps.
+    """
+    ramp = torch.arange(steps, dtype=torch.float64) / max(steps - (not trailing), 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])

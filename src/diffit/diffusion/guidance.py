@@ -25,15 +25,21 @@ def guided(
 
     ``channels`` guides only the first so many channels; the others stay conditional. Where s is within ``tolerance``
     of 1 the unconditional denoiser is not evaluated; samplers pass sigma on the CPU, so that this check needs no
-    host–device synchronisation. A network's raw output may stand in for the denoised image: guidance is linear, and
-    ``channels`` keeps its variances conditional.
+    host–device synchronisation. Of several levels, ``(B,)``, each sample has the scale of its own. A network's raw
+    output may stand in for the denoised image: guidance is linear, and ``channels`` keeps its variances conditional.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        s = float(scale(sigma.detach())) if callable(scale) else scale
         cond = denoise_cond(x, sigma)
-        if abs(s - 1) <= tolerance:
-            return cond
+        s: float | Tensor
+        if callable(scale) and sigma.numel() > 1:
+            values = torch.tensor([float(scale(level)) for level in sigma.detach().flatten().cpu()])
+            values = torch.where((values - 1).abs() <= tolerance, 1.0, values)
+            s = values.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        else:
+            s = float(scale(sigma.detach())) if callable(scale) else scale
+            if abs(s - 1) <= tolerance:
+                return cond
         part = slice(None, channels)
         mixed = torch.lerp(denoise_uncond(x, sigma)[:, part], cond[:, part], s)
         return mixed if channels is None else torch.cat([mixed, cond[:, channels:]], dim=1)

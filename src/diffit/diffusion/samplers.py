@@ -10,6 +10,8 @@ On continuous noise levels ``heun``, ``euler``, ``dpm_solver_pp``, ``dpm_solver_
 - ``callback(i, sigma, x, denoised)`` is called once a step, before the state is advanced;
 - ``after_step(i, sigma, x)`` is called afterwards, and returns the state to go on with.
 
+``consistency`` takes the same; its denoiser must be that of a consistency model.
+
 On a discrete schedule ``ddpm`` and ``ddim`` are called with ``(predict, noise, schedule, …)``: a network's output in
 place of the denoised image; their callbacks see the timestep in place of sigma.
 """
@@ -266,4 +268,29 @@ def ddim(
         if eta > 0 and i > 0 and noise_source is not None:
             x = x + at(spread, step, x) * noise_source(x)
         x = after_step(len(schedule) - 1 - i, t, x)
+    return x
+
+
+def consistency(
+    denoise: Denoiser,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    noise_source: NoiseSource | None = None,
+    callback: Callback | None = None,
+    after_step: AfterStep = keep,
+) -> Tensor:
+    """Multistep consistency sampling (arXiv 2303.01469, Algorithm 1): each step denoises, and adds new noise."""
+    if len(sigmas) > 2 and noise_source is None:
+        raise ValueError("every step but the last adds noise: pass noise_source, for example torch.randn_like")
+    sigmas = sigmas.cpu().double()
+    x = noise * sigmas[0]
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if callback is not None:
+            callback(i, sigma, x, denoised)
+        x = denoised
+        if sigma_next > 0 and noise_source is not None:
+            x = x + noise_source(x) * sigma_next
+        x = after_step(i, sigma, x)
     return x

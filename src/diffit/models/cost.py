@@ -60,7 +60,7 @@ class Cost:
 
     parameters: int
     state_bytes: int
-    """Weights, gradients, two moments and the moving average, float32."""
+    """Weights, gradients, two moments, the moving average and a teacher, float32."""
     activation_bytes: int
     """What autograd keeps for one microbatch, and what one step of the backward pass holds next to it."""
 
@@ -91,8 +91,9 @@ def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: st
     # All that is kept grows with the batch or does not depend on it.
     two, three = (_trace(config.model, n, config.training.grad_ckpt, precision, device) for n in (2, 3))
     activations = round((two + (batch_gpu - 2) * (three - two)) * OVERHEAD[device])
-    parameters = count_parameters(config.model)
-    return Cost(parameters, 5 * FLOAT * parameters, activations)
+    parameters, student = count_parameters(config.model), config.distillation
+    copies = 5 if student is None or student.teacher_sampling is None else 6
+    return Cost(parameters, copies * FLOAT * parameters, activations)
 
 
 @lru_cache

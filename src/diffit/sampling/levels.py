@@ -9,7 +9,7 @@ from torch import Tensor
 from diffit.configs.schema import MULTISTEP, ADMDiffusion, Config, Sampling
 from diffit.diffusion.adm import schedule_of
 from diffit.diffusion.edm import edm_sigmas, lambda_sigmas
-from diffit.diffusion.samplers import dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
+from diffit.diffusion.samplers import consistency, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {
     "heun": heun,
@@ -19,6 +19,7 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
     "dpm++2m-sde": dpm_solver_pp_sde,
     "unipc2": partial(unipc, order=2),
     "unipc": unipc,
+    "consistency": consistency,
 }
 
 
@@ -35,9 +36,13 @@ def noise_levels(config: Config) -> Tensor:
         return torch.tensor([*fitted, 0.0], dtype=torch.float64)
     if not isinstance(diffusion, ADMDiffusion):
         low, high = sampling.sigma_min, sampling.sigma_max
+        if sampling.sampler == "consistency":
+            levels = [high, sampling.sigma_mid or 0.0][: sampling.steps]
+            return torch.tensor([*levels, 0.0], dtype=torch.float64)
         if sampling.levels == "lambda":
             return lambda_sigmas(sampling.steps, low, high)
-        return edm_sigmas(sampling.steps, sigma_min=low, sigma_max=high, rho=sampling.rho)
+        trailing = sampling.spacing == "trailing"
+        return edm_sigmas(sampling.steps, sigma_min=low, sigma_max=high, rho=sampling.rho, trailing=trailing)
     schedule = schedule_of(diffusion)
     if sampling.levels == "lambda":
         return lambda_sigmas(sampling.steps, float(schedule.sigma[0]), float(schedule.sigma[-1]))

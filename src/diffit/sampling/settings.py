@@ -10,7 +10,8 @@ from diffit.errors import UserError
 
 # Setting -> the samplers that know it.
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
-KNOWN_BY = {"eta": ("ddim", "dpm++2m-sde"), "levels": CONTINUOUS} | dict.fromkeys(CHURN, ("heun",))
+KNOWN_BY = {"eta": ("ddim", "dpm++2m-sde"), "levels": CONTINUOUS, "sigma_mid": ("consistency",)}
+KNOWN_BY |= dict.fromkeys(CHURN, ("heun",))
 SPELLED = {"cfg_power": "scale-pow"} | {name: name.replace("_", "-") for name in CHURN}
 GUIDANCE = ("cfg_power", "cfg_interval", "cfg_channels", "cfg_skip")
 
@@ -32,7 +33,8 @@ def with_sampling(config: Config, **changes: Any) -> Config:
     if scale != 1 and not config.model.num_classes:
         raise UserError(f"guidance scale {scale:g}: the model has no classes to be guided to; leave it out")
     if "steps" in changes:
-        changes.setdefault("spacing", "linspace")  # a bare number; "ddim50" brings its own
+        # A bare number; "ddim50" brings its own.
+        changes.setdefault("spacing", "trailing" if config.sampling.spacing == "trailing" else "linspace")
     if changes.get("S_max") == math.inf:
         changes["S_max"] = Sampling().S_max  # JSON has no infinity, and no noise level is above this
     if changes.get("cfg_power") == 0:

@@ -12,6 +12,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from diffit.configs.schema import student_title
 from diffit.data.open import Archive
 from diffit.metrics.record import format_numbers
 from diffit.metrics.suite import parse_metrics
@@ -82,11 +83,13 @@ class Console:
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
         length = f"{training.minutes:g} minutes, at most " if training.minutes and "kimg" in training.chosen else ""
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
+        student = config.distillation
         for line in (
             f"run       {run_dir}{resumed_at}",
             f"data      {len(archive)} images of {width}×{height}×{channels}, {classes}: {archive.path}",
             f"model     {config.preset}: {cost.parameters / 1e6:.3g} M parameters, "
             f"{count_work(config).macs / 1e9:.3g} G multiply-accumulates, {stepper.precision} on {procs.device.type}",
+            *([] if student is None else [f"student   {student_title(config)}"]),
             f"batch     {training.batch} = {stepper.batch_gpu} per GPU × {procs.count} processes "
             f"× {stepper.rounds} accumulated",
             f"duration  {length}{images:,} images, {images // training.batch:,} steps, "
@@ -135,7 +138,8 @@ class Console:
             rate = (images_seen - self.first) / (now - self.began)
             left = duration(self._seconds_left(images_seen, rate))
             self.say(f"time      about {left} at {rate:.1f} img/s, measured over three steps")
-            self.say("loss      1.0 is nothing learnt yet; in brackets from low to high noise")
+            meaning = "1.0 is nothing learnt yet; " if self.stepper.config.distillation is None else ""
+            self.say(f"loss      {meaning}in brackets from low to high noise")
         elif now - self.updated >= self.interval:
             self.updated = now
             self.show(images_seen, float(loss), now)

@@ -23,6 +23,11 @@ def sampled_for_metrics(config: Config) -> Config:
     return with_sampling(config, sampler=config.training.metrics_sampler, steps=config.training.metrics_steps)
 
 
+def best_file(run_dir: Path, name: str) -> Path:
+    """The best weights of a run by the metric ``name``."""
+    return run_dir / record_file(name).replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
+
+
 class Evaluator:
     """The metrics that a configuration asks for. Made before training starts, so that what is missing is said then."""
 
@@ -81,8 +86,8 @@ class Evaluator:
             known = [old for old in read_records(path) if isinstance(old.get("images"), int)]  # of this run
             earlier = [headline(old["results"])[1] for old in known if old["images"] < images_seen]
             if all(better(name, value, old) for old in earlier):
-                best = path.name.replace("metric-", "network-best-").replace(".jsonl", ".safetensors")
-                save_network(log.run_dir / best, net.state_dict(), self.config, kimg=kimg)
+                best = best_file(log.run_dir, record["metric"])
+                save_network(best, net.state_dict(), self.config, kimg=kimg)
             if all(old["images"] != images_seen for old in known):
                 log.metric(path, record)
         return records

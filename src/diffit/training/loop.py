@@ -66,7 +66,8 @@ def train(
             recorded, progress = procs.broadcast(known)
         config = plan(config, archive, procs, autoencoder, recorded=recorded, progress=progress or (0, 0.0))
         training, net = config.training, build_network(config)
-        begun = init_from(net, config, training.init_from) if training.init_from and state is None else None
+        source = config.distillation.teacher if config.distillation else training.init_from
+        begun = init_from(net, config, source) if source and state is None else None
         stepper = Stepper(config, procs, net, precision, autoencoder)
         if state is not None:
             stepper.restore(state)

@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffit.diffusion.adm import ADMLoss
-from diffit.diffusion.edm import EDMLoss
+from diffit.training.losses import Loss
 from diffit.utils.distributed import Processes
 
 BINS = 5
@@ -16,7 +15,7 @@ BINS = 5
 class Meter:
     """Mean loss, also by noise level in bins that training visits equally often; gradient norm; skipped steps."""
 
-    def __init__(self, loss: EDMLoss | ADMLoss, device: torch.device) -> None:
+    def __init__(self, loss: Loss, device: torch.device) -> None:
         edges = loss.bin_edges(BINS)
         self.edges = edges.to(device)
         bounds = ["0", *(f"{edge:.2g}" if edge < 100 else f"{edge:.0f}" for edge in edges.tolist()), "inf"]

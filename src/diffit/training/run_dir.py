@@ -34,6 +34,7 @@ FREE: Any = {
     },
     "sampling": True,
     "data": {"val", "empty_classes", "path", "content"},
+    "distillation": {"teacher", "teacher_sha256"},
 }  # fmt: skip
 
 
@@ -48,9 +49,12 @@ def differences(asked: Config, recorded: Config) -> list[str]:
     ours, theirs = (config.model_dump(exclude=free) for config in (asked, recorded))
     if not same_data(asked, recorded):
         ours["data"]["path"], theirs["data"]["path"] = asked.data.path, recorded.data.path
+    if not same_teacher(asked, recorded):
+        for config, said in ((asked, ours), (recorded, theirs)):
+            said["distillation"] |= config.model_dump(include={"distillation": {"teacher"}})["distillation"]
     return [
         f"{name} {ours[room].get(name)} (the run has {theirs[room].get(name)})"
-        for room in ("data", "training", "diffusion", "autoencoder", "model")
+        for room in ("data", "training", "diffusion", "autoencoder", "model", "distillation")
         if ours[room] != theirs[room]
         for name in dict.fromkeys([*(ours[room] or {}), *(theirs[room] or {})])
         if (ours[room] or {}).get(name) != (theirs[room] or {}).get(name)
@@ -64,8 +68,28 @@ def same_data(asked: Config, recorded: Config) -> bool:
     return asked.data.content == recorded.data.content
 
 
+def same_teacher(asked: Config, recorded: Config) -> bool:
+    """Whether two students have the same teacher, wherever it lies, or one of the same place."""
+    ours, theirs = asked.distillation, recorded.distillation
+    if ours is None or theirs is None:
+        return True
+    return ours.teacher == theirs.teacher or ours.teacher_sha256 == theirs.teacher_sha256
+
+
+def stage(config: Config) -> tuple[str, int] | None:
+    """What tells the runs of one distillation apart: the method and the student's steps; None of other trainings."""
+    student = config.distillation
+    return None if student is None else (student.method, config.sampling.steps)
+
+
 def refuse_other_content(asked: Config, recorded: Config, run_dir: Path) -> None:
-    """Raises :class:`UserError` where an archive of the same place holds other images than a run began with."""
+    """Raises :class:`UserError` where an archive or teacher of the same place is another than a run began with."""
+    ours, theirs = asked.distillation, recorded.distillation
+    if ours and theirs and ours.teacher == theirs.teacher and ours.teacher_sha256 != theirs.teacher_sha256:
+        raise UserError(
+            f"{ours.teacher}: other weights than {run_dir} has for its teacher ({theirs.teacher_sha256[:12]}, now "
+            f"{ours.teacher_sha256[:12]}); restore them, or begin a new run with --resume none"
+        )
     if asked.data.path == recorded.data.path and not same_data(asked, recorded):
         assert asked.data.content is not None
         assert recorded.data.content is not None
@@ -140,7 +164,7 @@ def find_resumable(outdir: Path, config: Config) -> Path | None:
     nearest: tuple[Path, list[str]] | None = None
     for run_dir in reversed(runs(outdir)):
         options, found = read_options(run_dir), states(run_dir)
-        if options is None or not found:
+        if options is None or not found or stage(options) != stage(config):
             continue
         other = differences(config, options)
         if not other:

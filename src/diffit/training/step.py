@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffit.configs.resolve import accumulation
-from diffit.configs.schema import ADMDiffusion, Config, Training
+from diffit.configs.schema import Config, Training
 from diffit.data.augment import Augment, flip_half
-from diffit.diffusion.adm import ADMLoss, schedule_of
-from diffit.diffusion.edm import EDMLoss
 from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
 from diffit.training.checkpoint import load_optimizer_tensors, load_state, save_state, share_state
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.guard import Guard
+from diffit.training.losses import build_loss
 from diffit.training.meter import Meter
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
@@ -39,12 +38,22 @@ def build_network(config: Config) -> DiffiT:
     return channels_last(net) if isinstance(net, ImageDiffiT) else net
 
 
-def build_loss(config: Config, device: torch.device) -> EDMLoss | ADMLoss:
-    """The training loss of a configuration's diffusion, for images on ``device``."""
-    diffusion = config.diffusion
-    if isinstance(diffusion, ADMDiffusion):
-        return ADMLoss(schedule_of(diffusion).to(device))
-    return EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)
+def build_optimizer(net: DiffiT, training: Training) -> torch.optim.Optimizer:
+    """Adam, or RAdam, whose first steps are short of themselves."""
+    groups = parameter_groups(net, training)
+    if training.optimizer == "radam":
+        return torch.optim.RAdam(groups, lr=training.lr, betas=training.betas, eps=training.eps)
+    return torch.optim.Adam(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)
+
+
+def learning_rate(training: Training, seen: int) -> float:
+    """Of the step after which ``seen`` images are seen: it ramps up linearly, stays, and at the end may fall to 0."""
+    rampup = training.lr_rampup_kimg * 1000
+    rate = training.lr * min(seen / rampup, 1.0) if rampup else training.lr
+    if training.lr_decay:
+        left = training.steps - (seen - training.batch) / training.batch
+        rate *= min(left / (training.lr_decay * training.steps), 1.0)
+    return rate
 
 
 def parameter_groups(net: DiffiT, training: Training) -> list[dict[str, Any]]:
@@ -105,9 +114,7 @@ class Stepper:
         self.net = net.to(procs.device).train()
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.net.set_grad_ckpt(training.grad_ckpt)
-        self.optimizer = torch.optim.Adam(
-            parameter_groups(self.net, training), lr=training.lr, betas=training.betas, eps=training.eps, fused=True
-        )
+        self.optimizer = build_optimizer(self.net, training)
         # Also without fp16: the fused optimiser then skips a step with a non-finite gradient without asking the CPU.
         self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
         self.images_seen = 0
@@ -120,7 +127,7 @@ class Stepper:
             self.ddp = DistributedDataParallel(
                 self.net, process_group=procs.steps, gradient_as_bucket_view=True, broadcast_buffers=False
             )
-        self.loss = build_loss(config, procs.device)
+        self.loss = build_loss(config, procs.device, precision, lambda: self.images_seen / 1000 / training.kimg)
         self.augment = Augment(training.augment) if training.augment else None
         self.generator = torch.Generator(procs.device)
         self.meter = Meter(self.loss, procs.device)
@@ -129,10 +136,9 @@ class Stepper:
 
     def step(self, feed: Iterator[tuple[Tensor, Tensor | None]]) -> None:
         training = self.config.training
-        rampup = training.lr_rampup_kimg * 1000
         seen = self.images_seen + training.batch
         for group in self.optimizer.param_groups:
-            group["lr"] = training.lr * group["scale"] * (min(seen / rampup, 1.0) if rampup else 1.0)
+            group["lr"] = group["scale"] * learning_rate(training, seen)
 
         for round_ in range(self.rounds):
             images, labels = next(feed)

@@ -33,7 +33,7 @@ CURVES: dict[str, tuple[tuple[float, float], ...]] = {
 def usual_loss(config: Config, kimg: float) -> float | None:
     """The loss that is usual after ``kimg``; None where it was not measured, or the recipe is another."""
     curve = CURVES.get(config.preset)
-    if curve is None or kimg < curve[0][0]:
+    if curve is None or kimg < curve[0][0] or config.distillation is not None:
         return None
     ours, measured = config.training, get_preset(config.preset).training
     if any(getattr(ours, name) != getattr(measured, name) for name in ("batch", "lr", "conv_lr", "init")):

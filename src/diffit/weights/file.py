@@ -39,7 +39,10 @@ def public(config: Config) -> Config:
     data = config.data.model_copy(update={"path": config.data.path and Path(config.data.path).name, "val": None})
     metrics = tuple(re.sub(r"[^:]*/", "", name) for name in config.training.metrics)  # a detector may be a file
     training = config.training.model_copy(update={"init_from": None, "metrics": metrics, "metrics_ref": None})
-    return config.model_copy(update={"data": data, "training": training})
+    student = config.distillation
+    if student is not None:
+        student = student.model_copy(update={"teacher": Path(student.teacher).name})
+    return config.model_copy(update={"data": data, "training": training, "distillation": student})
 
 
 def is_local(vae: str) -> bool:

@@ -1,0 +1,279 @@
+"""Students of small teachers, from the command to the file that is sampled without a flag."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from diffit.cli import cli
+from diffit.configs.presets import get_preset
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data.archive import ImageArchive
+from diffit.diffusion.edm import edm_sigmas
+from diffit.errors import UserError
+from diffit.models import build
+from diffit.sampling import load
+from diffit.training import loop
+from diffit.training.checkpoint import states
+from diffit.training.distill import Order, Teacher, check_steps, distill
+from diffit.training.step import learning_rate
+from diffit.utils.distributed import Processes
+from diffit.weights import newest_snapshot, read_header, save_network
+from diffit.weights.file import state_hash
+from helpers import command, write_archive
+
+ONE = Processes(0, 1, torch.device("cpu"))
+SHORT = {"kimg": 0.048, "batch_gpu": 4, "grid": (2, 2), "metrics": ()}
+
+
+def write_network(path, *, seed=0, **options):
+    """Random weights, the last layer's too, so that its images are not all alike."""
+    config = resolve("debug", {"cond": True, **options}, DataFacts(3, (16, 16), 3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build(config.model)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_network(path, net.state_dict(), config)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("data") / "pets.zip", 24)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_network(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+def make(teacher, pets, outdir, method="progressive", steps=(2, 1), **options):
+    archive = ImageArchive(pets, cond=True)
+    order = Order(teacher, method, steps, {"data": str(pets), **SHORT, **options})
+    return distill(order, archive, outdir, ONE)
+
+
+@pytest.fixture(scope="module")
+def students(teacher, pets, tmp_path_factory):
+    outdir = tmp_path_factory.mktemp("progressive")
+    return outdir, *make(teacher, pets, outdir, cfg_scale=1.5)
+
+
+def test_progressive_distillation_makes_a_file_a_stage_from_the_student_before(students, teacher):
+    outdir, outcome, files = students
+    assert [file.name for file in files] == ["student-2.safetensors", "student-1.safetensors"]
+    runs = sorted(path for path in outdir.iterdir() if path.is_dir())
+    assert [run.name.rpartition("-progressive-")[2] for run in runs] == ["2", "1"]
+    assert outcome.run_dir == runs[1]
+    weights = [teacher, newest_snapshot(runs[0])]
+    for file, source, steps in zip(files, weights, (2, 1), strict=True):
+        config, kimg = read_header(file)
+        assert kimg == 0.024  # the length is that of both runs
+        spec, sampling = config.distillation, config.sampling
+        assert (sampling.sampler, sampling.steps, sampling.spacing, sampling.cfg_scale) == (
+            "euler",
+            steps,
+            "trailing",
+            1,
+        )
+        assert (spec.method, spec.teacher, spec.cfg_scale) == ("progressive", source.name, 1.5)
+        assert spec.teacher_sha256 == state_hash(load_file(source))
+        assert (spec.teacher_sampling.steps, spec.teacher_sampling.sampler) == (
+            2 * steps,
+            "heun" if steps == 2 else "euler",
+        )
+        assert spec.teacher_sampling.cfg_scale == (1.5 if steps == 2 else 1)
+
+
+def test_a_student_is_sampled_by_the_steps_it_was_taught_and_refuses_others(students):
+    _, _, files = students
+    model, levels = load(files[0], device="cpu"), []
+    model.sample([0, 1], [0, 1], callback=lambda i, sigma, x, denoised: levels.append(float(sigma)))
+    assert levels == edm_sigmas(2, trailing=True)[:-1].tolist()
+    assert torch.equal(model.sample([5], [1]), model.sample([5], [1], steps=2, sampler="euler"))
+    for settings in ({"steps": 4}, {"sampler": "heun"}):
+        with pytest.raises(
+            UserError, match="a student that was taught 2 steps of euler: leave sampler and steps as they"
+        ):
+            model.with_sampling(**settings)
+    with pytest.raises(UserError, match="needs the null class"):
+        model.with_sampling(cfg_scale=2.0)
+
+
+def test_the_first_student_begins_as_its_teacher_and_learns(students, teacher):
+    outdir, _, files = students
+    before, after = load_file(teacher), load_file(files[0])
+    assert before.keys() - after.keys() == {"augment_embedder.weight"}  # students are trained without augmentation
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert "head.weight" in moved
+    assert all((after[name] - before[name]).abs().max() < 0.02 for name in moved)
+    first = sorted(path for path in outdir.iterdir() if path.is_dir())[0]
+    log = (first / "log.txt").read_text()
+    assert "student   progressive, 2 steps of euler, from teacher.safetensors" in log
+    assert "guided at 1.5" in log
+
+
+def test_the_same_command_again_does_nothing(students, teacher, pets):
+    outdir, _, files = students
+    before = [file.read_bytes() for file in files]
+    outcome, again = make(teacher, pets, outdir, cfg_scale=1.5)
+    assert outcome.snapshot is None
+    assert [file.read_bytes() for file in again] == before
+    assert len([path for path in outdir.iterdir() if path.is_dir()]) == 2
+
+
+def test_consistency_tuning_makes_files_for_one_and_two_evaluations(teacher, pets, tmp_path):
+    outcome, files = make(
+        teacher, pets, tmp_path, "consistency", metrics=("kd24_full:pixels",), metrics_ticks=1, batch=8
+    )
+    assert [file.name for file in files] == ["student-2.safetensors", "student-1.safetensors"]
+    records = [
+        json.loads(line) for line in (outcome.run_dir / "metric-kd24_full-pixels.jsonl").read_text().splitlines()
+    ]
+    best = min(records, key=lambda record: record["results"]["kd"])
+    for file, steps in zip(files, (2, 1), strict=True):
+        config, kimg = read_header(file)
+        assert (config.sampling.sampler, config.sampling.steps) == ("consistency", steps)
+        assert (config.distillation.method, config.distillation.cfg_scale) == ("consistency", 1)
+        assert kimg == best["kimg"]  # the guard: the best by validation, not the last
+    model, levels = load(files[0], device="cpu"), []
+    model.sample([0], [0], callback=lambda i, sigma, x, denoised: levels.append(float(sigma)))
+    assert levels == [80, model.config.sampling.sigma_mid]
+    assert torch.equal(model.sample([3], [0], steps=1), load(files[1], device="cpu").sample([3], [0]))
+    with pytest.raises(UserError, match="has its own; leave it out"):
+        model.with_sampling(sampler="heun", steps=8)
+    training = json.loads((outcome.run_dir / "training_options.json").read_text())["training"]
+    assert (training["optimizer"], training["lr_decay"]) == ("radam", 0.5)
+
+
+@pytest.mark.parametrize("method", ["progressive", "consistency"])
+def test_stopped_and_resumed_equals_run_through_to_the_last_bit(teacher, pets, tmp_path, monkeypatch, method):
+    whole, _ = make(teacher, pets, tmp_path / "whole", method, (1,))
+    honest = loop.feed
+
+    def breaking(*given, **named):
+        images = honest(*given, **named)
+        for _ in range(7):  # two microbatches a step: in the middle of the fourth
+            yield next(images)
+        raise UserError("ant.png is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "feed", breaking)
+        with pytest.raises(UserError, match=r"everything up to 0.024 kimg is saved"):
+            make(teacher, pets, tmp_path / "parts", method, (1,))
+    parts, _ = make(teacher, pets, tmp_path / "parts", method, (1,))
+    for kind in ("model", "ema", "optimizer"):
+        expected, found = (load_file(states(outcome.run_dir)[-1] / f"{kind}.safetensors") for outcome in (whole, parts))
+        assert expected.keys() == found.keys()
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["progressive", "consistency"])
+def test_two_processes_learn_what_one_learns(teacher, pets, tmp_path, method):
+    words = ["--network", teacher, "--data", pets, "--method", method, "--steps", 1, "--batch-gpu", 4, "--kimg", 0.048,
+             "--grid", "1x1", "--metrics", "none"]  # fmt: skip
+    found = []
+    for processes in (1, 2):
+        command("distill", *words, "--outdir", tmp_path / str(processes), processes=processes)
+        found.append(load_file(tmp_path / str(processes) / "student-1.safetensors"))
+    for name, tensor in found[0].items():
+        assert_close(tensor, found[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_together_is_one_line_before_any_work(teacher, students, pets, tmp_path):
+    _, _, files = students
+    images = DataFacts(3, (16, 16), 3)
+
+    def refused(match, source, method="progressive", steps=4, facts=images, **options):
+        with pytest.raises(UserError, match=match) as error:
+            Teacher.read(source).student(method, steps, options, facts)
+        assert "\n" not in str(error.value)
+
+    refused(
+        "a model of 16×16×3, the data are 32×32×3; give data of the teacher's size",
+        teacher,
+        facts=DataFacts(3, (32, 32), 3),
+    )
+    refused("a model of 16×16×3, the data are 16×16×1", teacher, facts=DataFacts(1, (16, 16), 3))
+    refused("3 classes, the data have 5; give data labelled as the teacher's", teacher, facts=DataFacts(3, (16, 16), 5))
+    refused("is itself a student of 2 steps; begin with half as many", files[0])
+    refused("itself a student", files[0], "consistency", 1)
+    refused("consistency tuning knows no guidance", teacher, "consistency", 1, cfg_scale=2.0)
+    refused("the data are latents, .* is an image-space model", teacher, facts=DataFacts(
+        3, (16, 16), 3, latent_scale=0.2, latent_shape=(4, 2, 2)
+    ))  # fmt: skip
+    discrete = write_network(tmp_path / "cosine.safetensors", diffusion="cosine")
+    refused("consistency tuning is for EDM's noise levels", discrete, "consistency", 1)
+    refused("the teacher has 1000 timesteps; use at most half as many", discrete, steps=501)
+    for steps in ((8, 3), (4, 4), (), (0,)):
+        with pytest.raises(UserError, match="half as many steps as the one before"):
+            check_steps("progressive", steps)
+    for steps in ((4, 2), (1, 1), ()):
+        with pytest.raises(UserError, match="takes 2 or 1; use 2,1"):
+            check_steps("consistency", steps)
+
+
+def test_a_student_of_consistency_tuning_teaches_nobody(teacher, pets, tmp_path):
+    _, files = make(teacher, pets, tmp_path, "consistency", (1,), kimg=0.008)
+    with pytest.raises(UserError, match="no trajectory to halve; give its own teacher"):
+        Teacher.read(files[0]).student("progressive", 1, {}, DataFacts(3, (16, 16), 3))
+
+
+def test_a_teacher_that_became_another_is_refused_and_one_that_moved_is_not(teacher, pets, tmp_path):
+    source = tmp_path / "mine.safetensors"
+    source.write_bytes(teacher.read_bytes())
+    first, _ = make(source, pets, tmp_path / "runs", steps=(1,), kimg=0.016)
+    moved = source.rename(tmp_path / "moved.safetensors")
+    again, _ = make(moved, pets, tmp_path / "runs", steps=(1,), kimg=0.016)
+    assert (again.run_dir, again.snapshot) == (first.run_dir, None)
+    write_network(source, seed=1)
+    with pytest.raises(UserError, match=r"mine.safetensors: other weights than .* for its teacher .*--resume none"):
+        make(source, pets, tmp_path / "runs", steps=(1,), kimg=0.032)
+
+
+def test_a_discrete_schedule_is_halved_and_its_student_sampled_by_ddim(pets, tmp_path):
+    source = write_network(tmp_path / "cosine.safetensors", diffusion="cosine")
+    _, (file,) = make(source, pets, tmp_path / "runs", steps=(2,), kimg=0.016)
+    model, timesteps = load(file, device="cpu"), []
+    model.sample([0], [0], callback=lambda i, t, x, denoised: timesteps.append(int(t)))
+    # The last t of the cosine schedule with tan(π/2·((t + 1)/1000 + 0.008)/1.008) up to 80, and the one half way.
+    highest = int(1000 * (math.atan(80) / (math.pi / 2) * 1.008 - 0.008))
+    assert timesteps == [highest - 1, highest // 2 - 1]
+
+
+def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_the_run():
+    training = get_preset("debug").training.model_copy(update={"lr_decay": 0.5, "lr": 1.0, "kimg": 0.08, "batch": 8})
+    rates = [learning_rate(training, seen) for seen in range(8, 88, 8)]
+    assert_close(rates, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])  # ramps up over 0.04 kimg
+
+
+def test_the_command_line_makes_a_student_and_sample_needs_no_flag(teacher, pets, tmp_path, capsys):
+    words = ["--network", teacher, "--data", pets, "--outdir", tmp_path / "runs", "--method", "progressive",
+             "--steps", 1, "--kimg", 0.008, "--grid", "2x2", "--metrics", "none"]  # fmt: skip
+    cli(["distill", *map(str, words)], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "student-1.safetensors: progressive, 1 step of euler, from teacher.safetensors" in said
+    student = tmp_path / "runs" / "student-1.safetensors"
+    cli(
+        ["sample", "--network", str(student), "--outdir", str(tmp_path / "images"), "--seeds", "0-3"],
+        standalone_mode=False,
+    )
+    assert len(list((tmp_path / "images").glob("*.png"))) == 4
+    assert "euler, 1 steps" in capsys.readouterr().out
+    cli(["info", str(student)], standalone_mode=False)
+    assert "student     progressive, 1 step of euler" in capsys.readouterr().out
+
+
+def test_the_pipeline_loads_a_student(students):
+    pytest.importorskip("diffusers")
+    from diffit.pipeline import DiffiTPipeline
+
+    _, _, files = students
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = DiffiTPipeline.from_network(files[0])([0, 1], latents=noise, output_type="latent").images
+    assert_close(found, load(files[0], device="cpu").sample(labels=[0, 1], noise=noise))
