@@ -130,7 +130,8 @@ class Mirror:
 
                 files, root = url_to_fs(self.url)
             except ImportError as error:
-                raise UserError(f"{self.url}: {scheme}:// needs another package: {install_hint('remote')}") from error
+                remedy = "pip install gcsfs" if scheme in ("gs", "gcs") else install_hint("remote")
+                raise UserError(f"{self.url}: {scheme}:// needs another package: {remedy}") from error
             yield files, root
 
     @contextmanager
