@@ -23,6 +23,7 @@ COMMANDS = {
     "metrics": ("diffit.cli.metrics", "Judge samples: FID and its relatives, near-copies."),
     "sample": ("diffit.cli.sample", "Sample images from a trained model."),
     "export": ("diffit.cli.export", "Write a network for the official implementation, for diffusers or for the Hub."),
+    "studio": ("diffit.cli.studio", "Try models, look into them and watch runs, in the browser."),
     "info": ("diffit.cli.info", "Say what a preset or a network file is, and what it costs to run."),
 }
 
