@@ -18,7 +18,7 @@ gr = pytest.importorskip("gradio", reason="the page needs gradio: extra studio")
 
 from diffit.studio import Shelf, compare_tab, data_tab, explore_tab, inside_tab, runs_tab, sample_tab  # noqa: E402
 from diffit.studio.app import read_auth, require_free, serve  # noqa: E402
-from diffit.studio.common import Scratch, checked, decode, fit_image, painted, read_upload  # noqa: E402
+from diffit.studio.common import Scratch, checked, decode, escape, fit_image, painted, read_upload  # noqa: E402
 from diffit.studio.controls import solver_values  # noqa: E402
 from diffit.studio.request import RANDOM, Request  # noqa: E402
 from studio.folders import free_port, write_run  # noqa: E402
@@ -124,7 +124,7 @@ def test_names_from_files_are_no_markup(shelf):
         bad()
     assert "<img" not in caught.value.message
     assert "&lt;img" in caught.value.message
-    assert data_tab.escape("<b>[x](javascript:1)`") == "&lt;b>&#91;x](javascript:1)&#96;"
+    assert escape("<b>[x](javascript:1)`") == "&lt;b>&#91;x](javascript:1)&#96;"
 
 
 def test_other_tabs_look_names_up_as_well(shelf):

@@ -55,7 +55,8 @@ def live(work: Callable[[Callback], Tensor]) -> Iterator[Progress]:
 
     def run() -> None:
         try:
-            steps.put(Progress(count, 0.0, None, work(callback)))
+            result = work(callback)
+            steps.put(Progress(count, 0.0, None, result))
         except _StoppedError:
             pass
         except BaseException as error:

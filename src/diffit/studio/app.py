@@ -76,7 +76,7 @@ def serve(
         server_name=host, server_port=port, share=share, auth=auth, prevent_thread_lock=True, quiet=True,
         theme=gr.themes.Default(font=FONT, font_mono=MONO), css=CSS, footer_links=[], run_history=False,
         max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, state_session_capacity=200, pwa=False,
-        allowed_paths=[] if shelf.runs_dir is None else [str(shelf.runs_dir)], strict_cors=True, mcp_server=False,
+        strict_cors=True, mcp_server=False,
     )  # fmt: skip
     if block:
         try:

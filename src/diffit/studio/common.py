@@ -56,6 +56,11 @@ def message(text: str) -> gr.Error:
     return gr.Error(html.escape(printable(text, 600)), title="Not possible", print_exception=False)
 
 
+def escape(text: str) -> str:
+    """What Markdown or a browser would take as markup in a name from a file, as it is."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("[", "&#91;")
+
+
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """An event's function, also a generator, in :func:`told`."""
     if inspect.isgeneratorfunction(function):

@@ -89,7 +89,7 @@ def build(shelf: Shelf) -> None:
         first = gr.Number(0, label="First seed", precision=0, min_width=110)
         count = gr.Slider(1, 64, 9, step=1, label="Images", min_width=150)
         go = gr.Button("Compare", variant="primary", elem_id="compare", min_width=110)
-        cancel = gr.Button("Cancel", variant="stop", min_width=110)
+        cancel = gr.Button("Cancel", min_width=110)
     status = gr.Markdown("", elem_id="compare-status")
     with gr.Row():
         pictures = [

@@ -13,7 +13,7 @@ from diffit.data.check import CheckReport, check
 from diffit.errors import UserError, printable
 from diffit.explore.neighbours import TrainingImages
 from diffit.explore.pictures import picture
-from diffit.studio.common import DEVICE, checked, grid_picture
+from diffit.studio.common import DEVICE, checked, escape, grid_picture
 from diffit.studio.controls import chooser
 from diffit.studio.explore_tab import PRIVATE, prepared
 from diffit.studio.request import class_of, seed_of
@@ -66,11 +66,6 @@ def describe(shelf: Shelf) -> tuple[str, list[list[Any]], Image.Image | None]:
     ]
     images = None if report.samples is None else grid_picture(to_float(report.samples[:64]))
     return "\n".join(f"- {escape(line)}" for line in lines), classes, images
-
-
-def escape(text: str) -> str:
-    """What Markdown or a browser would take as markup in a name from a file, as it is."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("[", "&#91;")
 
 
 def neighbours(shelf: Shelf, network: str, label: str, seed: Any, detector: str) -> list[tuple[Image.Image, str]]:

@@ -156,7 +156,7 @@ def _build_between(shelf: Shelf, scratch: Scratch, network: gr.Dropdown) -> None
                 steps = gr.Number(None, label="Steps", info="empty: the file's", precision=0, min_width=90)
             with gr.Row():
                 go = gr.Button("Interpolate", variant="primary", elem_id="interpolate")
-                cancel = gr.Button("Cancel", variant="stop")
+                cancel = gr.Button("Cancel")
         with gr.Column(scale=3, min_width=300):
             frame = gr.Image(label="Frame", format="png", interactive=False, elem_id="frame", buttons=["download"])
             position = gr.Slider(0, 100, 0, step=1, label="Position between the two, in percent", elem_id="position")
@@ -212,7 +212,7 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown, label: gr.Dropdown) -> None:
                     1, MAX_RESAMPLES, 5, step=1, label="Resamples", info="more: both parts agree better", min_width=150
                 )
                 paint = gr.Button("Inpaint", variant="primary", elem_id="inpaint", min_width=110)
-            cancel = gr.Button("Cancel", variant="stop")
+            cancel = gr.Button("Cancel")
             status = gr.Markdown("", elem_id="edit-status")
             result = gr.Image(
                 label="Result", format="png", interactive=False, elem_id="edited", buttons=["download", "fullscreen"]

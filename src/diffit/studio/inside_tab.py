@@ -149,9 +149,8 @@ def build(shelf: Shelf) -> None:
     def start(network: str, label: str, number: Any, count: Any) -> list[Any]:
         found = look(shelf, network, label, number, count)
         names = list(attention_layers(shelf.model(network).net))
-        middle = names[len(names) // 2]
-        chosen = gr.update(choices=names, value=middle)
-        return [found, chosen, gr.update(maximum=found.steps, value=(found.steps + 1) // 2), MIDDLE, middle]
+        chosen = gr.update(choices=names, value=names[len(names) // 2])
+        return [found, chosen, gr.update(maximum=found.steps, value=(found.steps + 1) // 2), MIDDLE]
 
     def show(found: Looked | None, name: str, at: Any, spot: Any, lines: bool) -> list[Any]:
         if found is None:
@@ -176,9 +175,8 @@ def build(shelf: Shelf) -> None:
 
     shown = [image, heads, process, bias, curves, where]
     inputs = [looked, block, step, place, show_windows]
-    first_block = gr.State("")
     event = go.click(
-        checked(start), [choice.network, choice.label, seed, steps], [looked, block, step, place, first_block],
+        checked(start), [choice.network, choice.label, seed, steps], [looked, block, step, place],
         api_name="look", show_progress_on=image, **DEVICE,
     )  # fmt: skip
     how: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": where, "api_visibility": "private"} | DEVICE

@@ -5,11 +5,12 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from PIL import Image
 
 from diffit.errors import UserError
 from diffit.explore.runs import RunView, compare_runs, read_run
 from diffit.metrics.record import format_numbers
-from diffit.studio.common import checked
+from diffit.studio.common import checked, decode, escape
 from diffit.studio.explore_tab import PRIVATE
 from diffit.studio.shelf import Shelf
 
@@ -45,6 +46,10 @@ def metric_table(view: RunView) -> list[list[Any]]:
     ]
 
 
+def picture_of(path: Path) -> Image.Image:
+    return decode(path.read_bytes(), path.name)
+
+
 def fingerprint(path: Path) -> tuple[float, ...]:
     """Changes when a run writes something that the page shows."""
     try:
@@ -67,7 +72,7 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
             health = gr.Markdown("", elem_id="health")
             grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="run-grid", buttons=["download"])
             when = gr.Slider(0, 1, 1, step=1, label="Grid, from the first to the newest", elem_id="when")
-            resume = gr.Code(label="To go on with it", language="shell", interactive=False, wrap_lines=True)
+            resume = gr.Code(label="To go on with it", language="shell", interactive=False, wrap_lines=True, lines=1)
         with gr.Column(scale=3, min_width=300):
             loss = _plot("Loss", "loss-plot")
             levels = _plot("Loss by noise level", "levels-plot")
@@ -78,7 +83,7 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
     with gr.Accordion("Log", open=False):
         log = gr.Textbox(label="The last lines of log.txt", lines=12, max_lines=20, interactive=False, elem_id="log")
     with gr.Accordion("Settings", open=False):
-        options = gr.Code(label="training_options.json", language="json", interactive=False)
+        options = gr.Code(label="training_options.json", language="json", interactive=False, lines=4, max_lines=30)
     with gr.Accordion("All runs side by side", open=False):
         chosen = gr.Dropdown(SETTINGS, value=SETTINGS[:3], multiselect=True, label="Settings", elem_id="settings")
         table = gr.Dataframe(interactive=False, elem_id="runs-table", wrap=True)
@@ -87,8 +92,8 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
         view = read_run(shelf.run(name))
         last = len(view.grids) - 1
         return [
-            "\n".join(f"- {line}" for line in view.health()),
-            str(list(view.grids.values())[-1]) if view.grids else None,
+            "\n".join(f"- {escape(line)}" for line in view.health()),
+            picture_of(list(view.grids.values())[-1]) if view.grids else None,
             gr.update(maximum=max(last, 1), value=max(last, 1)),
             view.resume(),
             curves(view, "loss", "val_loss"),
@@ -101,16 +106,18 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
         ]
 
     def tick(name: str | None, known: tuple[str | None, tuple[float, ...]]) -> Any:
-        """Nothing is sent where nothing was written."""
-        if not name:
+        """Nothing is sent where nothing was written; that a run has gone is said once."""
+        run = shelf.runs().get(name or "")
+        now = (name, () if run is None else fingerprint(run))
+        if not name or known == now:
             return [gr.skip()] * len(shown)
-        if known[0] == name and known[1] == fingerprint(shelf.runs().get(name, Path("/nowhere"))):
-            return [gr.skip()] * len(shown)
+        if run is None:
+            return ["- the run's folder is gone; choose another run", *[gr.skip()] * (len(shown) - 2), now]
         return show(name)
 
-    def at(name: str | None, index: float) -> str | None:
+    def at(name: str | None, index: float) -> Image.Image | None:
         grids = list(read_run(shelf.run(name)).grids.values())
-        return str(grids[min(int(index), len(grids) - 1)]) if grids else None
+        return picture_of(grids[min(int(index), len(grids) - 1)]) if grids else None
 
     def side_by_side(settings: list[str]) -> Any:
         for setting in settings:

@@ -16,7 +16,7 @@ from diffit.explore.live import live
 from diffit.sampling.cost import count_evaluations
 from diffit.sampling.labels import class_title
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, Scratch, checked, grid_picture
+from diffit.studio.common import DEVICE, Scratch, checked, escape, grid_picture
 from diffit.studio.controls import ask, chooser, config_of, solver_controls, solver_values
 from diffit.studio.request import RANDOM, Request
 from diffit.studio.shelf import Shelf
@@ -62,7 +62,7 @@ def finished(model: Model, request: Request, seconds: float) -> str:
         f"**{request.count} images** of {'×'.join(map(str, model.config.image_shape[:0:-1]))} pixels in "
         f"{seconds:.2f} s ({request.count / seconds:.3g} img/s) · {conditional + unconditional} evaluations each"
         + (f" ({unconditional} without the class)" if unconditional else "")
-        + f" · {model.precision} on {model.device} · {printable(label)}"
+        + f" · {model.precision} on {model.device} · {escape(printable(label))}"
     )
 
 
@@ -131,7 +131,7 @@ def build(page: gr.Blocks, shelf: Shelf, scratch: Scratch) -> None:
                 solver = solver_controls(shelf, choice.network)
             with gr.Row():
                 go = gr.Button("Sample", variant="primary", elem_id="sample")
-                cancel = gr.Button("Cancel", elem_id="cancel", variant="stop")
+                cancel = gr.Button("Cancel", elem_id="cancel")
             past = gr.Dropdown([], label="History", info="in this browser", elem_id="history")
         with gr.Column(scale=3, min_width=300):
             picture = gr.Image(
@@ -140,8 +140,12 @@ def build(page: gr.Blocks, shelf: Shelf, scratch: Scratch) -> None:
             status = gr.Markdown("", elem_id="status")
             files = gr.File(label="Download", file_count="multiple", visible="hidden", interactive=False)
             with gr.Accordion("The same as a command and in Python", open=False):
-                command = gr.Code(label="Command line", language="shell", interactive=False, wrap_lines=True)
-                python = gr.Code(label="Python", language="python", interactive=False, wrap_lines=True)
+                command = gr.Code(
+                    label="Command line", language="shell", interactive=False, wrap_lines=True, lines=1, max_lines=6
+                )
+                python = gr.Code(
+                    label="Python", language="python", interactive=False, wrap_lines=True, lines=1, max_lines=8
+                )
 
     def run(*values: Any) -> Iterator:
         for picture, status, command, python, files, record in sample(shelf, scratch, *values):
