@@ -81,7 +81,7 @@ class Index:
 
     def names(self, rows: Sequence[int] | Array) -> list[str]:
         """Of these images, relative to the archive."""
-        chosen, ends, text = np.asarray(rows, np.int64), self.arrays["name_end"], memoryview(self.arrays["name"])
+        chosen, ends, text = np.asarray(rows, np.int64), self.arrays["name_end"], self.arrays["name"].data
         spans = zip(ends[chosen].tolist(), ends[chosen + 1].tolist(), strict=True)
         return [str(text[begin:end], "utf-8", "surrogatepass") for begin, end in spans]
 
@@ -127,7 +127,8 @@ class Index:
             return read_file(self._on_disk(name), int(self.arrays["crc"][row]) if self.has_sums else None)
 
     def _on_disk(self, name: str) -> Path:
-        return self.path / self.about["stored"].get(name, name)
+        stored: str = self.about["stored"].get(name, name)
+        return self.path / stored
 
     def _part(self, row: int) -> int:
         return int(self.arrays["part"][row]) if len(self.zips) > 1 else 0

@@ -35,7 +35,7 @@ class Mirror:
 
     Attributes:
         path: of the archive: the folder, or the place of the one zip in it.
-        entries: [name, size, version] of its zips and of what describes them, by name. Where these change,
+        entries: (name, size, version) of its zips and of what describes them, by name. Where these change,
             the folder is another one.
 
     Raises UserError for what cannot be reached and what is no archive.
@@ -49,8 +49,8 @@ class Mirror:
             found = {
                 str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: info for info in listed if info["type"] != "directory"
             }
-        self.entries = [
-            [name, int(info["size"]), next((str(info[key]) for key in VERSIONS if info.get(key) is not None), "")]
+        self.entries: list[tuple[str, int, str]] = [
+            (name, int(info["size"]), next((str(info[key]) for key in VERSIONS if info.get(key) is not None), ""))
             for name, info in sorted(found.items())
             if name in DESCRIBING or name.lower().endswith(".zip")
         ]

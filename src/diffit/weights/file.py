@@ -93,7 +93,7 @@ def stream_tensors(state: Mapping[str, Tensor], path: Path) -> str:
     text += b" " * (-len(text) % 8)
     total = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        parts = (memoryview(state[key].reshape(-1).view(torch.uint8).numpy()) for key in order)
+        parts = (state[key].reshape(-1).view(torch.uint8).numpy().data for key in order)
         for part in chain((memoryview(len(text).to_bytes(8, "little")), memoryview(text)), parts):
             for start in range(0, len(part), PIECE):
                 piece = part[start : start + PIECE]
