@@ -34,7 +34,8 @@ class Bytes(click.ParamType):
         if match is None:
             self.fail(f"{value!r} is not a size; write 4GiB or 500MB", param, ctx)
         unit = 0 if match[2] is None else "kmgt".index(match[2]) + 1
-        return int(int(match[1]) * (1024 if match[3] else 1000) ** unit)
+        factor: int = (1024 if match[3] else 1000) ** unit
+        return int(match[1]) * factor
 
 
 class Numbers(click.ParamType):

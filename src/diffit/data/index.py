@@ -127,7 +127,8 @@ class Index:
             return read_file(self._on_disk(name), int(self.arrays["crc"][row]) if self.has_sums else None)
 
     def _on_disk(self, name: str) -> Path:
-        return Path(self.path, self.about["stored"].get(name, name))
+        stored: str = self.about["stored"].get(name, name)
+        return self.path / stored
 
     def _part(self, row: int) -> int:
         return int(self.arrays["part"][row]) if len(self.zips) > 1 else 0

@@ -49,7 +49,7 @@ class Mirror:
             found = {
                 str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: info for info in listed if info["type"] != "directory"
             }
-        self.entries = [
+        self.entries: list[tuple[str, int, str]] = [
             (name, int(info["size"]), next((str(info[key]) for key in VERSIONS if info.get(key) is not None), ""))
             for name, info in sorted(found.items())
             if name in DESCRIBING or name.lower().endswith(".zip")
