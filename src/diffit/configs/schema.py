@@ -145,7 +145,7 @@ DISCRETE = ("ddpm", "ddim")
 class Sampling(Frozen):
     """What ``diffit sample`` does with the file when nothing else is asked for."""
 
-    sampler: Literal["heun", "euler", "dpm++", "ddpm", "ddim", "consistency"] = "heun"
+    sampler: Literal["heun", "euler", "dpm++", "consistency", "ddpm", "ddim"] = "heun"
     steps: Steps = 18
     spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     """Of a discrete schedule's timesteps: from end to end, or every k-th from 0 on for a whole k.
