@@ -91,7 +91,7 @@ def test_a_number_is_refused_or_survives_json(kind, needed, name, value):
         (Sampling, {"sigma_min": 80.0, "sigma_max": 80.0}, "sigma_min 80 must be below sigma_max 80"),
         (Sampling, {"steps": 0}, "greater than or equal to 1"),
         (Sampling, {"steps": "ddim0"}, "or ddim50 and the like"),
-        (Sampling, {"sampler": "dim"}, "'heun', 'euler'.* or 'consistency'"),
+        (Sampling, {"sampler": "dim"}, "'heun', 'euler'.* or 'ddim'"),
         (Sampling, {"S_noise": math.inf}, "finite"),
         (Sampling, {"cfg_scale": math.nan}, "finite"),
         (Training, RECIPE | {"lr": math.nan}, "finite"),

@@ -177,8 +177,8 @@ shorter = pytest.mark.parametrize(("steps", "spacing"), [(250, "linspace"), (25,
 
 @pytest.mark.parametrize("respace", [LINEAR.respace, LINEAR.multistep_sigmas])
 def test_an_unknown_spacing_is_refused(respace):
-    with pytest.raises(ValueError, match="spacing 'trailing': use linspace or leading"):
-        respace(10, "trailing")
+    with pytest.raises(ValueError, match="spacing 'even': use linspace, leading or trailing"):
+        respace(10, "even")
 
 
 @shorter

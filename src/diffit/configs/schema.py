@@ -146,7 +146,7 @@ AUGMENT_LABELS = 9
 """What :mod:`diffit.data.augment` tells the network of its transforms."""
 
 ODESampler = Literal["heun", "euler", "dpm++", "dpm++3m", "unipc2", "unipc"]
-Sampler = Literal[ODESampler, "dpm++2m-sde", "ddpm", "ddim", "consistency"]
+Sampler = Literal[ODESampler, "dpm++2m-sde", "consistency", "ddpm", "ddim"]
 DISCRETE = ("ddpm", "ddim")
 """Samplers on the schedule's own timesteps."""
 CONTINUOUS = (*get_args(ODESampler), "dpm++2m-sde")
