@@ -75,7 +75,7 @@ def test_runs_are_compared_by_settings_and_one_that_goes_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("preset", ["debug", "latent-debug", "digits", "small32"])
 def test_memory_grows_with_the_images_and_covers_every_map_of_the_network(preset):
-    """Between the largest single map and all that the forward pass ever made."""
+    """At least the largest map; of toys, whose tables are larger than their maps, an order of magnitude above all."""
     config = get_preset(preset)
     from diffit.models import build
     from diffit.models.cost import example_inputs
@@ -89,7 +89,7 @@ def test_memory_grows_with_the_images_and_covers_every_map_of_the_network(preset
             )
         net(*example_inputs(config, 1))
     one = sampling_bytes(config, 1)
-    assert max(sizes) < one < 8 * sum(sizes)
+    assert max(sizes) < one < 16 * sum(sizes)
     assert sampling_bytes(config, 8) == 8 * one
 
 

@@ -27,7 +27,9 @@ EVERY = 0.15  # seconds between two pictures: a page is no film
 LATENT_EVERY = 1.0  # the same where a decoder makes each of them
 
 
-def sample(shelf: Shelf, scratch: Scratch, network: str, label: str, first: Any, count: Any, *solver: Any) -> Iterator:
+def sample(
+    shelf: Shelf, scratch: Scratch, network: str, label: str, first: Any, count: Any, *solver: Any
+) -> Iterator[Any]:
     """Yields (picture, status, command, Python, files, request) while the images come about."""
     request, model = ask(shelf, network, label, first, count, solver)
     source = shelf.networks()[request.network]
@@ -147,7 +149,7 @@ def build(page: gr.Blocks, shelf: Shelf, scratch: Scratch) -> None:
                     label="Python", language="python", interactive=False, wrap_lines=True, lines=1, max_lines=8
                 )
 
-    def run(*values: Any) -> Iterator:
+    def run(*values: Any) -> Iterator[Any]:
         for picture, status, command, python, files, record in sample(shelf, scratch, *values):
             yield picture, status, command, python, gr.update(value=files, visible=bool(files) or "hidden"), record
 

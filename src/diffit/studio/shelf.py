@@ -54,7 +54,8 @@ class Shelf:
         if len(named) < len(self.given):  # several files of one name
             named = {printable(name): name for name in self.given}
         for name, run in self.runs().items():
-            named |= {f"{name}/{path.stem}": str(path) for path in reversed(snapshots(run))}
+            # What tells them apart first: a list shows the beginning of a long name.
+            named |= {f"{kimg_of(path):g} kimg · {name}": str(path) for path in reversed(snapshots(run))}
         return named
 
     def model(self, name: str | None, precision: str = "auto") -> Model:
@@ -91,6 +92,10 @@ class Shelf:
                 f"{images} images together take about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
                 f"{self.device}; ask for {max(int(images * SHARE * free / need), 1)} or fewer"
             )
+
+
+def kimg_of(snapshot: Path) -> float:
+    return float(snapshot.stem.removeprefix("network-snapshot-"))
 
 
 def free_bytes(device: torch.device) -> int:
