@@ -15,7 +15,7 @@ from diffit.explore.interpolate import interpolate
 from diffit.explore.live import live
 from diffit.explore.pictures import picture
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, Canvas, Scratch, checked, fit_image, grid_picture, painted, read_upload
+from diffit.studio.common import DEVICE, Scratch, checked, fit_image, grid_picture, make_canvas, painted, read_upload
 from diffit.studio.controls import chooser
 from diffit.studio.request import class_of, seed_of, whole
 from diffit.studio.sample_tab import decoded
@@ -193,7 +193,7 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown, label: gr.Dropdown) -> None:
             gr.Markdown(
                 "What is uploaded is cropped and scaled to the model's size. Draw over what is to be made anew."
             )
-            canvas = Canvas(
+            canvas = make_canvas(
                 label="Image and mask", elem_id="canvas", type="numpy", sources=(), transforms=(), format="png",
                 brush=gr.Brush(colors=["#ff4d6d"], default_color="#ff4d6d", default_size=48, color_mode="fixed"),
                 layers=False, canvas_size=(CANVAS, CANVAS), height=420, buttons=[],
