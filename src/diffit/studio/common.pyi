@@ -125,9 +125,7 @@ class Canvas(gr.ImageEditor):
         with told():
             decode(data, "the drawing")
             return np.asarray(open_image(data, "the drawing").convert("RGBA"))
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
 
     if TYPE_CHECKING:
