@@ -52,7 +52,7 @@ def attention_weights(layer: TMSA, x: Tensor, cond: Tensor, token: tuple[int, in
     bias = bias[:, (row - top) * w + column - left].unflatten(-1, (h, w))[:, : bottom - top, : right - left]
     logits = torch.einsum("bnd,byxnd->bnyx", q, k) / math.sqrt(q.shape[-1]) + bias
 
-    weights = logits.new_zeros(B, layer.num_heads, H, W)
+    weights: Tensor = logits.new_zeros(B, layer.num_heads, H, W)
     weights[:, :, top:bottom, left:right] = logits.flatten(2).softmax(-1).view_as(logits)
     return weights
 

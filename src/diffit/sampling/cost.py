@@ -35,7 +35,7 @@ class _Live(TorchDispatchMode):
     """The bytes of the tensors that are alive, and the most that they have been at a time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known = weakref.WeakSet[Any]()
 
@@ -70,4 +70,4 @@ def sampling_bytes(config: Config, images: int, vae: Any = None) -> int:
     if vae is not None:
         widths = vae.config.block_out_channels
         decoder = 4 * 4 * widths[min(1, len(widths) - 1)] * math.prod(config.image_shape[1:]) * min(images, 16)
-    return max(images * (live.peak + 6 * state), images * 6 * state + decoder)
+    return int(max(images * (live.peak + 6 * state), images * 6 * state + decoder))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffit.diffusion.samplers import Callback
 from diffit.errors import UserError
 from diffit.explore.live import live
 from diffit.explore.pictures import difference, numbers_of_difference
@@ -17,6 +19,7 @@ from diffit.sampling.model import Model
 from diffit.studio.common import DEVICE, checked, grid_picture
 from diffit.studio.controls import ask, chooser, solver_controls
 from diffit.studio.explore_tab import PRIVATE
+from diffit.studio.request import Request
 from diffit.studio.sample_tab import decoded
 from diffit.studio.shelf import Shelf
 
@@ -40,7 +43,7 @@ def compare(shelf: Shelf, label: str, first: Any, count: Any, *sides: Any) -> It
     pictures: list[Image.Image | None] = [None, None]
     for which, (request, model) in enumerate(asked):
         began = time.monotonic()
-        for progress in live(lambda callback, r=request, m=model: m.sample(r.seeds, r.label, callback=callback)):
+        for progress in live(partial(sampled, model, request)):
             if progress.result is not None:
                 found.append(progress.result.cpu())
                 seconds.append(time.monotonic() - began)
@@ -57,6 +60,10 @@ def compare(shelf: Shelf, label: str, first: Any, count: Any, *sides: Any) -> It
     gray = difference(found[0], found[1])
     table = table_of([model for _, model in asked], seconds, found)
     yield pictures[0], pictures[1], grid_picture(gray), table, "in the difference gray is equal"
+
+
+def sampled(model: Model, request: Request, callback: Callback) -> Tensor:
+    return model.sample(request.seeds, request.label, callback=callback)
 
 
 def table_of(models: list[Model], seconds: list[float], images: list[Tensor]) -> list[list[Any]]:

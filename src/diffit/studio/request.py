@@ -71,7 +71,8 @@ def seed_of(value: Any) -> int:
 def class_choices(config: Config) -> list[tuple[str, str]]:
     """(what the list shows, what :func:`class_of` understands): by name, with the number to search by."""
     titles = [(label, class_title(config, label)) for label in sampled_classes(config)]
-    shown = [(title if title.startswith("class ") else f"{title} ({label})", str(label)) for label, title in titles]
+    plain = {label: title in (str(label), f"class {label}") for label, title in titles}
+    shown = [(title if plain[label] else f"{title} ({label})", str(label)) for label, title in titles]
     return [(RANDOM, RANDOM), *shown]
 
 
