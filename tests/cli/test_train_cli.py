@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_files(pets, tmp_path, monkeypat
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("diffit.training.checkpoint.save_tensors", full)
+    monkeypatch.setattr("diffit.training.checkpoint.stream_tensors", full)
     with pytest.raises(UserError, match="the disk is full"):
         diffit("train", "--preset", "debug", "--data", pets, "--outdir", tmp_path, "--kimg", "0.008", "--grid", "1x1")
     (run_dir,) = tmp_path.iterdir()

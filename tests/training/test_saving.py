@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,7 @@ CALLS = {
 }
 
 
-def killed_at(folder: Path, call: int) -> bool:
+def killed_at(folder: Path, call: int, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Save a second state in a process that dies at that of the writer's calls to the file system; whether it came."""
     child = os.fork()
     if not child:
@@ -193,14 +194,17 @@ def killed_at(folder: Path, call: int) -> bool:
                     os.kill(os.getpid(), 9)
 
         try:
-            net, optimizer = trained()
             writer = StateWriter()
             sys.addaudithook(count)
             writer.save(folder / "training-state-000003", net, net, optimizer, FACTS)
             writer.wait()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -211,7 +215,7 @@ def test_a_kill_at_any_call_of_the_writer_leaves_whole_states_and_what_the_next_
         folder = tmp_path / str(call)
         for number in (1, 2):
             save_state(folder / f"training-state-00000{number}", net, net, optimizer, FACTS)
-        alive = not killed_at(folder, call)
+        alive = not killed_at(folder, call, net, optimizer)
         sweep(folder)
         names = [path.name for path in sorted(folder.iterdir())]
         assert all(name.startswith("training-state-") for name in names)

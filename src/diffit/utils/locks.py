@@ -8,6 +8,8 @@ a dead process without a race is the difficult part, and why it is not written h
 
 import _thread
 import logging
+import os
+import signal
 import socket
 import threading
 import time
@@ -125,6 +127,8 @@ def _interrupt(loss: LeaseCompromise) -> None:
     if loss.reason == "owner-changed":
         lost.set()
         logger.error("%s: another process took this one for dead and its place; stopping", loss.lock_file)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by nohup, or a shell's `&`
+            os.kill(os.getpid(), signal.SIGTERM)
         _thread.interrupt_main()
     else:
         logger.warning("%s: the lock is lost (%s); start nothing else in that folder", loss.lock_file, loss.reason)
