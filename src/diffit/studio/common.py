@@ -119,22 +119,24 @@ def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def make_canvas(**options: Any) -> gr.ImageEditor:
-    """An image to draw on. What comes back is decoded by :func:`decode`, and of unsent drawings few are kept."""
+def canvas(**how: Any) -> gr.ImageEditor:
+    """An image to draw on. What comes back is decoded by :func:`decode`, and of unsent drawings few are kept.
 
-    def convert(file: Any, flatten_on_white: bool = False) -> npt.NDArray[np.uint8] | None:
-        if file is None:
-            return None
-        data = bytes(file) if isinstance(file, bytes | bytearray | memoryview) else Path(file.path).read_bytes()
-        with told():
-            decode(data, "the drawing")
-            return np.asarray(open_image(data, "the drawing").convert("RGBA"))
+    The methods are set on the component: a class of our own would make Gradio write a stub file next to its source.
+    """
+    made = gr.ImageEditor(type="numpy", **how)
+    made.convert_and_format_image = _read_drawing
+    made.blob_storage = _Few()
+    return made
 
-    canvas = gr.ImageEditor(**options)
-    # Not by a subclass, for which gradio would write a file of types next to this one.
-    canvas.convert_and_format_image = convert
-    canvas.blob_storage = _Few()
-    return canvas
+
+def _read_drawing(file: Any, flatten_on_white: bool = False) -> npt.NDArray[np.uint8] | None:
+    if file is None:
+        return None
+    data = bytes(file) if isinstance(file, bytes | bytearray | memoryview) else Path(file.path).read_bytes()
+    with told():
+        decode(data, "the drawing")
+        return np.asarray(open_image(data, "the drawing").convert("RGBA"))
 
 
 class _Few(OrderedDict[str, Any]):

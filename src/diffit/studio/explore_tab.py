@@ -15,7 +15,7 @@ from diffit.explore.interpolate import interpolate
 from diffit.explore.live import live
 from diffit.explore.pictures import picture
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, Scratch, checked, fit_image, grid_picture, make_canvas, painted, read_upload
+from diffit.studio.common import DEVICE, Scratch, canvas, checked, fit_image, grid_picture, painted, read_upload
 from diffit.studio.controls import chooser
 from diffit.studio.request import class_of, seed_of, whole
 from diffit.studio.sample_tab import decoded
@@ -193,8 +193,8 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown, label: gr.Dropdown) -> None:
             gr.Markdown(
                 "What is uploaded is cropped and scaled to the model's size. Draw over what is to be made anew."
             )
-            canvas = make_canvas(
-                label="Image and mask", elem_id="canvas", type="numpy", sources=(), transforms=(), format="png",
+            drawing = canvas(
+                label="Image and mask", elem_id="canvas", sources=(), transforms=(), format="png",
                 brush=gr.Brush(colors=["#ff4d6d"], default_color="#ff4d6d", default_size=48, color_mode="fixed"),
                 layers=False, canvas_size=(CANVAS, CANVAS), height=420, buttons=[],
             )  # fmt: skip
@@ -217,7 +217,7 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown, label: gr.Dropdown) -> None:
             result = gr.Image(
                 label="Result", format="png", interactive=False, elem_id="edited", buttons=["download", "fullscreen"]
             )
-    taken = [image, canvas]
+    taken = [image, drawing]
     shown_on: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": status} | DEVICE
     upload.upload(
         checked(lambda *values: take_upload(shelf, *values)[:2]), [network, upload], taken, api_name="upload", **DEVICE
@@ -234,7 +234,7 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown, label: gr.Dropdown) -> None:
         api_name="vary", **shown_on,
     )  # fmt: skip
     inpainted = paint.click(
-        checked(partial(paintings, shelf)), [network, label, image, canvas, again, first, count], [result, status],
+        checked(partial(paintings, shelf)), [network, label, image, drawing, again, first, count], [result, status],
         api_name="inpaint", **shown_on,
     )  # fmt: skip
     cancel.click(lambda: "cancelled", None, status, cancels=[varied, inpainted], **PRIVATE)
