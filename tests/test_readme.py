@@ -205,7 +205,7 @@ def perform(words: list[str]) -> None:
             rest += ["--preset", "debug", "--kimg", "0.04"]
         diffit(*rest[1:], command=train)
     elif tool == "diffit":
-        diffit(*rest)
+        diffit(*rest, *(["--steps", "2,1", "--kimg", "0.016"] if rest[0] == "distill" else []))  # of 8,4,2,1
     elif tool == "python":
         if rest[:2] == ["-m", "benchmarks.mutants"]:  # half an hour of them
             rest = [*rest[:2], "--help"]
