@@ -48,7 +48,7 @@ SPELLED = {
 @pytest.mark.parametrize("preset", SPELLED)
 def test_the_documented_command_resolves_to_its_preset(preset, capsys):
     expected, text = dry_run(capsys, "--preset", preset)
-    spelled = command("train", *SPELLED[preset].split(), "--dry-run", processes=4).stdout
+    _, spelled = dry_run(capsys, *SPELLED[preset].split())
     config = Config.from_json(command("train", *SPELLED[preset].split(), "--dry-run", "--json", processes=4).stdout, "")
     assert config.model == expected.model
     assert config.sampling == expected.sampling

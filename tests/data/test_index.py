@@ -303,3 +303,6 @@ def test_an_index_from_a_stranger_cannot_name_other_files(kept, tmp_path):
     about = index.about | {"zips": ["../../y/a.zip"], "stamps": open_index(path).about["stamps"]}
     index_module._store(index_module.Index(path, index.arrays, about), path.with_name(".a.zip.index"))
     assert ImageArchive(path).image_shape == (3, 8, 8)
+    about = index.about | {"stamps": [["/dev/zero", 0, 0, 0]]}  # which has no end
+    index_module._store(index_module.Index(path, index.arrays, about), path.with_name(".a.zip.index"))
+    assert ImageArchive(path).image_shape == (3, 8, 8)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from diffit.configs import get_preset
 from diffit.diffusion import consistency, edm, euler, guided, heun
 from diffit.diffusion.adm import Schedule, space_timesteps
 from diffit.diffusion.distillation import (
@@ -20,6 +21,7 @@ from diffit.diffusion.distillation import (
     truncated_snr,
 )
 from diffit.diffusion.edm import edm_sigmas
+from diffit.models import build
 
 MU, S = 0.3, 0.5
 exact = partial(assert_close, rtol=1e-12, atol=1e-12)
@@ -223,3 +225,17 @@ def test_the_denoiser_of_a_network_is_trained_by_either_loss():
         assert value.dtype == torch.float32
         value.mean().backward()
         assert net.weight.grad.abs().sum() > 0
+
+
+def test_weights_that_both_passes_use_have_gradients_under_autocast():
+    """Autocast keeps what it has cast, and what it casts without gradients has none."""
+    found = []
+    for enabled in (False, True):
+        net = build(get_preset("debug").model)
+        images = torch.zeros(2, 3, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = ConsistencyLoss(progress=lambda: 0.9)(net, images, generator=torch.Generator().manual_seed(0))
+        loss.mean().backward()
+        found.append({name for name, parameter in net.named_parameters() if parameter.grad is not None})
+    assert found[0] == found[1]
+    assert "head.weight" in found[1]

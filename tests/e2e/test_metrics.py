@@ -298,7 +298,7 @@ def test_two_processes_train_and_judge_as_one_does(pets, tmp_path):
 def test_killed_in_the_middle_a_run_of_digits_goes_on_with_one_curve(tmp_path):
     """SIGKILL leaves no time to save anything."""
     data = write_archive(tmp_path / "digits.zip", 300, side=8, channels=1)
-    words = ["train", "--preset", "digits", "--data", data, "--outdir", tmp_path / "runs", "--kimg", "5", "--tick", "1",
+    words = ["train", "--preset", "digits", "--data", data, "--outdir", tmp_path / "runs", "--kimg", "3", "--tick", "1",
              "--metrics=fd100_full:pixels", "--metrics-ticks=1", "--grid", "1x1", "--snap", "0"]  # fmt: skip
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -307,7 +307,7 @@ def test_killed_in_the_middle_a_run_of_digits_goes_on_with_one_curve(tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = list(tmp_path.glob("runs/*/metric-fd100_full-pixels.jsonl"))
-        if found and len(found[0].read_text().splitlines()) >= 2:
+        if found and found[0].read_text():
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -317,5 +317,5 @@ def test_killed_in_the_middle_a_run_of_digits_goes_on_with_one_curve(tmp_path):
     points = curve(run_dir, "metric-fd100_full-pixels.jsonl")
     images = [images for images, _ in points]
     assert images == sorted(set(images))
-    assert [i // 1000 for i in images] == [1, 2, 3, 4, 5]
+    assert [i // 1000 for i in images] == [1, 2, 3]
     assert points[-1][1]["fd"] < points[0][1]["fd"]

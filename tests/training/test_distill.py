@@ -95,10 +95,8 @@ def test_a_student_is_sampled_by_the_steps_it_was_taught_and_refuses_others(stud
     model.sample([0, 1], [0, 1], callback=lambda i, sigma, x, denoised: levels.append(float(sigma)))
     assert levels == edm_sigmas(2, trailing=True)[:-1].tolist()
     assert torch.equal(model.sample([5], [1]), model.sample([5], [1], steps=2, sampler="euler"))
-    for settings in ({"steps": 4}, {"sampler": "heun"}):
-        with pytest.raises(
-            UserError, match="a student that was taught 2 steps of euler: leave sampler and steps as they"
-        ):
+    for settings in ({"steps": 4}, {"sampler": "heun"}, {"levels": "lambda"}, {"rho": 3.0}, {"sigma_max": 40.0}):
+        with pytest.raises(UserError, match="a student that was taught 2 steps of euler: leave sampler, steps and"):
             model.with_sampling(**settings)
     with pytest.raises(UserError, match="needs the null class"):
         model.with_sampling(cfg_scale=2.0)

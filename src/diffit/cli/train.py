@@ -115,7 +115,7 @@ OPTIONS: Options = {
                      help="Steps whose gradient is far larger than before: leave them out, or after 20 in a row also "
                           "go back to the newest state.  [default: skip]"),
         click.option("--on-error", type=click.Choice(["stop", "skip"]),
-                     help="Images that cannot be read: save and stop, or leave them out.  [default: stop]"),
+                     help="Training images that cannot be read: save and stop, or leave them out.  [default: stop]"),
         click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
     ],
     "Machine": [

@@ -196,7 +196,7 @@ class Sampling(Frozen):
     S_max: NonNegative = 1e6
     S_noise: Positive = 1.0
     eta: Probability = 0.0
-    """Noise of ``ddim``: 0 is deterministic, 1 that of the posterior."""
+    """Noise of ``ddim`` and ``dpm++2m-sde``: 0 is deterministic, 1 that of the posterior."""
     cfg_scale: NonNegative = 1.0
     cfg_power: Positive | None = None
     """Exponent of the power-cosine schedule that rises to cfg_scale at the end; None keeps the scale constant."""
@@ -429,10 +429,15 @@ class Config(Frozen):
         if spec is not None and spec.teacher_sampling is not None:
             solver = "euler" if self.diffusion.kind == "edm" else "ddim"
             taught = (solver, spec.teacher_sampling.steps // 2, "trailing")
-            if (sampling.sampler, sampling.steps, sampling.spacing) != taught:
+            same = all(
+                getattr(sampling, name) == getattr(spec.teacher_sampling, name)
+                for name in ("sigma_min", "sigma_max", "rho")
+            )
+            other = not same or sampling.eta or sampling.levels == "lambda"
+            if (sampling.sampler, sampling.steps, sampling.spacing) != taught or other:
                 raise ValueError(
-                    f"a student that was taught {taught[1]} steps of {solver}: leave sampler and steps as they are, or "
-                    "sample its teacher"
+                    f"a student that was taught {taught[1]} steps of {solver}: leave sampler, steps and noise levels "
+                    "as they are, or sample its teacher"
                 )
         elif spec is not None and sampling.sampler != "consistency":
             raise ValueError(f"sampler {sampling.sampler}: a student of consistency tuning has its own; leave it out")

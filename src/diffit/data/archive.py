@@ -27,6 +27,10 @@ from diffit.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+class UnfitImageError(UserError):
+    """One image that is not as those of an archive must be; the others may be."""
+
+
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
     """Whatever is raised over an image that cannot be used, as a BrokenImageError that names ``name``."""
@@ -134,7 +138,7 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
                 continue
             try:
                 return read(other)
-            except UserError as error:
+            except (BrokenImageError, UnfitImageError) as error:  # and not what is wrong with all of them
                 if other not in self._broken:
                     self._broken.add(other)
                     logger.warning("%s; left out, the %d. so far", error, len(self._broken))
@@ -145,7 +149,7 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         if tuple(pixels.shape) != self.image_shape:
             remedy = convert_command(self.path, "--resolution", "WxH")
             name, first = self._index.names([self._rows[index], self._rows[0]])
-            raise UserError(
+            raise UnfitImageError(
                 f"{self.path}: '{name}' is {describe_shape(tuple(pixels.shape))} but '{first}' is "
                 f"{describe_shape(self.image_shape)}: `{remedy}` makes them equal"
             )
@@ -157,7 +161,7 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
         name = self._index.name(row)
         image, fault = open_plain(self._index.read(row), f"{self.path}: {name}")
         if fault:
-            raise UserError(
+            raise UnfitImageError(
                 f"{self.path}: '{name}' {fault}, and only upright 8-bit gray or RGB images are read: "
                 f"`{convert_command(self.path)}` makes them so"
             )

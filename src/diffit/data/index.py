@@ -264,7 +264,7 @@ def _stamps(root: Path, paths: Iterable[Path]) -> list[list[Any]]:
             size = stat.st_size
             with open(path, "rb") as file:
                 file.seek(max(size - TAIL, 0))
-                crc = zlib.crc32(file.read())
+                crc = zlib.crc32(file.read(TAIL))
         found.append([os.path.relpath(path, root), stat.st_mtime_ns, size, crc])
     return found
 
@@ -288,9 +288,10 @@ def _load(file: Path, path: Path, mirror: Mirror | None, *, check: bool = True) 
             return None
         with safe_open(file, framework="pt") as tensors:
             about = json.loads(tensors.metadata()[ABOUT])
-            watched = [path / stamp[0] for stamp in about["stamps"]]
-            stamps = _stamps(path, watched) if mirror is None else _entries(mirror)
-            zips, suffixes = _zips(path, mirror), list(IMAGE_SUFFIXES)
+            zips, suffixes, named = _zips(path, mirror), list(IMAGE_SUFFIXES), [stamp[0] for stamp in about["stamps"]]
+            if zips and not {*named} <= {".", META, SUMS, *zips}:  # next to zips lies what anyone has put there
+                return None
+            stamps = _stamps(path, [path / name for name in named]) if mirror is None else _entries(mirror)
             now = {"version": VERSION, "suffixes": suffixes, "zips": zips, "stamps": stamps}
             if any(about[key] != value for key, value in now.items()):
                 return None
@@ -313,6 +314,7 @@ def _is_coherent(index: Index) -> bool:
         and (ends[0], ends[-1]) == (0, len(arrays["name"]))
         and (ends[1:] >= ends[:-1]).all()
         and ("size" not in arrays or arrays["size"].min() >= 0)
+        and (not index.zips or {"offset", "packed", "size", "crc", "method"} <= arrays.keys())
         and (not index.zips or 0 <= arrays["part"].min() <= arrays["part"].max() < len(index.zips))
         and (labels is None or (labels.min() >= -1 and labels.max() == index.top))
     )

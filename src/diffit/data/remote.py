@@ -49,6 +49,8 @@ class Mirror:
             found = {
                 str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: info for info in listed if info["type"] != "directory"
             }
+        if unknown := next((name for name, info in found.items() if info["size"] is None), None):
+            raise UserError(f"{url}: the server does not say how large {unknown} is; fetch it, or name another place")
         self.entries: list[tuple[str, int, str]] = [
             (name, int(info["size"]), next((str(info[key]) for key in VERSIONS if info.get(key) is not None), ""))
             for name, info in sorted(found.items())

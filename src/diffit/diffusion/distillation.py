@@ -155,8 +155,12 @@ class ConsistencyLoss(EDMLoss):
         r = self.earlier(t)
         noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)
         denoise = edm.denoiser(net, labels, augment_labels, sigma_data=self.sigma_data)
-        devices = [images.device] if images.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):  # both passes with the same dropout mask
+        devices, kind = [images.device] if images.is_cuda else [], images.device.type
+        # Weights that autocast casts here and keeps would have no gradient in the other pass.
+        casts = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        )
+        with torch.no_grad(), casts, torch.random.fork_rng(devices=devices):  # both passes with the same dropout mask
             known = denoise(images + like(r, images) * noise, torch.where(r > 0, r, t))
             target = torch.where(like(r, images) > 0, known, images)  # D(y; 0) = y
         error = denoise(images + like(t, images) * noise, t) - target

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffit.configs.schema import ADMDiffusion
-from diffit.diffusion.adm import schedule_of
-from diffit.diffusion.edm import edm_sigmas
+from diffit.configs.schema import Sampling
 from diffit.diffusion.guidance import Denoiser
-from diffit.diffusion.samplers import Callback, NoiseSource, dpm_solver_pp, euler, heun
+from diffit.diffusion.samplers import Callback, NoiseSource, euler
 from diffit.errors import UserError
+from diffit.sampling import levels
 from diffit.sampling.labels import Labels, choose_labels
 from diffit.sampling.model import Model
 from diffit.utils.precision import autocast
@@ -27,14 +26,13 @@ from diffit.utils.randomness import PerSampleNoise
 
 
 def noise_levels(model: Model) -> Tensor:
-    """The noise levels sigma of the model's steps, falling, then 0: float64 ``(steps + 1,)``."""
-    diffusion, sampling = model.config.diffusion, model.config.sampling
-    if isinstance(diffusion, ADMDiffusion):
-        schedule = schedule_of(diffusion)
-        if sampling.sampler == "dpm++":
-            return schedule.multistep_sigmas(sampling.steps, sampling.spacing)
-        return schedule.respace(sampling.steps, sampling.spacing).sigmas()
-    return edm_sigmas(sampling.steps, sigma_min=sampling.sigma_min, sigma_max=sampling.sigma_max, rho=sampling.rho)
+    """The noise levels sigma of the model's steps, falling, then 0: float64 ``(steps + 1,)``.
+
+    UserError for a student of few steps, which denoises from its own levels only.
+    """
+    if model.config.distillation is not None:
+        raise UserError("a student of few steps knows only its own noise levels; edit with its teacher")
+    return levels.noise_levels(model.config)
 
 
 def ancestral_step(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, noise: NoiseSource) -> Tensor:
@@ -65,13 +63,13 @@ def vary(
     """
     if settings:
         model = model.with_sampling(**settings)
-    levels = noise_levels(model)
-    if not 0 < level <= levels[0]:
-        raise UserError(f"level {level:g}: use a noise level sigma above 0 and up to {levels[0]:g}, such as 1")
+    own = noise_levels(model)
+    if not 0 < level <= own[0]:
+        raise UserError(f"level {level:g}: use a noise level sigma above 0 and up to {own[0]:g}, such as 1")
     seeds = range(len(images)) if seeds is None else seeds
     x, drawn = _as_state(model, images, seeds), PerSampleNoise(seeds)
-    sigmas = torch.cat([levels.new_tensor([level]), levels[levels < level]])
-    solve = _solver(model.config.sampling.sampler)
+    sigmas = torch.cat([own.new_tensor([level]), own[own < level]])
+    solve = _solver(model.config.sampling)
     with autocast(model.device, model.precision):
         denoise = _denoiser(model, seeds, labels)
         x = solve(denoise, x / level + drawn(x), sigmas, noise_source=drawn, callback=callback)
@@ -129,9 +127,9 @@ def _denoiser(model: Model, seeds: Sequence[int], labels: Labels) -> Denoiser:
     return model.denoiser(None if classes is None else classes.to(model.device))
 
 
-def _solver(sampler: str) -> Callable[..., Tensor]:
-    named: dict[str, Callable[..., Tensor]] = {"heun": heun, "euler": euler, "ddim": euler, "ddpm": _ancestral}
-    return named.get(sampler, dpm_solver_pp)
+def _solver(sampling: Sampling) -> Callable[..., Tensor]:
+    named: dict[str, Callable[..., Tensor]] = {"ddim": euler, "ddpm": _ancestral}
+    return named.get(sampling.sampler) or levels.solver_of(sampling)
 
 
 def _ancestral(

@@ -154,6 +154,7 @@ class Run:
             yield
         except (UserError, RuntimeError) as error:
             why = explain(error, stepper.procs)
+            self.writer.close()  # what it raises is not what ends the run, and there may be room again
             self.write_state(wait=True)
             if why is None:
                 raise
