@@ -1,7 +1,6 @@
 """``diffit distill``."""
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import click
 
 from diffit.cli import train
-from diffit.cli.options import GroupedCommand, Images, Numbers, Options, switch, with_options
+from diffit.cli.options import GroupedCommand, Numbers, Options, with_options
 
 OPTIONS: Options = {
     "Teacher and student": [
@@ -27,19 +26,19 @@ OPTIONS: Options = {
         click.option("--outdir", type=click.Path(path_type=Path), required=True,
                      help="Folder for the students and the folders of their runs."),
         click.option("--val", help="Archive of held-out images: their loss is reported, metrics compare with them."),
-        switch("--mirror", help="Flip images left to right, each with probability ½.  [default: no]"),
+        train.MIRROR,
         click.option("--desc", help="Text to put into the names of the runs' folders.  [default: method and steps]"),
         click.option("--resume", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
                      help="auto: go on with the newest runs in --outdir that have the same options."),
-        click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the latents' own]"),
+        train.VAE,
     ],
     "Length of all runs together": [
         click.option("--minutes", type=click.FloatRange(min=0.1),
                      help=f"Length by the clock.  [default: {train.MINUTES:g}]"),
-        click.option("--hours", type=click.FloatRange(min=0.01), help="Length by the clock, in hours."),
+        train.HOURS,
         click.option("--kimg", type=float, help="Length in thousands of images."),
-        click.option("--duration", type=Images(), metavar="MIMG", help="Length in millions of images."),
-        click.option("--epochs", type=float, help="Length in passes over the data."),
+        train.DURATION,
+        train.EPOCHS,
     ],
     "Recipe": [
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the teacher's]"),
@@ -50,12 +49,9 @@ OPTIONS: Options = {
         click.option("--ema", type=float, metavar="MIMG",
                      help="Exponential moving average half-life, in millions of images.  [default: 5 % of the run]"),
         click.option("--dropout", type=float, help="Dropout in the MLPs.  [default: the teacher's]"),
-        click.option("--grad-clip", type=float, metavar="NORM",
-                     help="Scale gradients down to this norm.  [default: the preset's, none]"),
-        click.option("--on-spike", type=click.Choice(["skip", "rollback", "ignore"]),
-                     help="Steps whose gradient is far larger than before: leave them out, or after 20 in a row also "
-                          "go back to the newest state.  [default: skip]"),
-        click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
+        train.GRAD_CLIP,
+        train.ON_SPIKE,
+        train.SEED,
     ],
     "Machine": train.OPTIONS["Machine"],
     "What a run prints and writes": train.OPTIONS["What a run prints and writes"],
@@ -104,8 +100,8 @@ def distill(network: str, method: Any, steps: list[int] | None, outdir: Path, re
         outcome, students = run_distillation(
             order, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder
         )
-        if outcome.interrupted:  # in here: the other processes may be gone, and are not waited for
-            sys.exit(128 + (outcome.signal or signal.SIGINT))
+        if outcome.signal is not None:  # in here: the other processes may be gone, and are not waited for
+            sys.exit(128 + outcome.signal)
         for path in students if procs.is_first else ():
             command = shlex.join(["diffit", "sample", "--network", str(path), "--outdir", f"samples-{path.stem}"])
             click.echo(f"{path}: {student_title(read_header(path)[0])}; next: {command}")

@@ -120,17 +120,13 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
     from diffit.metrics.record import summarise_repeats
     from diffit.metrics.suite import Suite
     from diffit.sampling import load
-    from diffit.weights import load_network, state_hash
 
     network, batch, repeats = options["network"], options["batch"], options["repeats"]
     model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
     model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
     shape = model.config.image_shape
     suite = Suite(options["names"], options["ref"], shape, procs, **detection(options))
-    digest = state_hash(
-        load_network(network, verify=False)[0].state_dict()
-    )  # of the file, whatever the precision; checked above
-    facts = {"network": Path(network).name, "weights_sha256": digest}
+    facts = {"network": Path(network).name, "weights_sha256": digest_of(network)}
     labels = labels_of(options["ref"], model.config.model.num_classes)
     seeds = range(options["seed"], options["seed"] + repeats * suite.samples, suite.samples)
     runs = [
@@ -176,7 +172,6 @@ def steps(**options: Any) -> None:
     from diffit.sampling import load
     from diffit.utils.distributed import processes
     from diffit.utils.locks import exclusive
-    from diffit.weights import load_network, state_hash
 
     dest, given = options["dest"], [options[name] for name in ("evaluations", "samplers", "scales")]
     if dest.suffix != ".jsonl":
@@ -188,8 +183,7 @@ def steps(**options: Any) -> None:
         for network in options["networks"]:
             model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
             labels = labels_of(options["ref"], model.config.model.num_classes)
-            digest = state_hash(load_network(network)[0].state_dict())
-            candidates.append(Candidate(Path(network).name, model, digest, labels))
+            candidates.append(Candidate(Path(network).name, model, digest_of(network), labels))
         shapes = {candidate.model.config.image_shape for candidate in candidates}
         if len(shapes) > 1:
             raise UserError(f"--network: images of {len(shapes)} sizes; compare networks of one")
@@ -218,6 +212,13 @@ def summary(record: dict[str, Any]) -> str:
         f"{record['network']}, {sampling['sampler']}, guidance {sampling['cfg_scale']:g}, {record['evaluations']} "
         f"evaluations: {format_numbers(record['results'])}"
     )
+
+
+def digest_of(network: str) -> str:
+    """Of the weights as the file has them, whatever precision they were loaded in; that has checked them."""
+    from diffit.weights import load_network, state_hash
+
+    return state_hash(load_network(network, verify=False)[0].state_dict())
 
 
 def labels_of(ref: Path | None, classes: int) -> "Tensor | None":

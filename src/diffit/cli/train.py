@@ -54,13 +54,30 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     return path
 
 
+# Of `diffit distill` too.
+MIRROR = switch("--mirror", help="Flip images left to right, each with probability ½.  [default: no]")
+VAE = click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the latents' own]")
+HOURS = click.option("--hours", type=click.FloatRange(min=0.01), help="Length by the clock, in hours.")
+DURATION = click.option("--duration", type=Images(), metavar="MIMG", help="Length in millions of images.")
+EPOCHS = click.option("--epochs", type=float, help="Length in passes over the data.")
+GRAD_CLIP = click.option(
+    "--grad-clip", type=float, metavar="NORM", help="Scale gradients down to this norm.  [default: the preset's, none]"
+)
+ON_SPIKE = click.option(
+    "--on-spike",
+    type=click.Choice(["skip", "rollback", "ignore"]),
+    help="Steps whose gradient is far larger than before: leave them out, or after 20 in a row also "
+    "go back to the newest state.  [default: skip]",
+)
+SEED = click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
+
 OPTIONS: Options = {
     "Data and result": [
         click.option("--data", help="Image archive or latent cache: folder or zip (see `diffit data convert`)."),
         click.option("--outdir", type=click.Path(path_type=Path), help="Folder that the run's own folder goes into."),
         click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
         switch("--cond", help="Class-conditional, with the labels of the archive.  [default: no, or the preset's]"),
-        switch("--mirror", help="Flip images left to right, each with probability ½.  [default: no]"),
+        MIRROR,
         click.option("--desc", help="Text to put into the name of the run's folder."),
         click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
                      help="auto: go on with the newest run in --outdir that has the same options."),
@@ -72,10 +89,10 @@ OPTIONS: Options = {
     "Length": [
         click.option("--minutes", type=click.FloatRange(min=0.1),
                      help=f"Length by the clock.  [default: {MINUTES:g}, unless a preset or network is chosen]"),
-        click.option("--hours", type=click.FloatRange(min=0.01), help="Length by the clock, in hours."),
+        HOURS,
         click.option("--kimg", type=float, help="Length in thousands of images.  [default: the preset's]"),
-        click.option("--duration", type=Images(), metavar="MIMG", help="Length in millions of images."),
-        click.option("--epochs", type=float, help="Length in passes over the data."),
+        DURATION,
+        EPOCHS,
     ],
     "Network": [
         click.option("--preset", metavar="NAME",
@@ -91,7 +108,7 @@ OPTIONS: Options = {
         click.option("--patch-size", type=int, help="Side of a latent model's patches.  [default: 2]"),
         click.option("--mlp-ratio", type=float, help="Width of the MLPs in multiples of the stage's.  [default: 4]"),
         click.option("--dropout", type=float, help="Dropout in the MLPs.  [default: the preset's]"),
-        click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the latents' own]"),
+        VAE,
     ],
     "Recipe": [
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the preset's]"),
@@ -109,14 +126,11 @@ OPTIONS: Options = {
         click.option("--P-mean", "P_mean", type=float, help="Mean of ln sigma in training (EDM).  [default: -1.2]"),
         click.option("--P-std", "P_std", type=float, help="Standard deviation of ln sigma (EDM).  [default: 1.2]"),
         click.option("--cfg-scale", type=float, help="Guidance scale that the file will be sampled with by default."),
-        click.option("--grad-clip", type=float, metavar="NORM",
-                     help="Scale gradients down to this norm.  [default: the preset's, none]"),
-        click.option("--on-spike", type=click.Choice(["skip", "rollback", "ignore"]),
-                     help="Steps whose gradient is far larger than before: leave them out, or after 20 in a row also "
-                          "go back to the newest state.  [default: skip]"),
+        GRAD_CLIP,
+        ON_SPIKE,
         click.option("--on-error", type=click.Choice(["stop", "skip"]),
                      help="Training images that cannot be read: save and stop, or leave them out.  [default: stop]"),
-        click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
+        SEED,
     ],
     "Machine": [
         click.option("--batch-gpu", type=int,
