@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
     def _or_next(self, index: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The image or, where that cannot be read, the next one with its label."""
         labels, rows = self._index.labels, self._rows
-        for other in (*range(index, len(self)), *range(index)):
+        for other in chain(range(index, len(self)), range(index)):
             if labels is not None and labels[rows[other]] != labels[rows[index]]:
                 continue
             try:

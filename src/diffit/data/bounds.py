@@ -27,6 +27,12 @@ def max_bytes() -> int:
     return 8 * max_pixels()
 
 
+def require_bytes(size: int, limit: int | None = None) -> None:
+    """OSError for a file of more bytes than the ``limit``, None being that of an image."""
+    if size > (limit := max_bytes() if limit is None else limit):
+        raise OSError(f"{size} bytes unpacked, more than the limit of {limit}")
+
+
 def require_size(width: int, height: int) -> None:
     """ValueError for an image of more pixels than :func:`max_pixels`."""
     limit = max_pixels()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from diffit.data.bounds import max_bytes
+from diffit.data.bounds import require_bytes
 from diffit.data.formats import IMAGE_SUFFIXES, unread
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import REMEDY, SUMS, parse_sums
@@ -391,12 +391,6 @@ def reading(path: Path, name: str) -> Iterator[None]:
     except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
         raise BrokenImageError(f"{path}: '{name}' cannot be read ({reason})") from error
-
-
-def require_bytes(size: int, limit: int | None = None) -> None:
-    """OSError for a file of more bytes than the ``limit``, None being that of an image."""
-    if size > (limit := max_bytes() if limit is None else limit):
-        raise OSError(f"{size} bytes unpacked, more than the limit of {limit}")
 
 
 def read_file(path: Path, crc: int | None, limit: int | None = None) -> bytes:

@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffit.data.bounds import max_bytes
-from diffit.data.files import READ_ERRORS, BrokenImageError, natural_key, reading, require_bytes, safe_name
+from diffit.data.bounds import require_bytes
+from diffit.data.files import READ_ERRORS, BrokenImageError, natural_key, reading, safe_name
 from diffit.data.formats import IMAGE_SUFFIXES
 from diffit.errors import UserError
 
@@ -60,7 +60,7 @@ def read_place(place: Place, name: str) -> bytes:
     """An image from its tar. Raises BrokenImageError, naming it, for one that is cut short or too large."""
     path, start, size = place
     with reading(path, name):
-        require_bytes(size, max_bytes())
+        require_bytes(size)
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(size)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from diffit.data.bounds import max_bytes
+from diffit.data.bounds import require_bytes
 
 LARGE = 20_000  # members from which zipfile's objects take long to make
 END, END64, LOCATOR, ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"
@@ -49,8 +49,7 @@ def read_member(descriptor: int, member: Member, limit: int | None = None) -> by
 
     Raises OSError above ``limit`` bytes (None: that of an image) and BadZipFile for damage.
     """
-    if (most := max(member.size, member.packed)) > (limit := max_bytes() if limit is None else limit):
-        raise OSError(f"{most} bytes unpacked, more than the limit of {limit}")
+    require_bytes(max(member.size, member.packed), limit)
     data = os.pread(descriptor, LOCAL_BYTES + SLACK + member.packed, member.offset)
     if data[:4] != b"PK\3\4":
         raise zipfile.BadZipFile("no file begins where the zip's directory says")
