@@ -190,6 +190,14 @@ def leftovers(run: Path) -> list[str]:
     ]
 
 
+def unlike(place: Place, name: str, expected: dict[str, bytes]) -> list[str]:
+    """What is not as in a run to which nothing happened: its bytes, or that nothing is left over."""
+    run = place.run_dir(name)
+    if run is None or content(run) != expected:
+        return [f"ended in other bytes: {place.log(name)[-800:]}"]
+    return [f"left {left}"] if (left := leftovers(run)) else []
+
+
 def kills(count: int, seed: int) -> Row:
     """SIGKILL at random moments, and the same command again until it is done."""
     place, rng, failures = Place(), random.Random(seed), []
@@ -210,11 +218,7 @@ def kills(count: int, seed: int) -> Row:
             if process.returncode:
                 failures.append(f"{name}: exit {process.returncode}: {place.log(name).splitlines()[-1]}")
             break
-        run = place.run_dir(name)
-        if run is None or content(run) != expected:
-            failures.append(f"{name}: ended in other bytes")
-        elif left := leftovers(run):
-            failures.append(f"{name}: left {left}")
+        failures += [f"{name}: {wrong}" for wrong in unlike(place, name, expected)]
     place.close()
     return Row("SIGKILL at random moments", count, "the same bytes at the end, nothing left over", tuple(failures))
 
@@ -364,11 +368,7 @@ def full_disk(sizes: list[int]) -> Row:
                 failures.append(f"{size} KiB: {place.log(name)[-800:]}")
             subprocess.run(["mount", "-o", "remount,size=64m", outdir], check=True)
             place.start(name, "--kimg", "0.32").wait()
-            run = place.run_dir(name)
-            if run is None or content(run) != expected:
-                failures.append(f"{size} KiB: other bytes after room was made: {place.log(name)[-800:]}")
-            elif left := leftovers(run):
-                failures.append(f"{size} KiB: left {left}")
+            failures += [f"{size} KiB: {wrong}" for wrong in unlike(place, name, expected)]
         finally:
             subprocess.run(["umount", outdir], check=False)
     place.close()
@@ -389,11 +389,7 @@ def broken_disk(calls: int) -> Row:
         if done.returncode and ("the disk cannot be read or written" not in done.stderr or "Traceback" in done.stderr):
             failures.append(f"call {call}: {done.stderr[-800:]}")
         place.start(name, "--kimg", "0.16").wait()
-        run = place.run_dir(name)
-        if run is None or content(run) != expected:
-            failures.append(f"call {call}: other bytes afterwards: {place.log(name)[-800:]}")
-        elif left := leftovers(run):
-            failures.append(f"call {call}: left {left}")
+        failures += [f"call {call}: {wrong}" for wrong in unlike(place, name, expected)]
     place.close()
     return Row("a disk that breaks", calls, f"{said} times one line; the same bytes afterwards", tuple(failures))
 

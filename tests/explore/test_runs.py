@@ -87,7 +87,7 @@ def test_memory_grows_with_the_images_and_covers_every_map_of_the_network(preset
             module.register_forward_hook(
                 lambda _, __, out: sizes.append(out.nbytes) if isinstance(out, torch.Tensor) else None
             )
-        net(*example_inputs(config, 1))
+        net(*example_inputs(config.model, 1))
     one = sampling_bytes(config, 1)
     assert max(sizes) < one < 16 * sum(sizes)
     assert sampling_bytes(config, 8) == 8 * one

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffit.configs.schema import ADMDiffusion
-from diffit.diffusion.guidance import Denoiser
+from diffit.diffusion.guidance import Denoiser, like
 
 Spacing = Literal["linspace", "leading", "trailing"]
 
@@ -180,12 +180,12 @@ def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return torch.lerp(ys[low], ys[high], (x - xs[low]) / gap)
 
 
-def at(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
-    """Entries ``i`` (B,) or () of a float64 table, to multiply with ``like`` ``(B, …)``: in its dtype, on its device.
+def at(table: Tensor, i: Tensor, x: Tensor) -> Tensor:
+    """Entries ``i`` (B,) or () of a float64 table, to multiply with ``x`` ``(B, …)``: in its dtype, on its device.
 
     A step number on the CPU causes no host–device synchronisation.
     """
-    return table.to(i.device)[i].to(like.device, like.dtype, non_blocking=True).reshape(-1, *[1] * (like.ndim - 1))
+    return like(table.to(i.device)[i], x)
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -221,7 +221,7 @@ def denoiser(predict: Predictor, schedule: Schedule, *, clip: bool = False) -> D
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma)
         t = schedule.timestep_of(sigma).reshape(-1)
-        sigma = sigma.to(x.device, x.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+        sigma = like(sigma, x)
         eps, _ = split_output(predict(x / (1 + sigma**2).sqrt(), t), x.shape[1])
         x0 = x - sigma * eps
         return x0.clamp(-1, 1) if clip else x0

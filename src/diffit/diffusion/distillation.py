@@ -13,15 +13,10 @@ from torch import Tensor
 
 from diffit.diffusion import edm
 from diffit.diffusion.edm import EDMLoss
-from diffit.diffusion.guidance import Denoiser
+from diffit.diffusion.guidance import Denoiser, like
 
 Step = Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]
 """``step(denoise, x, sigma, sigma_next) -> x``: one deterministic step, each sample ``(B, …)`` with levels ``(B,)``."""
-
-
-def like(levels: Tensor, x: Tensor) -> Tensor:
-    """Levels ``(B,)`` to multiply with ``x`` ``(B, …)``."""
-    return levels.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def euler_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:

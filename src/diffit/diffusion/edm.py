@@ -7,7 +7,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from diffit.diffusion.guidance import Denoiser
+from diffit.diffusion.guidance import Denoiser, like
 
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """``net(x, c_noise, class_labels, augment_labels) -> F``, shaped like x."""
@@ -27,7 +27,7 @@ def denoiser(
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        sigma = torch.as_tensor(sigma).to(x.device, x.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+        sigma = like(torch.as_tensor(sigma), x)
         total = sigma**2 + sigma_data**2
         c_skip = sigma_data**2 / total
         c_out = sigma * sigma_data / total.sqrt()
@@ -75,7 +75,7 @@ class EDMLoss:
         """
         sigma = self.draw_level(images, generator) if level is None else level
         noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)
-        noisy = images + noise * sigma.reshape(-1, *[1] * (images.ndim - 1))
+        noisy = images + noise * like(sigma, images)
         denoise = denoiser(net, labels, augment_labels, sigma_data=self.sigma_data)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         return weight * (denoise(noisy, sigma) - images).square().flatten(1).mean(dim=1)

@@ -13,6 +13,11 @@ Scale = Callable[[Tensor], float]
 """The guidance scale at a noise level: sigma, or the timestep on a discrete schedule."""
 
 
+def like(levels: Tensor, x: Tensor) -> Tensor:
+    """Levels ``(B,)`` or ``()`` to multiply with ``x`` ``(B, …)``: in its dtype, on its device."""
+    return levels.to(x.device, x.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+
+
 def guided(
     denoise_cond: Denoiser,
     denoise_uncond: Denoiser,
@@ -35,7 +40,7 @@ def guided(
         if callable(scale) and sigma.numel() > 1:
             values = torch.tensor([float(scale(level)) for level in sigma.detach().flatten().cpu()])
             values = torch.where((values - 1).abs() <= tolerance, 1.0, values)
-            s = values.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+            s = like(values, x)
         else:
             s = float(scale(sigma.detach())) if callable(scale) else scale
             if abs(s - 1) <= tolerance:

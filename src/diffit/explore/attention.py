@@ -17,8 +17,9 @@ from diffit.configs.schema import DISCRETE, ADMDiffusion
 from diffit.diffusion.adm import schedule_of
 from diffit.diffusion.samplers import Callback
 from diffit.errors import UserError
+from diffit.explore.edit import denoiser_for
 from diffit.models.attention import TMSA, relative_position_bias
-from diffit.sampling.labels import Labels, choose_labels
+from diffit.sampling.labels import Labels
 from diffit.sampling.model import Model
 from diffit.utils.precision import autocast
 
@@ -153,8 +154,7 @@ def attention_maps(
     if steps is not None and not all(0 <= step < len(states) for step in steps):
         raise UserError(f"steps {list(steps)}: sampling has steps 0 to {len(states) - 1}")
     chosen = [states[step] for step in (range(len(states)) if steps is None else steps)]
-    classes = choose_labels(model.config, seeds, labels)
-    denoise = model.with_sampling(guidance=1.0).denoiser(None if classes is None else classes.to(model.device))
+    denoise = denoiser_for(model.with_sampling(guidance=1.0), seeds, labels)
     with record_attention(model.net, places, blocks) as found, autocast(model.device, model.precision):
         shown = [denoise(x, torch.tensor(sigma, dtype=torch.float64)).float() for sigma, x in chosen]
     if model.autoencoder is not None:
@@ -197,7 +197,6 @@ def time_norms(model: Model, sigmas: Sequence[float] | Tensor, label: int | str 
     config = model.config
     if label is None and config.model.num_classes:
         label = config.model.num_classes if config.training.label_drop > 0 else 0
-    classes = choose_labels(config, range(len(sigma)), label)
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -207,7 +206,7 @@ def time_norms(model: Model, sigmas: Sequence[float] | Tensor, label: int | str 
 
     handles = [layer.qkv_temb.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
-        denoise = model.with_sampling(guidance=1.0).denoiser(None if classes is None else classes.to(model.device))
+        denoise = denoiser_for(model.with_sampling(guidance=1.0), range(len(sigma)), label)
         with autocast(model.device, model.precision):
             denoise(
                 torch.zeros(len(sigma), *config.model.sample_shape, dtype=torch.float64, device=model.device), sigma

@@ -71,7 +71,7 @@ def vary(
     sigmas = torch.cat([own.new_tensor([level]), own[own < level]])
     solve = _solver(model.config.sampling)
     with autocast(model.device, model.precision):
-        denoise = _denoiser(model, seeds, labels)
+        denoise = denoiser_for(model, seeds, labels)
         x = solve(denoise, x / level + drawn(x), sigmas, noise_source=drawn, callback=callback)
     return _decode(model, x)
 
@@ -110,7 +110,7 @@ def inpaint(
     sigmas = noise_levels(model)
     x = drawn(known) * sigmas[0]
     with autocast(model.device, model.precision):
-        denoise = _denoiser(model, seeds, labels)
+        denoise = denoiser_for(model, seeds, labels)
         for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             for again in reversed(range(resamples if sigma_next > 0 else 1)):
                 denoised = denoise(x, sigma)
@@ -122,7 +122,8 @@ def inpaint(
     return torch.where(mask, _decode(model, x), images.to(model.device).float())
 
 
-def _denoiser(model: Model, seeds: Sequence[int], labels: Labels) -> Denoiser:
+def denoiser_for(model: Model, seeds: Sequence[int], labels: Labels) -> Denoiser:
+    """The model's denoiser for the classes of these seeds, as :meth:`Model.sample` would choose them."""
     classes = choose_labels(model.config, seeds, labels)
     return model.denoiser(None if classes is None else classes.to(model.device))
 

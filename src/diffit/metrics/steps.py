@@ -36,7 +36,7 @@ class Candidate:
 
 def is_student(config: Config) -> bool:
     """Whether the network was distilled for the sampler and the steps in its file, and only for those."""
-    return getattr(config, "distillation", None) is not None
+    return config.distillation is not None
 
 
 def plan(

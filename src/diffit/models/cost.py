@@ -40,7 +40,7 @@ def count_work(config: Config) -> Work:
     """What the network of ``config`` is; norms, activations and sums are left out, as is the custom."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net = build(config.model)
-        net(*example_inputs(config, 1))
+        net(*example_inputs(config.model, 1))
     counts = counter.get_flop_counts()
     attention = sum(flops for op, flops in counts["Global"].items() if "bmm" in str(op) or "attention" in str(op))
     time = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith(TIME))  # by path of the module
@@ -69,12 +69,8 @@ class Cost:
         return self.state_bytes + self.activation_bytes
 
 
-def example_inputs(config: Config, batch: int) -> tuple[Tensor | None, ...]:
+def example_inputs(model: ImageModel | LatentModel, batch: int) -> tuple[Tensor | None, ...]:
     """Inputs of the network for ``batch`` images, all zero."""
-    return _inputs(config.model, batch)
-
-
-def _inputs(model: ImageModel | LatentModel, batch: int) -> tuple[Tensor | None, ...]:
     labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
     inputs = (torch.zeros(batch, *model.sample_shape), torch.zeros(batch), labels)
     if isinstance(model, ImageModel) and model.augment_dim:
@@ -122,7 +118,7 @@ def _trace(model: ImageModel | LatentModel, batch: int, grad_ckpt: bool, precisi
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
-            output = net(*_inputs(model, batch))  # held until the sum is made: storages must not be reused
+            output = net(*example_inputs(model, batch))  # held until the sum is made: storages must not be reused
         for parameter in net.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         # The backward pass holds the gradients of a block next to what the forward pass kept: of two of its widest.

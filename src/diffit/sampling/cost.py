@@ -62,7 +62,7 @@ def sampling_bytes(config: Config, images: int, vae: Any = None) -> int:
     """
     with torch.device("meta"), torch.no_grad():
         net = build(config.model).eval()
-        inputs = example_inputs(config, 1)
+        inputs = example_inputs(config.model, 1)
         with _Live() as live:
             net(*inputs)
     state = 8 * math.prod(config.model.sample_shape)

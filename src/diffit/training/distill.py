@@ -38,7 +38,7 @@ SIGMA_MID = 0.8  # where no metric is named; ECT has 0.821 for CIFAR-10
 MIDDLE_LEVELS = [0.1 * 10 ** (k / 6) for k in range(13)]  # to choose from where one is
 BATCH = 64  # samples that are judged together
 
-DETERMINISTIC = {"S_churn": 0.0, "eta": 0.0}
+DETERMINISTIC = {"S_churn": 0.0, "eta": 0.0, "levels": "fitted"}  # of which a student has none: its own
 UNGUIDED = {"cfg_scale": 1.0, "cfg_power": None, "cfg_interval": None, "cfg_channels": None, "cfg_skip": 0.0}
 
 
@@ -223,12 +223,12 @@ def find_sigma_mid(student: Path, judge: Evaluator) -> float:
     if judge.suite is None:
         return SIGMA_MID
     model = load(student, device=judge.procs.device, precision=judge.precision)
-    values = dict[float, float]()
+    best: tuple[float, float] | None = None
     for level in MIDDLE_LEVELS:
         two = model.with_sampling(steps=2, sigma_mid=level)
         record = evaluate_network(judge.suite, two, real_labels=judge.archive.labels, batch=BATCH)[0]
-        name, values[level] = headline(record["results"])
-    best = MIDDLE_LEVELS[0]
-    for level, value in values.items():
-        best = level if better(name, value, values[best]) else best
-    return best
+        name, value = headline(record["results"])
+        if best is None or better(name, value, best[1]):
+            best = level, value
+    assert best is not None
+    return best[0]

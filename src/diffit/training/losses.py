@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from diffit.configs.schema import ADMDiffusion, Config
-from diffit.diffusion import edm
 from diffit.diffusion.adm import ADMLoss, schedule_of
 from diffit.diffusion.distillation import ConsistencyLoss, ProgressiveLoss, euler_step, heun_step
 from diffit.diffusion.edm import EDMLoss
 from diffit.diffusion.guidance import Denoiser
 from diffit.errors import UserError
+from diffit.sampling.levels import noise_levels
 from diffit.sampling.model import Model, prepare
 from diffit.weights.file import load_network, state_hash
 
@@ -50,15 +50,12 @@ def _progressive(config: Config, device: torch.device, precision: str) -> Progre
     sampling = spec.teacher_sampling
     taught = teacher.model_copy(update={"sampling": sampling})
     if isinstance(diffusion, ADMDiffusion):
-        sigmas = schedule_of(diffusion).respace(sampling.steps, sampling.spacing).sigmas()
         # The student learns without the clamp of pixels, which would let no gradient through.
         config = config.model_copy(update={"diffusion": diffusion.model_copy(update={"clip": False})})
-    else:
-        bounds = {name: getattr(sampling, name) for name in ("sigma_min", "sigma_max", "rho")}
-        sigmas = edm.edm_sigmas(sampling.steps, trailing=True, **bounds)
 
     def student(net: Any, labels: Tensor | None) -> Denoiser:
         return Model(net, config).denoiser(labels)
 
     step = heun_step if sampling.sampler == "heun" else euler_step
-    return ProgressiveLoss(Model(prepare(net, precision), taught).denoiser, student, sigmas.to(device), step)
+    sigmas = noise_levels(taught).to(device)
+    return ProgressiveLoss(Model(prepare(net, precision), taught).denoiser, student, sigmas, step)

@@ -335,9 +335,9 @@ class Run:
 def whole_state(run_dir: Path, images_seen: int) -> Path | None:
     """The newest undamaged state of a run that is older than ``images_seen``: later ones have the same weights."""
     for state in reversed(states(run_dir)):
-        with suppress(UserError):
-            verify_state(state)
-            if read_progress(state)[0] < images_seen:
+        if read_progress(state)[0] < images_seen:
+            with suppress(UserError):
+                verify_state(state)
                 return state
     return None
 

@@ -48,9 +48,7 @@ def exclusive(path: Path, remedy: str, *, beside: bool = False) -> Iterator[None
     """
     file = path.parent / f".{path.name}{NAME}" if beside else path / NAME
     with disk_errors(path):
-        lock = SoftFileLease(
-            file, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, on_compromise=_interrupt, thread_local=False
-        )
+        lock = _lease(file)
         holder = _Holder(lock, file)
         try:
             lock.acquire(timeout=LEASE + 2 * HEARTBEAT, poll_interval=0.1, cancel_check=holder.is_alive)
@@ -64,13 +62,19 @@ def exclusive(path: Path, remedy: str, *, beside: bool = False) -> Iterator[None
 
 def is_free(path: Path) -> bool:
     """Whether no living process holds the lock of the folder ``path``, found out without waiting."""
-    lock = SoftFileLease(path / NAME, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, thread_local=False)
+    lock = _lease(path / NAME)
     try:
         lock.acquire(timeout=0)
     except (Timeout, LeaseSettingsMismatch, OSError):
         return False
     lock.release()
     return True
+
+
+def _lease(file: Path) -> SoftFileLease:
+    return SoftFileLease(
+        file, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, on_compromise=_interrupt, thread_local=False
+    )
 
 
 class _Holder:
