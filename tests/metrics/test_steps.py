@@ -10,7 +10,7 @@ from PIL import Image
 from diffit.cli import cli
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
-from diffit.configs.schema import ADMDiffusion
+from diffit.configs.schema import ADMDiffusion, FittedLevels
 from diffit.errors import UserError
 from diffit.metrics import steps as module
 from diffit.metrics.record import read_records
@@ -18,8 +18,9 @@ from diffit.metrics.steps import cheapest, plan, tabulate
 from diffit.sampling import load
 from diffit.sampling.cost import count_evaluations
 from diffit.sampling.model import Model
+from diffit.sampling.tune import with_fitted
 from diffit.training.step import build_network
-from diffit.weights.file import save_network
+from diffit.weights.file import read_header, read_network_file, save_network
 from helpers import write_archive
 
 
@@ -119,6 +120,12 @@ def test_it_prints_a_table_and_writes_records_and_a_plot_and_goes_on_where_it_wa
     assert computed[5:] == [1, 1]
     run(pets, network, dest, "--evaluations", "3", "--cfg-scale", "2")
     assert computed[7:] == [2, 2]
+    # Fitted levels change the settings that use them, and no others.
+    config, kimg = read_header(network)
+    tuned = with_fitted(config, [FittedLevels(sampler="unipc", sigmas=(9.0, 1.0))])
+    save_network(tmp_path / "net.safetensors", read_network_file(network)[0], tuned, kimg=kimg)
+    run(pets, tmp_path / "net.safetensors", dest, "--evaluations", "1,2,3")
+    assert computed[9:] == [2]
     cli(["metrics", "show", str(dest)], standalone_mode=False)
     assert "seconds_per_image" not in capsys.readouterr().out
 

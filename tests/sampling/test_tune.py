@@ -174,7 +174,30 @@ def test_a_file_of_others_is_not_written_to(tmp_path):
 
     save_tensors({"pos_embed": torch.zeros(1)}, tmp_path / "theirs.safetensors")
     with pytest.raises(UserError, match="not a file of yours that diffit wrote; name the one to write with --dest"):
-        tune_file(tmp_path / "theirs.safetensors", [8])
+        tune_file(tmp_path / "theirs.safetensors", [{"steps": 8}])
+
+
+def test_fits_that_are_no_better_are_not_kept_and_cost_no_others(network, tmp_path, monkeypatch, capsys):
+    from diffit.sampling import tune
+
+    def fitted(model, seeds, **how):
+        steps = model.config.sampling.steps
+        sigmas = tuple(float(steps - i) for i in range(steps))
+        levels = FittedLevels(sampler=model.config.sampling.sampler, sigmas=sigmas)
+        return tune.Fit(levels, {"own": 2.0, "lambda": 3.0, "fitted": 1.0 if steps == 3 else 2.5}, 32)
+
+    monkeypatch.setattr(tune, "tune_levels", fitted)
+    dest = tmp_path / "tuned.safetensors"
+    words = ["tune-schedule", "--network", str(network), "--sampler", "dpm++", "--dest", str(dest), "--steps"]
+    cli([*words, "2,3,4"], standalone_mode=False)
+    assert [len(fit.sigmas) for fit in read_header(dest)[0].sampling.fitted] == [3]
+    text = capsys.readouterr().out
+    assert text.count("not kept, use more --seeds") == 2
+    assert "--steps 3 --outdir samples" in text
+    before = dest.read_bytes()
+    with pytest.raises(UserError, match="no fitted levels are closer than --levels own; use more --seeds"):
+        cli([*words, "2"], standalone_mode=False)
+    assert dest.read_bytes() == before
 
 
 @pytest.mark.parametrize("sampler", ["unipc", "unipc2", "dpm++3m", "dpm++2m-sde"])

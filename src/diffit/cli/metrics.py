@@ -166,7 +166,7 @@ def steps(**options: Any) -> None:
     Marks the cheapest setting within 5 % of the best. The same command goes on where it was stopped, and does not
     compute again what --dest holds.
     """
-    from diffit.metrics.steps import Candidate, measure, plot, tabulate
+    from diffit.metrics.steps import Candidate, measure, plan, plot, tabulate
     from diffit.metrics.suite import Suite
     from diffit.metrics.table import FORMATS
     from diffit.sampling import load
@@ -187,12 +187,13 @@ def steps(**options: Any) -> None:
         shapes = {candidate.model.config.image_shape for candidate in candidates}
         if len(shapes) > 1:
             raise UserError(f"--network: images of {len(shapes)} sizes; compare networks of one")
+        settings = [(it, model) for it in candidates for model in plan(it.model, *given)]
         how = {name: options[name] for name in ("batch", "allow_scripts")}
         suite = Suite([options["metric"]], options["ref"], shapes.pop(), procs, **how)
         if procs.is_first:
             held.enter_context(exclusive(dest, "use another --dest", beside=True))
         records = []
-        for record in measure(suite, candidates, dest, *given, first_seed=options["seed"], batch=options["batch"]):
+        for record in measure(suite, settings, dest, first_seed=options["seed"], batch=options["batch"]):
             records.append(record)
             if procs.is_first:
                 click.echo(f"{len(records)}: {summary(record)}", err=True)

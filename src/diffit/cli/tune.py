@@ -26,7 +26,9 @@ OPTIONS = [
 
 @click.command("tune-schedule")
 @with_options({"Options": OPTIONS})
-def tune_schedule(network: str, steps: list[int], seeds: list[int], **options: Any) -> None:
+def tune_schedule(
+    network: str, steps: list[int], sampler: str, cfg_scale: float | None, seeds: list[int], **options: Any
+) -> None:
     """Fit the noise levels of few steps to a network, and keep them in its file.
 
     `diffit sample --steps 8` then uses those for 8 steps, and the solver that they were fitted for. Samples of the
@@ -41,12 +43,14 @@ def tune_schedule(network: str, steps: list[int], seeds: list[int], **options: A
     with processes() as procs:
         if procs.count > 1:
             raise UserError("tune-schedule runs in one process; start it without torchrun")
+        settings = [{"sampler": sampler, "steps": count, "cfg_scale": cfg_scale} for count in steps]
         with progress("fitting") as show:
-            path, fits = tune_file(network, steps, seeds=seeds, device=procs.device, show=show, **options)
+            path, fits = tune_file(network, settings, seeds, device=procs.device, show=show, **options)
     for fit in fits:
         by = ", ".join(f"{name} {value:.3g}" for name, value in fit.distances.items())
         click.echo(
             f"{fit.levels.sampler}, {len(fit.levels.sigmas)} steps: mean squared distance to {fit.fine_steps} steps of "
-            f"heun, by levels: {by}"
+            f"heun, by levels: {by}" + ("" if fit.is_better else "; not kept, use more --seeds")
         )
-    click.echo(f"wrote {path}; next: diffit sample --network {path} --steps {steps[-1]} --outdir samples")
+    kept = max(len(fit.levels.sigmas) for fit in fits if fit.is_better)
+    click.echo(f"wrote {path}; next: diffit sample --network {path} --steps {kept} --outdir samples")

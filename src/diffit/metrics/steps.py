@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from diffit.configs.schema import CONTINUOUS, DISCRETE, ADMDiffusion, Config
+from diffit.configs.schema import CONTINUOUS, DISCRETE, ADMDiffusion, Config, Sampling
 from diffit.errors import UserError, install_hint
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.record import read_records
@@ -21,7 +22,7 @@ from diffit.utils.files import whole_file
 
 NEAR = 0.05  # of the best value: what counts as good
 # What records of the same number agree in, next to the reference.
-SAME = ("metric", "weights_sha256", "vae_sha256", "precision", "sampling", "seeds", "detector")
+SAME = ("metric", "weights_sha256", "vae_sha256", "precision", "seeds", "detector")
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,18 @@ def plan(
 
 def measure(
     suite: Suite,
-    candidates: Sequence[Candidate],
+    settings: Sequence[tuple[Candidate, Model]],
     dest: Path,
-    budgets: Sequence[int],
-    samplers: Sequence[str] = (),
-    scales: Sequence[float] = (),
     *,
     first_seed: int = 0,
     batch: int = 64,
 ) -> Iterator[dict[str, Any]]:
     """Yield the record of every setting, with its ``evaluations``; what is in ``dest`` already is not computed again.
 
-    ``dest`` is a JSON-lines file. All processes call this together.
+    A setting is a candidate and one of the models that :func:`plan` makes of it; ``dest`` is a JSON-lines file. All
+    processes call this together.
     """
     procs = suite.procs
-    settings = [(it, model) for it in candidates for model in plan(it.model, budgets, samplers, scales)]
     known = read_records(dest) if procs.is_first else []
     for candidate, model in settings:
         facts = {"network": candidate.name, "weights_sha256": candidate.sha256}
@@ -114,16 +112,27 @@ def _find(
         "weights_sha256": facts["weights_sha256"],
         "vae_sha256": None if model.autoencoder is None else model.autoencoder.sha256,
         "precision": model.precision,
-        "sampling": json.loads(model.config.sampling.model_dump_json()),  # as it is read: tuples are lists
+        "sampling": model.config.sampling.model_dump(),
         "seeds": f"{first_seed}-{first_seed + metric.samples - 1}",
         "detector": {"name": detector.name, "sha256": detector.key},
         "reference": None if reference is None else {"sha256": reference.key},
     }
 
     def identity(record: dict[str, Any]) -> list[Any]:
-        return [*(record.get(key) for key in SAME), (record.get("reference") or {}).get("sha256")]
+        reference = (record.get("reference") or {}).get("sha256")
+        return [*(record.get(key) for key in SAME), reference, _as_used(record["sampling"])]
 
     return next((old for old in known if "evaluations" in old and identity(old) == identity(wanted)), None)
+
+
+def _as_used(sampling: dict[str, Any]) -> Sampling | None:
+    """Of the levels fitted to a network only those that these settings use: others change no sample."""
+    try:
+        known = Sampling.model_validate(sampling)
+    except ValidationError:  # of another version
+        return None
+    used = tuple(fit for fit in known.fitted if fit.sigmas == known.fitted_sigmas)
+    return known.model_copy(update={"fitted": used})
 
 
 def cheapest(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Noise levels fitted to a network: those from which few steps end closest to where many of its own would."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ class Fit:
     """By the levels: ``own``, ``lambda``, ``fitted``."""
     fine_steps: int
     """Of Heun's method, that the distances are to."""
+
+    @property
+    def best(self) -> str:
+        """The levels that are closest."""
+        return min(self.distances, key=lambda name: self.distances[name])
+
+    @property
+    def is_better(self) -> bool:
+        return self.best == "fitted"
 
 
 @dataclass(frozen=True)
@@ -141,19 +150,18 @@ def fit_levels(
 
 def tune_file(
     network: str | Path,
-    steps: Sequence[int],
-    *,
-    sampler: str = "unipc",
-    cfg_scale: float | None = None,
+    settings: Sequence[Mapping[str, Any]],
     seeds: Sequence[int] = range(256),
+    *,
     dest: Path | None = None,
     device: str | torch.device = "cpu",
     batch: int = 64,
     show: Show | None = None,
 ) -> tuple[Path, list[Fit]]:
-    """Fit levels for each number of ``steps``, and keep them in the header of ``dest``, by default the file itself.
+    """Fit levels for each of the settings, fields of ``Sampling``: ``{"sampler": "unipc", "steps": 8}``.
 
-    Raises :class:`UserError`, with nothing written, where some fitted levels are no closer than the model's own.
+    Those that are closer than the model's own are kept in the header of ``dest``, by default the file itself; raises
+    :class:`UserError`, with nothing written, where none are.
     """
     path = locate(network)
     if dest is None:
@@ -163,19 +171,14 @@ def tune_file(
         dest = path
     net, config = load_network(path, device)
     model = Model(prepare(net), config)
-    fits = []
-    for count in steps:
-        how = model.with_sampling(sampler=sampler, steps=count, cfg_scale=cfg_scale, levels="own")
-        fit = tune_levels(how, seeds, batch=batch, show=show)
-        best = min(fit.distances, key=lambda name: fit.distances[name])
-        if best != "fitted":
-            raise UserError(
-                f"{sampler} in {count} steps: on other seeds the fitted levels are no closer "
-                f"than --levels {best}; use more --seeds"
-            )
-        fits.append(fit)
+    models = [model.with_sampling(**how, levels="own") for how in settings]
+    fits = [tune_levels(how, seeds, batch=batch, show=show) for how in models]
+    if not (better := [fit.levels for fit in fits if fit.is_better]):
+        raise UserError(
+            f"{network}: on other seeds no fitted levels are closer than --levels {fits[0].best}; use more --seeds"
+        )
     state, _ = read_network_file(path)
-    save_network(dest, state, with_fitted(config, [fit.levels for fit in fits]), kimg=read_header(path)[1])
+    save_network(dest, state, with_fitted(config, better), kimg=read_header(path)[1])
     return dest, fits
 
 
