@@ -16,6 +16,9 @@ import click
 from benchmarks.measure import machine
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from helpers import write_vae  # noqa: E402
+
 FIRST = 0.128  # kimg whose loss is compared
 LATENT = ["--preset", "latent-debug", "--hidden-dim", "96", "--num-blocks", "4", "--batch", "16", "--lr", "1e-3"]
 
@@ -63,8 +66,6 @@ def write_classes(folder: Path, names: Sequence[str]) -> None:
 @click.command()
 @click.option("--kimg", type=float, default=4.0, show_default=True, help="That the first networks are trained for.")
 def main(kimg: float) -> None:
-    from tests.helpers import write_vae
-
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="diffit-finetune-") as place:
         folder = Path(place)

@@ -68,6 +68,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(pets, tmp_path, capsys)
     assert f"{estimate(config, 4).parameters:,}" in text
     assert "batch       8 = 4 per GPU × 1 processes × 2 accumulated" in text
     assert "24 images" in text
+    assert "note        24 images are few" in text
 
 
 @pytest.mark.parametrize(

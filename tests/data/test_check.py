@@ -9,6 +9,7 @@ from PIL import Image
 from diffit.data.check import check
 from diffit.errors import UserError
 from diffit.utils.images import make_grid, save_grid
+from helpers import write_archive
 
 
 @pytest.fixture
@@ -84,14 +85,16 @@ def test_a_tiny_deviation_is_warned_of(tmp_path):
     for i, scan in enumerate(scans):
         Image.fromarray(scan).save(tmp_path / f"{i}.png")
     report = check(tmp_path)
-    (warning,) = report.warnings
+    warning, few = report.warnings
+    assert few.startswith("4 images are few")
     assert f"standard deviation of {scans.std() / 127.5:.2g} on the scale -1 to 1" in warning
     assert "--range auto" in warning
     assert report.problems == []
 
 
-def test_usual_images_are_not_warned_of(folder):
-    assert check(folder, cond=True).warnings == []
+def test_usual_images_are_not_warned_of_but_for_their_number(folder, tmp_path):
+    assert [warning[:17] for warning in check(folder, cond=True).warnings] == ["10 images are few"]
+    assert check(write_archive(tmp_path / "hundred.zip", 100), cond=True).warnings == []
 
 
 def test_classes_without_images_and_identity_numbers_are_warned_of(folder):

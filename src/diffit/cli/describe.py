@@ -5,6 +5,7 @@ from pathlib import Path
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
 from diffit.configs.schema import ADMDiffusion, Config, steps_text, student_title
+from diffit.data.check import few_images
 from diffit.data.open import Archive
 from diffit.errors import UserError, printable
 from diffit.models import build
@@ -143,7 +144,9 @@ def describe_run(config: Config, procs: Processes, archive: Archive | None) -> s
     length = f"{training.kimg:,g} kimg, {training.steps:,} steps{epochs}"
     if training.minutes is not None and "kimg" in training.chosen:
         length = f"{training.minutes:g} minutes; how many images that is, is measured first"
-    here = [] if refusal is None else [f"warning     not on this machine: {refusal}"]
+    few = None if archive is None else few_images(len(archive))
+    here = [] if few is None else [f"note        {few}"]
+    here += [] if refusal is None else [f"warning     not on this machine: {refusal}"]
     if training.init_from is not None:
         here.append(f"weights     {init_from(build(config.model), config, training.init_from)}")
     lines = [

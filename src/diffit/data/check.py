@@ -30,6 +30,7 @@ from diffit.errors import UserError
 Pixels = npt.NDArray[np.uint8]
 SAMPLE_BYTES = 1 << 28  # of the samples: all 64 up to 1000 x 1000 pixels, fewer of photographs
 USUAL_STD = 0.1  # on the scale -1 to 1: below it something went wrong
+FEW = 100  # images
 
 
 @dataclass
@@ -94,6 +95,8 @@ def check(
             f"`{convert_command(report.path)}` converts them"
         )
     _summarise(report, histograms)
+    if few := few_images(good):
+        report.warnings.append(few)
     _pick(report, files, [names[i] for i in subset(len(names), samples, seed)])
     return report
 
@@ -162,6 +165,13 @@ def _check_labels(report: CheckReport, files: FileTree, cond: bool) -> None:
         )
     if report.class_counts:
         _check_classes(report, cond)
+
+
+def few_images(count: int) -> str | None:
+    """The warning where a network would learn an archive by heart."""
+    if count >= FEW:
+        return None
+    return f"{count} images are few: samples will come to repeat them; hundreds make new ones (--mirror doubles them)"
 
 
 def _check_classes(report: CheckReport, cond: bool) -> None:
