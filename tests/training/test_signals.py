@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 
 import pytest
 
+from diffit.training import signals as module
 from diffit.training.signals import StopSignals
 
 
@@ -42,6 +44,22 @@ def test_ctrl_c_lets_a_grid_be_finished_and_the_second_leaves_at_once(signals):
     assert not signals.in_haste
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_a_grid_only_for_a_while(signals, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    done = []
+
+    def endless():
+        interrupted_by(signal.SIGINT, done)()
+        while True:
+            time.sleep(0.001)
+
+    signals.unless_in_haste(endless)
+    assert done == ["begun", "ended"]
+    assert signals.in_haste
+    signals.unless_in_haste(lambda: done.append("another"))
+    assert done == ["begun", "ended"]
 
 
 def test_under_a_launcher_the_second_ctrl_c_is_the_same_one_and_there_is_haste(monkeypatch):

@@ -11,6 +11,7 @@ from diffit.utils.locks import lost
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 STOPPING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+PATIENCE = 8.0  # seconds for which a person who pressed Ctrl-C waits for a grid or a metric
 
 
 class _CutShort(BaseException):
@@ -27,6 +28,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.number: int | None = None
         self.cutting = False
+        self.waited = False
         self.launched = "TORCHELASTIC_RUN_ID" in os.environ
         self.parent = os.getppid()
         self.speaks = os.environ.get("RANK", "0") == "0"
@@ -38,6 +40,8 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.number == signal.SIGINT and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -50,8 +54,8 @@ class StopSignals:
 
     @property
     def in_haste(self) -> bool:
-        """Whether whoever asked will kill what has not ended in a while: all but a person at a terminal."""
-        return self.number is not None and (self.number != signal.SIGINT or self.launched)
+        """Whether whoever asked will not wait: all but a person at a terminal, who waits for a little."""
+        return self.number is not None and (self.number != signal.SIGINT or self.launched or self.waited)
 
     def unless_in_haste(self, work: Callable[[], None]) -> None:
         """Do ``work`` that can be made again, such as a grid or a metric: it is cut short where someone is in haste."""
@@ -76,5 +80,13 @@ class StopSignals:
         if self.speaks:  # not by a logger or console, which may be at work right now
             with contextlib.suppress(OSError):  # the terminal may be what is gone
                 os.write(2, b"\nstopping after this step, and saving; Ctrl-C once more leaves at once\n")
+        if not self.in_haste and hasattr(signal, "setitimer"):
+            self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._lose_patience)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         if self.cutting and self.in_haste:
+            raise _CutShort
+
+    def _lose_patience(self, number: int, frame: FrameType | None) -> None:
+        self.waited = True
+        if self.cutting:
             raise _CutShort
