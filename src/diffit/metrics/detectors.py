@@ -7,7 +7,6 @@ number is not read as an FID.
 import hashlib
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from diffit.errors import UserError
 from diffit.metrics.classifier import load_classifier
 from diffit.metrics.inception import SHA256, find_weights, load_inception
+from diffit.metrics.script import run_script
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
 
@@ -90,9 +90,11 @@ def make_detector(spec: str, procs: Processes, *, allow_scripts: bool = False) -
             f"{path}: would be loaded as TorchScript, a program that runs with your rights and can write files; use "
             "inception, pixels or a file of `diffit metrics train-detector`, or pass --allow-scripts if you trust it"
         )
+    script = run_script(path.resolve(), key, device)
     if procs.is_first:
-        logger.warning("%s: a script is a program, and runs with your rights", path)
-    return Detector(name, key, load_torchscript(path, device), device)
+        rights = "in a process that cannot write files" if script.confined else "with your rights"
+        logger.warning("%s: a script is a program, and runs %s", path, rights)
+    return Detector(name, key, script, device)
 
 
 def pixels(images: Tensor) -> dict[str, Tensor]:
@@ -104,27 +106,3 @@ def pixels(images: Tensor) -> dict[str, Tensor]:
             "`diffit metrics train-detector`"
         )
     return {"pool": flat.float() / 255}
-
-
-def load_torchscript(path: Path, device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A compiled network. No Python is in it, but operations that open and write files can be, even while it loads."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            net = torch.jit.load(str(path), map_location=device).eval()
-    except Exception as error:  # damaged and foreign files fail in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a TorchScript file ({reason})") from None
-
-    def extract(images: Tensor) -> dict[str, Tensor]:
-        try:
-            features = net(images)
-        except RuntimeError as error:
-            raise UserError(
-                f"{path}: fails on uint8 images {tuple(images.shape)} ({str(error).strip().splitlines()[-1]})"
-            ) from None
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            raise UserError(f"{path}: a detector returns features (B, d) for images (B, C, H, W), this one does not")
-        return {"pool": features}
-
-    return extract
