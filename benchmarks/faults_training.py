@@ -225,7 +225,7 @@ def kills(count: int, seed: int) -> Row:
 
 CASES = [("step", ("--kimg", "50")), ("start-up", ("--kimg", "50")),
          ("grid", ("--kimg", "50", "--grid", "48x48", "--snap", "1")),
-         ("metric", ("--kimg", "50", "--metrics", "fd20000_full:pixels", "--metrics-ticks", "1"))]  # fmt: skip
+         ("metric", ("--kimg", "50", "--metrics", "kd20000_full:pixels", "--metrics-ticks", "1"))]  # fmt: skip
 MARKS = {
     "step": "stats.jsonl",
     "start-up": "reals.png",
