@@ -63,34 +63,46 @@ def write_classes(folder: Path, names: Sequence[str]) -> None:
             (folder / room / name / path.name).write_bytes(path.read_bytes())
 
 
+def image_models(folder: Path, kimg: float) -> None:
+    rgb = archive(folder, "rgb", "32x32")
+    loss, network, _ = train(folder, "rgb-run", rgb, kimg)
+    print(f"32×32 RGB: loss {loss:.3f} at first", flush=True)
+    compare(folder, "image model 32 to 64 pixels", network, archive(folder, "large", "64x64"))
+    gray = archive(folder, "gray", "32x32", "classes", "--channels", "gray")
+    compare(folder, "image model RGB to gray", network, gray)
+
+
+def latent_models(folder: Path, kimg: float) -> None:
+    vae = write_vae(folder / "vae")
+    latents = {}
+    for name, size, room in (("all", 256, "classes"), ("larger", 384, "classes"), ("few", 256, "few")):
+        latents[name] = folder / f"latents-{name}"
+        source = archive(folder, name, f"{size}x{size}", room)
+        diffit("data", "encode", "--source", source, "--dest", latents[name], "--vae", vae)
+    latent = [*LATENT, "--vae", vae]
+    loss, snapshot, _ = train(folder, "latent-run", latents["all"], kimg, *latent, "--cond")
+    print(f"latent model: loss {loss:.3f} at first", flush=True)
+    official = folder / "official.safetensors"
+    diffit("export", "--network", snapshot, "--to", "official", "--dest", official)
+    compare(folder, "official layout, three classes", official, latents["few"], *latent, "--cond")
+    compare(folder, "official layout, no classes", official, latents["all"], *latent)
+    compare(folder, "official layout, 48-pixel latents", official, latents["larger"], *latent, "--cond")
+
+
+FAMILIES = {"image": image_models, "latent": latent_models}
+
+
 @click.command()
 @click.option("--kimg", type=float, default=4.0, show_default=True, help="That the first networks are trained for.")
-def main(kimg: float) -> None:
+@click.option("--family", "families", type=click.Choice(list(FAMILIES)), multiple=True, default=list(FAMILIES))
+def main(kimg: float, families: Sequence[str]) -> None:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="diffit-finetune-") as place:
         folder = Path(place)
         subprocess.run([sys.executable, ROOT / "examples/photos.py", "--dest", folder / "photos"], check=True)
         write_classes(folder, ("chelsea", "coffee", "flower"))
-
-        rgb = archive(folder, "rgb", "32x32")
-        loss, network, _ = train(folder, "rgb-run", rgb, kimg)
-        print(f"32×32 RGB: loss {loss:.3f} at first", flush=True)
-        compare(folder, "image model 32 to 64 pixels", network, archive(folder, "large", "64x64"))
-        gray = archive(folder, "gray", "32x32", "classes", "--channels", "gray")
-        compare(folder, "image model RGB to gray", network, gray)
-
-        vae = write_vae(folder / "vae")
-        latents = {}
-        for name, size, room in (("all", 256, "classes"), ("larger", 384, "classes"), ("few", 256, "few")):
-            latents[name] = folder / f"latents-{name}"
-            source = archive(folder, name, f"{size}x{size}", room)
-            diffit("data", "encode", "--source", source, "--dest", latents[name], "--vae", vae)
-        loss, snapshot, _ = train(folder, "latent-run", latents["all"], kimg, *LATENT, "--cond")
-        official = folder / "official.safetensors"
-        diffit("export", "--network", snapshot, "--to", "official", "--dest", official)
-        compare(folder, "official layout, three classes", official, latents["few"], *LATENT, "--cond")
-        compare(folder, "official layout, no classes", official, latents["all"], *LATENT)
-        compare(folder, "official layout, 48-pixel latents", official, latents["larger"], *LATENT, "--cond")
+        for family in families:
+            FAMILIES[family](folder, kimg)
 
 
 if __name__ == "__main__":
