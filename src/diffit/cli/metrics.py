@@ -28,7 +28,7 @@ DETECTOR = click.option(
 )  # fmt: skip
 SCRIPTS = click.option(
     "--allow-scripts", is_flag=True,
-    help="Let --detector be TorchScript too: a program, which runs with your rights; Linux keeps it from writing files.",
+    help="Let --detector be TorchScript too: a program with your rights; Linux keeps it from writing files.",
 )  # fmt: skip
 
 

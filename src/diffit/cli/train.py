@@ -166,7 +166,7 @@ OPTIONS: Options = {
                      help="Solver of the samples for metrics.  [default: the model's]"),
         click.option("--metrics-steps", type=click.IntRange(min=1),
                      help="Steps of that solver.  [default: the model's]"),
-        switch("--allow-scripts", help="Load TorchScript detectors of --metrics: programs with your rights, but for writing files on Linux."),
+        switch("--allow-scripts", help="Let detectors of --metrics be TorchScript: programs with your rights."),
         click.option("--track", type=click.Choice(["wandb", "trackio"]),
                      help="Also send numbers and grids there.  [default: TensorBoard's events alone]"),
     ],
