@@ -67,9 +67,8 @@ def load(preset: str, folder: Path) -> None:
     save_network(path, build_network(config).state_dict(), config)
     checked, plain = in_turns(lambda: load_network(path), lambda: load_network(path, verify=False), rounds=5)
     size = path.stat().st_size / 1e9
-    print(
-        f"{preset}: {size:.2f} GB loaded in {checked:.2f} s checked, {plain:.2f} s not: {(checked - plain) / size:.2f} s/GB"
-    )
+    cost = (checked - plain) / size
+    print(f"{preset}: {size:.2f} GB loaded in {checked:.2f} s checked, {plain:.2f} s not: {cost:.2f} s/GB")
 
 
 def main() -> None:
