@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test lint bench mutants faults clean
+.PHONY: demo test lint docs bench mutants faults clean
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py --outdir runs/demo
@@ -16,6 +16,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/python docs/errors.py
+	$(BIN)/zensical build --strict --clean
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
