@@ -33,6 +33,8 @@ with locks.exclusive(Path(sys.argv[1]), "go elsewhere"):
 def _impatient(monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
     monkeypatch.setattr(locks, "LEASE", 2.0)
+    yield
+    locks.lost.clear()
 
 
 def holding(folder: Path, then: str) -> subprocess.Popen:
