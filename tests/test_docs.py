@@ -54,7 +54,8 @@ def command_lines() -> list[tuple[str, str]]:
         blocks = [text.replace("\\\n", " ") for kind, text in FENCE.findall(page.read_text()) if kind != "python"]
         lines = [re.sub(r"\s#.*", "", line) for block in blocks for line in block.splitlines()]
         lines += [f"{span} …" for span in re.findall(r"`([^`\n]+)`", prose(page))]  # in the text they may be in part
-        found += [(page.name, line) for line in lines if re.match(r"(\$ )?(srun )?(diffit|torchrun|python train)", line)]
+        typed = re.compile(r"(\$ |srun )?(diffit|torchrun|python train)")
+        found += [(page.name, line) for line in lines if typed.match(line)]
     return found
 
 

@@ -60,7 +60,7 @@ class RunView:
     def by_level(self) -> list[str]:
         """Names of the statistics that are losses by noise level, in the order of the levels."""
         names = dict.fromkeys(name for line in self.stats for name in line)
-        return [name for name in names if name.startswith(("loss_sigma_", "loss_t"))]
+        return [name for name in names if name.startswith(("loss_sigma_", "loss_t_", "loss_step_"))]
 
     def health(self) -> list[str]:
         """What a person wants to know first, one line each."""
