@@ -5,12 +5,15 @@ a block runs and why, ``NOT_RUN`` what is only looked at, ``PROVIDED`` which fil
 one that no command before it has made. What none of these covers is run as it stands, so it fails if it is wrong.
 """
 
+import io
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -122,6 +125,18 @@ def filters(path: Path) -> None:
     save_tensors(Classifier(3, 2).state_dict(), path, header)
 
 
+def cifar(path: Path) -> None:
+    """As it is downloaded: a tar of batches, three images in each."""
+    names = {b"label_names": [f"class{i}".encode() for i in range(10)]}
+    with tarfile.open(path, "w:gz") as tar:
+        for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "batches.meta"]):
+            batch = {b"data": np.full((3, 3072), 40 * i, np.uint8) + np.arange(3, dtype=np.uint8)[:, None]}
+            data = pickle.dumps(names if name == "batches.meta" else batch | {b"labels": [0, 1, i]}, protocol=2)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
 def statistics(path: Path) -> None:
     archive(source := path.with_name("reference.zip"))
     diffit("metrics", "ref", "--data", source, "--dest", path, "--detector", "filters.safetensors")
@@ -130,6 +145,7 @@ def statistics(path: Path) -> None:
 PROVIDED = [  # (names, what makes them)
     (r"my-photos/?", photos),
     (r"samples/?", photos),
+    (r"cifar-10-python\.tar\.gz", cifar),
     (r"\S*-latents", latents),
     (r"\S+\.zip", archive),
     (r"diffit_\S+\.safetensors", official),

@@ -69,7 +69,7 @@ def run(tmp_path):
 
 def test_the_report_begins_with_what_a_person_wants_to_know(run):
     page = Page(write_report(run).read_text())
-    assert "40,000 images in 1 h 0 min" in page.text
+    assert "40,000 images, 1 h 0 min of training" in page.text
     assert "loss 0.025; 0.27 is usual after so many images" in page.text
     assert "best fd10:" in page.text
     assert "3 at 20 kimg" in page.text
@@ -113,7 +113,7 @@ def test_many_grids_and_large_pictures_are_thinned_out(run):
 def test_a_run_that_has_nothing_yet_has_a_report(tmp_path):
     folder = tmp_path / "00000-new"
     folder.mkdir()
-    assert "0 images in 0 min 0 s" in Page(write_report(folder).read_text()).text
+    assert "0 images, 0 min 0 s of training" in Page(write_report(folder).read_text()).text
 
 
 def test_the_page_of_near_copies_begins_with_its_verdict_and_a_histogram(tmp_path):

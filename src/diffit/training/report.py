@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
 def _summary(view: RunView) -> list[str]:
     """How far, how well, what is best, and the commands that come next."""
     seconds = sum(line["sec"] for line in view.stats if isinstance(line.get("sec"), int | float))
-    lines = [f"{view.kimg * 1000:,.0f} images in {_duration(seconds)}", *view.health()]
+    lines = [f"{view.kimg * 1000:,.0f} images, {_duration(seconds)} of training", *view.health()]
     lines += [_best(view, name) for name in dict.fromkeys(record["metric"] for record in view.metrics)]
     if (newest := newest_snapshot(view.path)) is not None:
         lines.append(f"newest snapshot: {newest.name}")

@@ -78,8 +78,8 @@ class RunView:
             lines.append("the last loss is not finite")
         skipped = last.get("skipped_steps", 0)
         lines.append("no step was skipped" if not skipped else f"{skipped} steps were skipped: see the log")
-        lines += [f"{record['metric']}: {format_numbers(record['results'])}" for record in self.metrics[-3:]]
-        return lines
+        latest = {record["metric"]: format_numbers(record["results"]) for record in self.metrics}
+        return lines + [f"{metric}: {numbers}" for metric, numbers in latest.items()]
 
     def _pace(self) -> str:
         if not self.stats:
