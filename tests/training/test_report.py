@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -157,3 +158,10 @@ def test_in_a_browser_the_slider_moves_the_curves_are_drawn_and_nothing_is_asked
         assert not page.get_by_text("Share chart").count()
         browser.close()
     assert not wrong
+
+
+def test_without_plotly_the_report_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    page = Page(write_report(run).read_text())
+    assert "pip install 'diffit-torch[plot]'" in page.text
+    assert "best fd10:" in page.text

@@ -38,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
         body.append(details(OPTIONS, f"<pre>{html.escape(options.read_text())}</pre>"))
     body.append(details("The end of log.txt", f"<pre>{html.escape(chr(10).join(view.log))}</pre>"))
     path = run_dir / "report.html"
-    with whole_file(path) as part:
+    with whole_file(path, sync=False) as part:  # `diffit metrics show` makes it again
         part.write_text(page(run_dir.name, body))
     return path
 
