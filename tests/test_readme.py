@@ -59,6 +59,7 @@ ADAPTED = [  # (pattern, replacement), in this order
     (r"(metrics calc .*--ref) datasets/\S+", r"\1 datasets/mine.zip"),
     # There is no network to fetch Inception's weights: features of random filters. They are no FID, so it is fd.
     (r"(diffit metrics (?:calc|ref|copies).*)", r"\1 --detector filters.safetensors"),
+    (r"(diffit metrics copies)", r"\1 --count 16"),
     (r"(train(?:\.py)? .*--metrics[ =])fid\d+k\w*", r"\1fd16_full:filters.safetensors"),
     (r"(--metrics[ =])(?:fid|adm)\d+k\w*", r"\1fd16_full"),
     (r"(--metrics[ =])([a-z]+)\d+k", r"\g<1>\g<2>16"),
