@@ -54,7 +54,7 @@ def command_lines() -> list[tuple[str, str]]:
         blocks = [text.replace("\\\n", " ") for kind, text in FENCE.findall(page.read_text()) if kind != "python"]
         lines = [re.sub(r"\s#.*", "", line) for block in blocks for line in block.splitlines()]
         lines += [f"{span} …" for span in re.findall(r"`([^`\n]+)`", prose(page))]  # in the text they may be in part
-        typed = re.compile(r"(\$ )?(srun )?(diffit|torchrun|python train)")
+        typed = re.compile(r"(\$ |srun )?(diffit|torchrun|python train)")
         found += [(page.name, line) for line in lines if typed.match(line)]
     return found
 
@@ -110,7 +110,7 @@ def test_every_line_that_troubleshooting_explains_is_one_that_diffit_says():
     said = "\n".join(texts())
     assert len(rows) > 60
     for row in rows:
-        parts = (re.escape(part.strip()) for part in row.split("…"))
+        parts = [re.escape(part.strip()) for part in row.split("…") if part.strip()]
         assert row.startswith("import ") or re.search("[^\n]*".join(parts), said), row
 
 

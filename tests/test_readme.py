@@ -3,14 +3,18 @@
 A document's blocks run in order in one folder, Python blocks in one namespace. ``ADAPTED`` says what is changed before
 a block runs and why, ``NOT_RUN`` what is only looked at, ``PROVIDED`` which files are made here when a command names
 one that no command before it has made. What none of these covers is run as it stands, so it fails if it is wrong.
+A command that several documents have is run in the first.
 """
 
+import io
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -38,6 +42,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NETWORK = "network-snapshot-000200.safetensors"
+SHELLS = ("", "bash", "sh", "shell", "console")
 
 ADAPTED = [  # (pattern, replacement), in this order
     # Several processes: tests/e2e starts the launcher; here the same command runs in one.
@@ -54,6 +59,7 @@ ADAPTED = [  # (pattern, replacement), in this order
     (r"(metrics calc .*--ref) datasets/\S+", r"\1 datasets/mine.zip"),
     # There is no network to fetch Inception's weights: features of random filters. They are no FID, so it is fd.
     (r"(diffit metrics (?:calc|ref|copies).*)", r"\1 --detector filters.safetensors"),
+    (r"(diffit metrics copies)", r"\1 --count 16"),
     (r"(train(?:\.py)? .*--metrics[ =])fid\d+k\w*", r"\1fd16_full:filters.safetensors"),
     (r"(--metrics[ =])(?:fid|adm)\d+k\w*", r"\1fd16_full"),
     (r"(--metrics[ =])([a-z]+)\d+k", r"\g<1>\g<2>16"),
@@ -122,6 +128,18 @@ def filters(path: Path) -> None:
     save_tensors(Classifier(3, 2).state_dict(), path, header)
 
 
+def cifar(path: Path) -> None:
+    """As it is downloaded: a tar of batches, three images in each."""
+    names = {b"label_names": [f"class{i}".encode() for i in range(10)]}
+    with tarfile.open(path, "w:gz") as tar:
+        for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "batches.meta"]):
+            batch = {b"data": np.full((3, 3072), 40 * i, np.uint8) + np.arange(3, dtype=np.uint8)[:, None]}
+            data = pickle.dumps(names if name == "batches.meta" else batch | {b"labels": [0, 1, i]}, protocol=2)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
 def statistics(path: Path) -> None:
     archive(source := path.with_name("reference.zip"))
     diffit("metrics", "ref", "--data", source, "--dest", path, "--detector", "filters.safetensors")
@@ -130,11 +148,13 @@ def statistics(path: Path) -> None:
 PROVIDED = [  # (names, what makes them)
     (r"my-photos/?", photos),
     (r"samples/?", photos),
+    (r"cifar-10-python\.tar\.gz", cifar),
     (r"\S*-latents", latents),
     (r"\S+\.zip", archive),
     (r"diffit_\S+\.safetensors", official),
     (r"latent\.safetensors", latent),
     (r"\S*network-\S+\.safetensors", network),
+    (r"runs/mine", lambda path: network(path / NETWORK)),
     (r"VIRTUAL_\S+\.npz", statistics),
 ]
 
@@ -168,6 +188,22 @@ def blocks() -> list[tuple[str, str, str]]:
         for fence in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.M | re.S):
             line = text.count("\n", 0, fence.start()) + 1
             found.append((f"{document.relative_to(ROOT)}:{line}", fence[1].strip(), fence[2]))
+    return found
+
+
+def shell_lines(text: str) -> list[str]:
+    """The commands of a block, without comments."""
+    lines = re.sub(r"(?m)\s+#.*$", "", text.replace("\\\n", " ")).splitlines()
+    return [" ".join(line.removeprefix("$ ").split()) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def first_places() -> dict[str, str]:
+    """Command to the first document that has it."""
+    found: dict[str, str] = {}
+    for place, language, text in blocks():
+        if language in SHELLS:
+            for line in shell_lines(text):
+                found.setdefault(line, place.rsplit(":", 1)[0])
     return found
 
 
@@ -244,21 +280,24 @@ def _hub(tmp_path_factory, monkeypatch):
 def test_the_block_runs(place, language, text, places, monkeypatch):
     folder, namespace = places[place.rsplit(":", 1)[0]]
     monkeypatch.chdir(folder)
-    if language != "python":
-        text = re.sub(r"(?m)\s+#.*$", "", text.replace("\\\n", " "))
-    for pattern, replacement in ADAPTED:
-        text = re.sub(pattern, replacement, text)
     if language == "python":
+        text = adapted(text)
         provide(["", *re.findall(r'"([^"\n]+)"', text)])
         exec(compile(text, place, "exec"), namespace)
         return
     if language in ("text", "json"):  # output, trees and files
         return
-    assert language in ("", "bash", "sh", "shell", "console"), f"{place}: no rule for ```{language}"
-    for line in text.splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        if words:
-            perform(words)
+    assert language in SHELLS, f"{place}: no rule for ```{language}"
+    first = first_places()
+    for line in shell_lines(text):
+        if first[line] == place.rsplit(":", 1)[0]:
+            perform(shlex.split(adapted(line)))
+
+
+def adapted(text: str) -> str:
+    for pattern, replacement in ADAPTED:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def test_options_named_in_the_text_exist():

@@ -360,5 +360,4 @@ def copies(**options: Any) -> None:
         result = find_copies(samples, open_images(options["data"]), detector, procs, heldout=unseen, batch=batch)
         write_copies(dest, result)
         click.echo(json.dumps(result.facts))
-        share, usual = result.facts["near_copies"], result.facts["near_copies_among_real"]
-        click.echo(f"{dest}: {share:.2%} near-copies, {usual:.2%} of real images are", err=True)
+        click.echo(f"{dest}: {result.verdict()}", err=True)

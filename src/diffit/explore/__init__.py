@@ -13,7 +13,7 @@ from diffit.explore.edit import inpaint, noise_levels, vary
 from diffit.explore.interpolate import interpolate, sample_grid, slerp
 from diffit.explore.live import Progress, live
 from diffit.explore.neighbours import TrainingImages
-from diffit.explore.runs import RunView, compare_runs, read_run
+from diffit.training.runs import RunView, compare_runs, read_run
 
 __all__ = [
     "Progress",

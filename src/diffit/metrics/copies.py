@@ -3,10 +3,12 @@
 import html
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from diffit.metrics.images import Batches, Images, by_size, choose, stream
 from diffit.metrics.precision_recall import nearest
 from diffit.utils.distributed import Processes
 from diffit.utils.files import whole_file
-from diffit.utils.html import page, picture
+from diffit.utils.html import Plot, details, page, picture, plots
 from diffit.utils.images import make_grid
 
 QUANTILE = 0.01  # of real images lie as close to a training image as a near-copy does
@@ -34,6 +36,19 @@ class Copies:
     pictures: list[list[Tensor]]
     distances: Tensor
     """(shown, NEIGHBOURS) of the pictures."""
+    nearest: tuple[Tensor, Tensor]
+    """Distances to the nearest training image: of the samples, and of the real images that are the yardstick."""
+    threshold: float
+    """A near-copy is as close as this."""
+
+    def verdict(self) -> str:
+        """What the numbers say, in a sentence."""
+        share, usual, count = (self.facts[name] for name in ("near_copies", "near_copies_among_real", "samples"))
+        error = math.sqrt(usual * (1 - usual) / count)
+        found = f"{share:.2%} of {count:,} samples are near-copies of training images; of real images {usual:.2%} are"
+        if share > usual + 2 * error:
+            return f"The network repeats training images: {found}."
+        return f"No sign of copying: {found}, and {2 * error:.2%} more could be chance."
 
 
 def some_of(images: Images, count: int) -> list[Tensor]:
@@ -87,7 +102,7 @@ def find_copies(
         "median_distance_of_real": float(yardstick.median()),
     }
     shown = [[samples[i], *(pictures[j] for j in indices[i].tolist())] for i in order.tolist()]
-    return Copies(facts, shown, distances[order])
+    return Copies(facts, shown, distances[order], (distances[:, 0], yardstick), float(threshold))
 
 
 def features(batches: Batches, detector: Detector, procs: Processes) -> Tensor:
@@ -98,7 +113,7 @@ def features(batches: Batches, detector: Detector, procs: Processes) -> Tensor:
 
 
 def write_copies(dest: Path, copies: Copies) -> None:
-    """The samples closest to training images, each next to its nearest ones."""
+    """A page with the verdict, how near samples and real images lie, and the samples closest to training images."""
     table = []
     for images, distances in zip(copies.pictures, copies.distances.tolist(), strict=True):
         cells = []
@@ -107,11 +122,28 @@ def write_copies(dest: Path, copies: Copies) -> None:
             make_grid(image[None]).save(data, "PNG")
             cells.append(f"<td>{picture(data.getvalue(), text)}</td>")
         table.append(f"<tr>{''.join(cells)}</tr>")
-    facts = html.escape(json.dumps(copies.facts, indent=2))
     body = [
-        f"<pre>{facts}</pre>",
+        f"<p><strong>{html.escape(copies.verdict())}</strong></p>",
+        *plots([_histogram(copies)]),
+        details("Numbers", f"<pre>{html.escape(json.dumps(copies.facts, indent=2))}</pre>"),
         "<h2>The samples nearest to training images</h2>",
         f"<table>{''.join(table)}</table>",
     ]
     with whole_file(dest) as part:
         part.write_text(page("Near-copies", body))
+
+
+def _histogram(copies: Copies) -> Plot:
+    samples, real = (distances.double().cpu().numpy() for distances in copies.nearest)
+    edges = np.linspace(0, max(samples.max(), real.max()) or 1, 61)
+    middles = ((edges[1:] + edges[:-1]) / 2).tolist()
+    traces = [
+        {"type": "bar", "name": name, "x": middles, "opacity": 0.6,
+         "y": (100 * np.histogram(distances, edges)[0] / len(distances)).tolist()}
+        for name, distances in (("samples", samples), (copies.facts["yardstick"], real))
+    ]  # fmt: skip
+    near = {"x0": copies.threshold, "x1": copies.threshold, "y0": 0, "y1": 1, "yref": "paper", "type": "line"}
+    label = {"text": "near-copies are left of this", "textposition": "end", "textangle": 0, "xanchor": "left"}
+    how = {"barmode": "overlay", "bargap": 0, "shapes": [near | {"line": {"dash": "dot"}, "label": label}]}
+    title = "Distance to the nearest training image, in feature space"
+    return Plot(title, traces, x="distance", y="% of images", layout=how)

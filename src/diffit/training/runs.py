@@ -60,7 +60,7 @@ class RunView:
     def by_level(self) -> list[str]:
         """Names of the statistics that are losses by noise level, in the order of the levels."""
         names = dict.fromkeys(name for line in self.stats for name in line)
-        return [name for name in names if name.startswith(("loss_sigma_", "loss_t"))]
+        return [name for name in names if name.startswith(("loss_sigma_", "loss_t_", "loss_step_"))]
 
     def health(self) -> list[str]:
         """What a person wants to know first, one line each."""
@@ -78,8 +78,8 @@ class RunView:
             lines.append("the last loss is not finite")
         skipped = last.get("skipped_steps", 0)
         lines.append("no step was skipped" if not skipped else f"{skipped} steps were skipped: see the log")
-        lines += [f"{record['metric']}: {format_numbers(record['results'])}" for record in self.metrics[-3:]]
-        return lines
+        latest = {record["metric"]: format_numbers(record["results"]) for record in self.metrics}
+        return lines + [f"{metric}: {numbers}" for metric, numbers in latest.items()]
 
     def _pace(self) -> str:
         if not self.stats:
