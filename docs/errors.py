@@ -60,12 +60,10 @@ def by_room() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    found = by_room()
-    lines = [INTRODUCTION]
-    for room, title in TITLES.items():
-        lines += [f"\n## {title}\n", *(f"- `` {text} ``" for text in found.pop(room))]
-    left = [room for room, texts in found.items() if texts and room != "errors"]
-    assert not left, f"no title for the errors of {left}"
+    found, lines = by_room(), [INTRODUCTION]
+    for room in dict.fromkeys([*TITLES, *found]):
+        if texts := found.get(room):
+            lines += [f"\n## {TITLES.get(room, room.capitalize())}\n", *(f"- `` {text} ``" for text in texts)]
     (HERE / "errors.md").write_text("\n".join(lines) + "\n")
 
 

@@ -21,7 +21,8 @@ h1 { font-size: 1.4em; overflow-wrap: anywhere } h2 { font-size: 1.1em; margin-t
 img { max-width: 100% } figure { margin: 0; min-width: 0 } figcaption { font-size: .9em; color: #555 }
 table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .2em .8em .2em 0;
 text-align: left; vertical-align: top; border-bottom: 1px solid #ddd } input[type=range] { width: 100% }
-pre { background: #f4f4f4; padding: .7em 1em; overflow: auto } pre.copy { user-select: all; cursor: pointer }
+pre { background: #f4f4f4; padding: .7em 1em; overflow: auto }
+pre.copy { user-select: all; cursor: pointer; white-space: pre-wrap; overflow-wrap: anywhere }
 .side { display: grid; gap: 1.5em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22em), 1fr)) }"""
 
 SLIDER = """for (const slider of document.querySelectorAll("input[type=range]")) {
