@@ -1,0 +1,146 @@
+"""The controls that several tabs share: a network with its classes, and how it is sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import gradio as gr
+
+from diffit.configs.schema import DISCRETE, Config, Sampling, steps_text
+from diffit.errors import UserError
+from diffit.sampling.model import Model
+from diffit.studio.common import checked
+from diffit.studio.request import RANDOM, Request, changed, class_choices, class_of, seed_of, whole
+from diffit.studio.shelf import Shelf
+from diffit.weights import read_header
+
+SAMPLERS: tuple[str, ...] = get_args(Sampling.model_fields["sampler"].annotation)
+PRECISIONS = ["auto", "fp32", "bf16"]
+CHANNELS = ["all", "3"]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A network and one of its classes."""
+
+    network: gr.Dropdown
+    label: gr.Dropdown
+
+
+def chooser(shelf: Shelf, title: str = "Network") -> Chooser:
+    """Dropdowns whose classes follow the network."""
+    names = list(shelf.networks())
+    first = names[0] if names else None
+    network = gr.Dropdown(names, value=first, label=title, allow_custom_value=True, elem_classes="network")
+    label = gr.Dropdown(
+        _classes(shelf, first), value=RANDOM, label="Class", allow_custom_value=True, elem_classes="class"
+    )
+    private: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+    network.input(
+        checked(lambda name: gr.update(choices=_classes(shelf, name), value=RANDOM)), network, label, **private
+    )
+    # A run that is training writes new snapshots.
+    network.focus(lambda: gr.update(choices=list(shelf.networks())), None, network, **private)
+    return Chooser(network, label)
+
+
+def _classes(shelf: Shelf, name: str | None) -> list[tuple[str, str]]:
+    config = config_of(shelf, name)
+    return [(RANDOM, RANDOM)] if config is None else class_choices(config)
+
+
+def config_of(shelf: Shelf, name: str | None) -> Config | None:
+    """The configuration in a network's file, no tensor of which is read; None where it cannot be read now."""
+    source = shelf.networks().get(name or "")
+    try:
+        return None if source is None else read_header(source)[0]
+    except UserError:
+        return None
+
+
+def solver_controls(shelf: Shelf, network: gr.Dropdown) -> list[Any]:
+    """Sampler, steps, guidance and precision, filled with what the network's file says when another one is chosen.
+
+    The components are in the order in which :func:`ask` takes their values.
+    """
+    config = config_of(shelf, network.value)
+    sampler, steps, scale, low, high, channels, precision = solver_values(config)
+    with gr.Row():
+        components: list[Any] = [
+            gr.Dropdown(_samplers(config), value=sampler, label="Sampler", min_width=110),
+            gr.Number(steps, label="Steps", precision=0, min_width=90),
+            gr.Number(scale, label="Guidance scale", info="1 is none", step=0.1, min_width=110),
+        ]
+    with gr.Row():
+        components += [
+            gr.Number(low, label="Guide above sigma", info="empty: everywhere", min_width=110),
+            gr.Number(high, label="and up to", info="empty: everywhere", min_width=110),
+            gr.Dropdown(CHANNELS, value=channels, label="Guided channels", min_width=110),
+            gr.Dropdown(PRECISIONS, value=precision, label="Precision", min_width=110),
+        ]
+
+    def follow(name: str) -> list[Any]:
+        config = config_of(shelf, name)
+        sampler, steps, scale, *rest = solver_values(config)
+        guided = config is None or config.model.num_classes > 0
+        return [
+            gr.update(choices=_samplers(config), value=sampler),
+            steps,
+            gr.update(value=scale, interactive=guided),
+            *rest,
+        ]
+
+    network.input(checked(follow), network, components, queue=False, api_visibility="private")
+    return components
+
+
+def solver_values(config: Config | None, settings: dict[str, Any] | None = None, precision: str = "auto") -> list[Any]:
+    """What the controls show for a network's file with these ``settings`` changed."""
+    values = (Sampling() if config is None else config.sampling).model_dump() | (settings or {})
+    low, high = values["cfg_interval"] or (None, None)
+    channels = str(values["cfg_channels"] or "all")
+    return [values["sampler"], values["steps"], values["cfg_scale"], low, high, channels, precision]
+
+
+def _samplers(config: Config | None) -> list[str]:
+    edm = config is not None and config.diffusion.kind == "edm"
+    return [name for name in SAMPLERS if not (edm and name in DISCRETE)]
+
+
+def settings_of(
+    config: Config, sampler: str, steps: float, scale: float, low: float | None, high: float | None, channels: str
+) -> dict[str, Any]:
+    """What differs from the network's file. Raises :class:`UserError`."""
+    own = config.sampling
+    asked: dict[str, Any] = {"sampler": sampler, "cfg_scale": float(scale) if scale is not None else None}
+    if steps is not None:
+        count = whole(steps, "steps")
+        # The file's own spelling, such as ddim50, as long as nobody asks for another number.
+        asked["steps"] = steps_text(own) if count == own.steps and sampler == own.sampler else count
+    if (low is None) != (high is None):
+        raise UserError("guidance between two noise levels: fill in both, or leave both empty")
+    if low is not None and high is not None:
+        asked["cfg_interval"] = (float(low), float(high))
+    if channels != str(own.cfg_channels or "all"):
+        if channels not in CHANNELS:
+            raise UserError(f"guided channels {channels}: use one of {', '.join(CHANNELS)}")
+        asked["cfg_channels"] = channels if channels == "all" else int(channels)
+    return changed(config, **asked)
+
+
+def ask(
+    shelf: Shelf, network: str | None, label: str | None, first: Any, count: Any, solver: Sequence[Any]
+) -> tuple[Request, Model]:
+    """What the controls ask for, checked, and the model with its settings. Raises :class:`UserError`."""
+    *how, precision = solver
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision}: use one of {', '.join(PRECISIONS)}")
+    number, steps = whole(count, "images"), whole(how[1], "steps") if how[1] is not None else None
+    if steps is not None and not 1 <= steps <= 1000:  # before the network is read
+        raise UserError(f"steps {steps}: one request has 1 to 1000 steps; `diffit sample` takes more")
+    model = shelf.model(network, precision)
+    settings = settings_of(model.config, *how)
+    request = Request(network or "", seed_of(first), number, class_of(label, model.config), settings, precision)
+    model = model.with_sampling(**settings)
+    shelf.check_size(model, number, model.config.sampling.steps)
+    return request, model
