@@ -18,9 +18,10 @@ gr = pytest.importorskip("gradio", reason="the page needs gradio: extra studio")
 
 from diffit.studio import Shelf, compare_tab, data_tab, explore_tab, inside_tab, runs_tab, sample_tab  # noqa: E402
 from diffit.studio.app import read_auth, require_free, serve  # noqa: E402
-from diffit.studio.common import Scratch, checked, decode, escape, fit_image, painted, read_upload  # noqa: E402
+from diffit.studio.common import Scratch, checked, escape  # noqa: E402
 from diffit.studio.controls import solver_values  # noqa: E402
 from diffit.studio.request import RANDOM, Request  # noqa: E402
+from diffit.studio.uploads import decode, fit_image, painted, read_upload  # noqa: E402
 from studio.folders import free_port, write_run  # noqa: E402
 
 NETWORK, SECOND = (f"{kimg} kimg · 00000-a-debug-gpus1-batch8" for kimg in (1, 2))
@@ -90,8 +91,8 @@ BAD = [
     ({"first": 0.5}, "seed 0.5"),
     ({"first": float("nan")}, "seed nan"),
     ({"first": "../1"}, "seed ../1"),
-    ({"count": 10**6}, "1000000 images"),
-    ({"count": 0}, "0 images"),
+    ({"count": 10**6}, "images 1000000"),
+    ({"count": 0}, "images 0"),
     ({"steps": 10**6}, "steps 1000000"),
     ({"steps": 0}, "steps 0"),
     ({"sampler": "../heun"}, "sampler"),
@@ -126,16 +127,27 @@ def test_names_from_files_are_no_markup(shelf):
     assert escape("<b>[x](javascript:1)`") == "&lt;b>&#91;x](javascript:1)&#96;"
 
 
-def test_other_tabs_look_names_up_as_well(shelf):
+def test_other_tabs_check_what_they_are_given_as_well(shelf):
+    image, drawing = torch.zeros(1, 3, 16, 16), {"layers": [np.full((8, 8, 4), 255, np.uint8)]}
+    edit = explore_tab.edit_of(shelf, image, NETWORK, RANDOM, 0, 1)
     for call in (
         lambda: runs_tab.read_run(shelf.run("../../etc")),
         lambda: inside_tab.layer_of(shelf.model(NETWORK), "../blocks"),
         lambda: data_tab.neighbours(shelf, "../x", RANDOM, 0, "pixels"),
         lambda: data_tab.neighbours(shelf, NETWORK, RANDOM, 0, "../weights.pt"),
-        lambda: last(explore_tab.frames_between(shelf, Scratch(), "../x", 0, 1, "", "", 4, None)),
-        lambda: last(explore_tab.frames_between(shelf, Scratch(), NETWORK, 0, 1, "ant", "", 4, None)),
-        lambda: last(explore_tab.variations(shelf, NETWORK, RANDOM, None, 1.0, 0, 1)),
-        lambda: last(explore_tab.variations(shelf, NETWORK, RANDOM, torch.zeros(1, 3, 16, 16), 10**9, 0, 1)),
+        lambda: last(explore_tab.frames_between(shelf, SCRATCH, "../x", [(0, ""), (1, "")], 4, None)),
+        lambda: last(explore_tab.frames_between(shelf, SCRATCH, NETWORK, [(0, "ant"), (1, "")], 4, None)),
+        lambda: last(explore_tab.frames_between(shelf, SCRATCH, NETWORK, [(0, ""), (1, "")], 4, 10**6)),
+        lambda: explore_tab.edit_of(shelf, None, NETWORK, RANDOM, 0, 1),
+        lambda: explore_tab.edit_of(shelf, image, "../x", RANDOM, 0, 1),
+        lambda: explore_tab.edit_of(shelf, image, NETWORK, "../bee", 0, 1),
+        lambda: explore_tab.take_sample(shelf, NETWORK, RANDOM, "../1"),
+        lambda: last(explore_tab.variations(edit, 10**9)),
+        lambda: last(explore_tab.variations(edit, "../1")),
+        lambda: last(explore_tab.paintings(edit, None, 5)),
+        lambda: last(explore_tab.paintings(edit, drawing, 10**6)),
+        lambda: runs_tab.side_by_side(shelf, ["../training.lr"]),
+        lambda: inside_tab.show(shelf, None, "", 1, (0.5, 0.5), True),
     ):
         with pytest.raises(UserError):
             call()
@@ -147,15 +159,15 @@ def test_networks_of_two_sizes_are_not_compared(shelf):
 
 
 def test_a_comparison_has_both_pictures_and_numbers(shelf, model):
-    a, b, gray, table, _ = last(compare_tab.compare(shelf, "0", 3, 2, NETWORK, *OWN, SECOND, *OWN))
+    a, b, gray, table, status = last(compare_tab.compare(shelf, "0", 3, 2, NETWORK, *OWN, SECOND, *OWN))
     assert a.size == b.size == gray.size
     numbers = {row[0]: row[1:] for row in table}
+    assert numbers["evaluations per image"] == [7, 7]
     other = load(shelf.networks()[SECOND], device="cpu")
     levels = [to_uint8(m.sample([3, 4], 0)).double() for m in (model, other)]
-    assert numbers["mean |difference| (levels)"][0] == pytest.approx(
-        float((levels[0] - levels[1]).abs().mean()), abs=1e-3
-    )
-    assert numbers["evaluations per image"] == [7, 7]
+    assert f"mean |difference| (levels) **{(levels[0] - levels[1]).abs().mean():.3g}**" in status
+    *_, status = last(compare_tab.compare(shelf, "0", 3, 2, NETWORK, *OWN, NETWORK, *OWN))
+    assert "The same images" in status
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -221,8 +233,8 @@ def test_the_least_recently_used_network_goes(shelf):
 
 def test_a_request_larger_than_the_memory_is_refused_before_any_work(shelf, monkeypatch):
     monkeypatch.setattr("diffit.studio.shelf.free_bytes", lambda device: 10_000)
-    with pytest.raises(UserError, match=r"16 images together take about .* ask for 1 or fewer"):
-        shelf.check_size(shelf.model(NETWORK), 16)
+    with pytest.raises(UserError, match=r"images 16: together they take about .* ask for 1 or fewer"):
+        shelf.require_memory(shelf.model(NETWORK), 16)
 
 
 def test_a_run_that_is_deleted_while_it_is_shown_is_said(tmp_path):

@@ -1,7 +1,10 @@
 """The page in a real browser: what a person does with it, with no error in the console and no request to elsewhere."""
 
 import io
+import re
 import shutil
+import subprocess
+import sys
 import time
 from urllib.parse import urlparse
 
@@ -12,19 +15,21 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the page needs gradio: extra studio")
 playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright: extra dev")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium"),
+]
 
 from diffit.sampling import load  # noqa: E402
 from diffit.studio.common import grid_picture  # noqa: E402
-from studio.folders import write_stats  # noqa: E402
 
 FIRST, NETWORK = (f"{kimg} kimg · 00000-a-debug-gpus1-batch8" for kimg in (1, 2))
 SECONDS = 60  # that anything may take on a busy machine
 
 
 @pytest.fixture(scope="module")
-def page(served):
-    """The page, and what went wrong in it or went elsewhere."""
+def opened(served):
+    """The page in a browser, and what went wrong in it or went elsewhere."""
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -37,6 +42,13 @@ def page(served):
         page.get_by_role("tab", name="Sample").wait_for()
         yield page
         browser.close()
+
+
+@pytest.fixture
+def page(opened):
+    opened.wrong.clear()
+    yield opened
+    assert opened.wrong == []
 
 
 def is_elsewhere(url: str) -> bool:
@@ -54,54 +66,77 @@ def choose(page, place: str, value: str, which: int = 0) -> None:
     field.press("Enter")
 
 
+def fill(page, label: str, value: object) -> None:
+    page.get_by_label(label, exact=True).locator("visible=true").first.fill(str(value))
+
+
 def text_of(page, place: str, words: str) -> str:
-    page.wait_for_function(
-        "([place, words]) => document.querySelector(place)?.innerText.includes(words)", arg=[place, words]
-    )
+    """The text of a place, once it has these words."""
+    page.locator(place).filter(has_text=words).wait_for()
     return page.locator(place).inner_text()
 
 
-def picture_of(page, place: str) -> Image.Image:
+def another(page, place: str, before: str) -> str:
+    """The source of the first image of a place, once it is not ``before`` any more."""
+    image = f"{place} img"
+    page.wait_for_function("([i, b]) => (document.querySelector(i)?.src ?? b) !== b", arg=[image, before])
+    return page.locator(image).first.get_attribute("src")
+
+
+def picture_of(page, place: str) -> np.ndarray:
     source = page.locator(f"{place} img").first.get_attribute("src")
-    return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+    return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB"))
 
 
-def fill(page, label: str, value: object) -> None:
-    page.get_by_label(label, exact=False).locator("visible=true").first.fill(str(value))
+def said(page) -> str:
+    """The line in which the page says what is not possible."""
+    toast = page.locator(".toast-body").first
+    toast.wait_for()
+    words = toast.inner_text()
+    toast.get_by_role("button").click()
+    toast.wait_for(state="detached")
+    return words
 
 
 def test_a_class_is_sampled_watched_cancelled_and_remembered(page, shelf):
     choose(page, ".network", NETWORK)
     choose(page, ".class", "bee (1)")
     page.get_by_text("Solver and guidance").first.click()
-    fill(page, "Steps", 400)
+    fill(page, "Steps", 900)
     page.locator("#sample").click()
-    first = text_of(page, "#status", "noise level")
+    first = text_of(page, "#status", "of 900")
     page.wait_for_function("before => document.querySelector('#status').innerText !== before", arg=first)
-    assert page.locator("#samples img").count() == 1  # it appears while it is denoised
+    page.locator("#samples img").wait_for()  # it appears while it is denoised
     page.locator("#cancel").click()
     text_of(page, "#status", "cancelled")
     fill(page, "Steps", 3)
     page.locator("#sample").click()  # the place of the cancelled one is free
     text_of(page, "#status", "5 evaluations each")
-    model = load(shelf.networks()[NETWORK], device="cpu")
-    expected = grid_picture(model.sample(range(16), "bee", steps=3))
-    assert np.array_equal(np.asarray(picture_of(page, "#samples")), np.asarray(expected))
+    expected = grid_picture(load(shelf.networks()[NETWORK], device="cpu").sample(range(16), "bee", steps=3))
+    assert np.array_equal(picture_of(page, "#samples"), expected)
     page.reload()
     page.locator("#history input").click()
     page.get_by_role("option").filter(has_text="16 from seed 0 · class 1").first.click()
     page.wait_for_function("() => document.querySelector('.class input').value.includes('bee')")
 
 
-def test_an_image_is_changed_where_it_was_drawn_on(page):
+def test_a_slider_goes_from_one_sample_to_the_other(page):
     tab(page, "Explore")
+    fill(page, "Steps", 2)
     page.locator("#interpolate").click()
-    page.locator("#frame img").wait_for()
+    text_of(page, "#between-status", "16 frames")
+    before = another(page, "#frame", "")
+    fill(page, "number input for Position between the two, in percent", 100)
+    another(page, "#frame", before)
+
+
+def test_an_image_is_changed_where_it_was_painted_on(page, tmp_path):
+    tab(page, "Explore")
     tab(page, "Variations and inpainting")
     page.locator("#take").click()
     canvas = page.locator("#canvas canvas").first
     canvas.wait_for()
-    time.sleep(1)  # the canvas shows its image after the last event that can be waited for
+    page.locator("#canvas .pending").wait_for(state="detached")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -109,23 +144,36 @@ def test_an_image_is_changed_where_it_was_drawn_on(page):
     page.mouse.down()
     page.mouse.move(x + 40, y, steps=5)
     page.mouse.up()
-    time.sleep(0.5)
     page.locator("#inpaint").click()
     words = text_of(page, "#edit-status", "pixels are new")
     assert 0 < int(words.split()[0]) < 256
     page.locator("#vary").click()
-    text_of(page, "#edit-status", "variations at noise level")
+    text_of(page, "#edit-status", "4 variations")
+
+
+def test_an_upload_that_is_no_image_is_said_in_one_line(page, tmp_path):
+    tab(page, "Explore")
+    tab(page, "Variations and inpainting")
+    (tmp_path / "a.png").write_text("just text")
+    page.locator("input[type=file]:near(#upload)").first.set_input_files(tmp_path / "a.png")
+    assert "not an image of a known format" in said(page)
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "b.png")
+    page.locator("input[type=file]:near(#upload)").first.set_input_files(tmp_path / "b.png")
+    page.locator("#vary").click()
+    text_of(page, "#edit-status", "4 variations")
 
 
 def test_a_click_shows_where_a_place_attends(page):
     tab(page, "Look inside")
+    fill(page, "Steps", 2)
     page.locator("#look").click()
     text_of(page, "#where", "50% down")
-    before = page.locator("#heads img").first.get_attribute("src")
+    before = another(page, "#heads", "")
     page.locator("#clicked img").click(position={"x": 20, "y": 20})
-    page.wait_for_function("() => !document.querySelector('#where').innerText.includes('50% down')")
-    page.wait_for_function("before => document.querySelector('#heads img').src !== before", arg=before)
+    another(page, "#heads", before)
+    assert "50% down" not in page.locator("#where").inner_text()
     assert page.locator("#bias img").count() > 0
+    assert page.locator("#norms canvas, #norms svg").count() > 0
 
 
 def test_two_snapshots_are_compared(page):
@@ -133,21 +181,43 @@ def test_two_snapshots_are_compared(page):
     choose(page, ".network", FIRST, which=0)
     choose(page, ".network", NETWORK, which=1)
     page.locator("#compare").click()
-    text_of(page, "#compare-status", "gray is equal")
-    assert "PSNR" in text_of(page, "#numbers", "PSNR")
-    assert picture_of(page, "#first").size == picture_of(page, "#difference").size
+    assert "PSNR" in text_of(page, "#compare-status", "Gray is where both are equal")
+    text_of(page, "#numbers", "evaluations per image")
+    assert picture_of(page, "#first").shape == picture_of(page, "#difference").shape
 
 
-def test_a_run_moves_while_another_process_writes_it(page, shelf):
+def test_a_run_moves_while_another_process_trains_it(page, shelf):
     tab(page, "Runs")
-    run = shelf.runs_dir / "00000-a-debug-gpus1-batch8"
-    choose(page, "#run", run.name)
-    text_of(page, "#health", "1 kimg")
-    write_stats(run, 2500, loss=0.25)
-    assert "loss 0.25" in text_of(page, "#health", "2.5 kimg")
+    words = ["--data", str(shelf.data), "--outdir", str(shelf.runs_dir), "--preset", "debug", "--desc", "live"]
+    words += ["--kimg", "1000", "--tick", "0.1", "--snap", "1000", "--workers", "0"]
+    training = subprocess.Popen([sys.executable, "-m", "diffit", "train", *words], stdout=subprocess.DEVNULL)
+    try:
+        choose(page, "#run", name_of_run(shelf, "live"))
+        before = text_of(page, "#health", "img/s")
+        page.wait_for_function("before => document.querySelector('#health').innerText !== before", arg=before)
+        after = text_of(page, "#health", "img/s")
+    finally:
+        training.kill()
+        training.wait()
+    assert kimg_of(after) > kimg_of(before) > 0
+    assert page.locator("#loss-plot canvas, #loss-plot svg").count() > 0
+
+
+def name_of_run(shelf, part: str) -> str:
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        if found := [name for name in shelf.runs() if part in name]:
+            return found[0]
+        time.sleep(0.1)
+    raise TimeoutError("the training has not begun")
+
+
+def kimg_of(health: str) -> float:
+    return float(re.search(r"([\d.]+) kimg", health)[1])
+
+
+def test_the_data_and_the_training_images_nearest_to_a_sample_are_shown(page):
     tab(page, "Data")
     text_of(page, "#data", "12 images")
-
-
-def test_nothing_went_wrong_and_nothing_left_the_machine(page):
-    assert page.wrong == []
+    page.locator("#find").click()
+    page.locator("#nearest img").nth(5).wait_for()

@@ -9,11 +9,14 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: no request leaves the machine
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from diffit.errors import UserError
 from diffit.studio import compare_tab, data_tab, explore_tab, inside_tab, runs_tab, sample_tab
-from diffit.studio.common import UPLOAD_BYTES, Scratch
+from diffit.studio.common import Scratch
+from diffit.studio.gate import Gate
 from diffit.studio.shelf import Shelf
+from diffit.studio.uploads import UPLOAD_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,8 @@ def build(shelf: Shelf) -> gr.Blocks:
                 compare_tab.build(shelf)
             with gr.Tab("Runs", id="runs"):
                 runs_tab.build(page, shelf)
-            with gr.Tab("Data", id="data"):
-                data_tab.build(page, shelf)
+            with gr.Tab("Data", id="data") as data:
+                data_tab.build(data, shelf)
     page.queue(max_size=WAITING)
     return page
 
@@ -76,7 +79,7 @@ def serve(
         server_name=host, server_port=port, share=share, auth=auth, prevent_thread_lock=True, quiet=True,
         theme=gr.themes.Default(font=FONT, font_mono=MONO), css=CSS, footer_links=[], run_history=False,
         max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, state_session_capacity=200, pwa=False,
-        strict_cors=True, mcp_server=False,
+        strict_cors=True, mcp_server=False, app_kwargs={"middleware": [Middleware(Gate)]},
     )  # fmt: skip
     if block:
         try:

@@ -1,6 +1,5 @@
 """The controls that several tabs share: a network with its classes, and how it is sampled."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -9,14 +8,15 @@ import gradio as gr
 from diffit.configs.schema import DISCRETE, Config, Sampling, steps_text
 from diffit.errors import UserError
 from diffit.sampling.model import Model
-from diffit.studio.common import checked
-from diffit.studio.request import RANDOM, Request, changed, class_choices, class_of, seed_of, whole
+from diffit.studio.common import PRIVATE, checked
+from diffit.studio.request import RANDOM, Request, changed, class_choices, class_of, real, seed_of, whole
 from diffit.studio.shelf import Shelf
 from diffit.weights import read_header
 
 SAMPLERS: tuple[str, ...] = get_args(Sampling.model_fields["sampler"].annotation)
 PRECISIONS = ["auto", "fp32", "bf16"]
 CHANNELS = ["all", "3"]
+EVERYWHERE = (0.0, 1e6)  # no noise level is above this
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,34 @@ class Chooser:
 
 
 def chooser(shelf: Shelf, title: str = "Network") -> Chooser:
-    """Dropdowns whose classes follow the network."""
+    network = network_list(shelf, title)
+    return Chooser(network, class_list(shelf, network))
+
+
+def network_list(shelf: Shelf, title: str = "Network") -> gr.Dropdown:
     names = list(shelf.networks())
-    first = names[0] if names else None
-    network = gr.Dropdown(names, value=first, label=title, allow_custom_value=True, elem_classes="network")
-    label = gr.Dropdown(
-        _classes(shelf, first), value=RANDOM, label="Class", allow_custom_value=True, elem_classes="class"
-    )
-    private: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-    network.input(
-        checked(lambda name: gr.update(choices=_classes(shelf, name), value=RANDOM)), network, label, **private
+    network = gr.Dropdown(
+        names, value=names[0] if names else None, label=title, allow_custom_value=True, elem_classes="network"
     )
     # A run that is training writes new snapshots.
-    network.focus(lambda: gr.update(choices=list(shelf.networks())), None, network, **private)
-    return Chooser(network, label)
+    network.focus(lambda: gr.update(choices=list(shelf.networks())), None, network, **PRIVATE)
+    return network
 
 
-def _classes(shelf: Shelf, name: str | None) -> list[tuple[str, str]]:
-    config = config_of(shelf, name)
-    return [(RANDOM, RANDOM)] if config is None else class_choices(config)
+def class_list(shelf: Shelf, network: gr.Dropdown, title: str = "Class") -> gr.Dropdown:
+    """The classes of the network that is chosen."""
+
+    def shown(name: str | None) -> dict[str, Any]:
+        config = config_of(shelf, name)
+        known = config is not None and config.model.num_classes > 0
+        choices = class_choices(config) if config is not None and known else [("the model has none", RANDOM)]
+        return {"choices": choices, "value": RANDOM, "interactive": known}
+
+    label = gr.Dropdown(
+        label=title, allow_custom_value=True, elem_classes="class", min_width=150, **shown(network.value)
+    )
+    network.input(checked(lambda name: gr.update(**shown(name))), network, label, **PRIVATE)
+    return label
 
 
 def config_of(shelf: Shelf, name: str | None) -> Config | None:
@@ -69,12 +78,12 @@ def solver_controls(shelf: Shelf, network: gr.Dropdown) -> list[Any]:
         components: list[Any] = [
             gr.Dropdown(_samplers(config), value=sampler, label="Sampler", min_width=110),
             gr.Number(steps, label="Steps", precision=0, min_width=90),
-            gr.Number(scale, label="Guidance scale", info="1 is none", step=0.1, min_width=110),
+            gr.Number(scale, label="Guidance scale (1: none)", step=0.1, min_width=110, interactive=_guided(config)),
         ]
     with gr.Row():
         components += [
-            gr.Number(low, label="Guide above sigma", info="empty: everywhere", min_width=110),
-            gr.Number(high, label="and up to", info="empty: everywhere", min_width=110),
+            gr.Number(low, label="Guide above sigma", placeholder="everywhere", min_width=110),
+            gr.Number(high, label="and up to", placeholder="everywhere", min_width=110),
             gr.Dropdown(CHANNELS, value=channels, label="Guided channels", min_width=110),
             gr.Dropdown(PRECISIONS, value=precision, label="Precision", min_width=110),
         ]
@@ -82,15 +91,14 @@ def solver_controls(shelf: Shelf, network: gr.Dropdown) -> list[Any]:
     def follow(name: str) -> list[Any]:
         config = config_of(shelf, name)
         sampler, steps, scale, *rest = solver_values(config)
-        guided = config is None or config.model.num_classes > 0
         return [
             gr.update(choices=_samplers(config), value=sampler),
             steps,
-            gr.update(value=scale, interactive=guided),
+            gr.update(value=scale, interactive=_guided(config)),
             *rest,
         ]
 
-    network.input(checked(follow), network, components, queue=False, api_visibility="private")
+    network.input(checked(follow), network, components, **PRIVATE)
     return components
 
 
@@ -107,20 +115,27 @@ def _samplers(config: Config | None) -> list[str]:
     return [name for name in SAMPLERS if not (edm and name in DISCRETE)]
 
 
-def settings_of(
-    config: Config, sampler: str, steps: float, scale: float, low: float | None, high: float | None, channels: str
-) -> dict[str, Any]:
+def _guided(config: Config | None) -> bool:
+    return config is None or config.model.num_classes > 0
+
+
+def settings_of(config: Config, *solver: Any) -> dict[str, Any]:
     """What differs from the network's file. Raises :class:`UserError`."""
+    sampler, steps, scale, low, high, channels = solver
     own = config.sampling
-    asked: dict[str, Any] = {"sampler": sampler, "cfg_scale": float(scale) if scale is not None else None}
+    asked: dict[str, Any] = {"sampler": sampler}
+    if scale is not None:
+        asked["cfg_scale"] = real(scale, "guidance scale")
     if steps is not None:
         count = whole(steps, "steps")
         # The file's own spelling, such as ddim50, as long as nobody asks for another number.
         asked["steps"] = steps_text(own) if count == own.steps and sampler == own.sampler else count
     if (low is None) != (high is None):
         raise UserError("guidance between two noise levels: fill in both, or leave both empty")
-    if low is not None and high is not None:
-        asked["cfg_interval"] = (float(low), float(high))
+    if low is not None:
+        asked["cfg_interval"] = (real(low, "guide above sigma"), real(high, "and up to"))
+    elif own.cfg_interval is not None:
+        asked["cfg_interval"] = EVERYWHERE
     if channels != str(own.cfg_channels or "all"):
         if channels not in CHANNELS:
             raise UserError(f"guided channels {channels}: use one of {', '.join(CHANNELS)}")
@@ -129,18 +144,28 @@ def settings_of(
 
 
 def ask(
-    shelf: Shelf, network: str | None, label: str | None, first: Any, count: Any, solver: Sequence[Any]
+    shelf: Shelf, network: str | None, label: str | None, first: Any, count: Any, *solver: Any
 ) -> tuple[Request, Model]:
     """What the controls ask for, checked, and the model with its settings. Raises :class:`UserError`."""
     *how, precision = solver
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision}: use one of {', '.join(PRECISIONS)}")
-    number, steps = whole(count, "images"), whole(how[1], "steps") if how[1] is not None else None
-    if steps is not None and not 1 <= steps <= 1000:  # before the network is read
-        raise UserError(f"steps {steps}: one request has 1 to 1000 steps; `diffit sample` takes more")
+    number, steps = whole(count, "images"), None if how[1] is None else whole(how[1], "steps")
+    shelf.require_few(number, steps)  # before the network is read
     model = shelf.model(network, precision)
     settings = settings_of(model.config, *how)
     request = Request(network or "", seed_of(first), number, class_of(label, model.config), settings, precision)
     model = model.with_sampling(**settings)
-    shelf.check_size(model, number, model.config.sampling.steps)
+    shelf.require_memory(model, number)
     return request, model
+
+
+def prepared(shelf: Shelf, network: str | None, images: Any, steps: Any = None) -> Model:
+    """A network as its file says it is sampled, in so many ``steps``, for so many ``images``. Raises UserError."""
+    number, some = whole(images, "images"), None if steps is None else whole(steps, "steps")
+    shelf.require_few(number, some)
+    model = shelf.model(network)
+    if some is not None and some != model.config.sampling.steps:
+        model = model.with_sampling(steps=some)
+    shelf.require_memory(model, number)
+    return model

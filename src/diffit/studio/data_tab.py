@@ -1,6 +1,7 @@
 """Data: what is in the archive, and the training images nearest to a sample."""
 
-from functools import lru_cache
+import threading
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from diffit.errors import UserError, printable
 from diffit.explore.neighbours import TrainingImages
 from diffit.explore.pictures import picture
 from diffit.studio.common import DEVICE, checked, escape, grid_picture
-from diffit.studio.controls import chooser
-from diffit.studio.explore_tab import PRIVATE, prepared
+from diffit.studio.controls import chooser, prepared
 from diffit.studio.request import class_of, seed_of
 from diffit.studio.shelf import Shelf
 from diffit.utils.images import to_float, to_uint8
 
 DETECTORS = ["pixels", "inception"]
+
+
+_reading = threading.Lock()  # an archive is read once, however many wait for what is in it
 
 
 @lru_cache(maxsize=2)
@@ -44,7 +47,8 @@ def archive_of(shelf: Shelf) -> tuple[Path, float]:
 
 def describe(shelf: Shelf) -> tuple[str, list[list[Any]], Image.Image | None]:
     """What was found, a row for each class, and some of the images."""
-    report = _report(*archive_of(shelf))
+    with _reading:
+        report = _report(*archive_of(shelf))
     sizes = ", ".join(f"{number:,} of {describe_shape(shape)}" for shape, number in report.shapes.most_common(5))
     channels = ("gray",) if len(report.mean) == 1 else ("red", "green", "blue")
     values = ", ".join(
@@ -86,13 +90,13 @@ def _large(image: Tensor) -> Image.Image:
     return picture(to_float(image), 192)
 
 
-def build(page: gr.Blocks, shelf: Shelf) -> None:
+def build(tab: gr.Tab, shelf: Shelf) -> None:
     if shelf.data is None:
         gr.Markdown("Start the page with `--data ARCHIVE` to look at the images that a model learns from.")
         return
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            text = gr.Markdown("reading every image once…", elem_id="data")
+            text = gr.Markdown("Reading every image once …", elem_id="data")
             classes = gr.Dataframe(headers=["class", "name", "images"], interactive=False, max_height=300, wrap=True)
         with gr.Column(scale=3, min_width=300):
             images = gr.Image(label="Some of the images", format="png", interactive=False, elem_id="data-grid")
@@ -101,18 +105,19 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
         with gr.Column(scale=2, min_width=300):
             choice = chooser(shelf)
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, min_width=90)
-                detector = gr.Dropdown(
-                    DETECTORS, value="pixels", label="Compared by", info="pixels: for small images", min_width=150
-                )
+                seed = gr.Number(0, label="Seed", precision=0, min_width=110)
+                detector = gr.Dropdown(DETECTORS, value="pixels", label="Compared by", min_width=150)
             go = gr.Button("Find", variant="primary", elem_id="find")
         with gr.Column(scale=3, min_width=300):
             found = gr.Gallery(
                 label="The sample and its nearest", columns=3, height="auto", interactive=False, format="png",
                 object_fit="contain", elem_id="nearest", buttons=["fullscreen"],
             )  # fmt: skip
-    page.load(checked(lambda: describe(shelf)), None, [text, classes, images], **PRIVATE | {"queue": True})
+    tab.select(
+        checked(partial(describe, shelf)), None, [text, classes, images], api_visibility="private",
+        show_progress_on=text, concurrency_limit=None,
+    )  # fmt: skip
     go.click(
-        checked(lambda *values: neighbours(shelf, *values)), [choice.network, choice.label, seed, detector], found,
+        checked(partial(neighbours, shelf)), [choice.network, choice.label, seed, detector], found,
         api_name="nearest", **DEVICE,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -10,12 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from diffit.errors import UserError
-from diffit.explore.attention import State, attention_layers, attention_maps, bias_maps, denoising_states, time_norms
+from diffit.explore.attention import (
+    Place,
+    State,
+    attention_layers,
+    attention_maps,
+    bias_maps,
+    denoising_states,
+    time_norms,
+)
 from diffit.explore.pictures import heat, overlay, picture, window_grid
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, checked
-from diffit.studio.controls import chooser
-from diffit.studio.explore_tab import PRIVATE, prepared
+from diffit.studio.common import DEVICE, PRIVATE, checked
+from diffit.studio.controls import chooser, prepared
 from diffit.studio.request import class_of, seed_of, whole
 from diffit.studio.shelf import Shelf
 
@@ -78,7 +86,7 @@ def layer_of(model: Model, block: str) -> Any:
 
 
 def attention(
-    shelf: Shelf, looked: Looked, block: str, step: Any, place: tuple[float, float]
+    shelf: Shelf, looked: Looked, block: str, step: Any, place: Place
 ) -> tuple[list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
     """Pictures with captions: each head at one step; the mean of the heads over the denoising process."""
     model = shelf.model(looked.network)
@@ -118,6 +126,33 @@ def norms(shelf: Shelf, looked: Looked, block: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["ln sigma", "of", "norm"])
 
 
+def start(shelf: Shelf, network: str, label: str, seed: Any, steps: Any) -> list[Any]:
+    """A sample to look into, and what the controls show for it: its blocks, its steps, the middle of the image."""
+    found = look(shelf, network, label, seed, steps)
+    names = list(attention_layers(shelf.model(network).net))
+    chosen = gr.update(choices=names, value=names[len(names) // 2])
+    return [found, chosen, gr.update(maximum=found.steps, value=(found.steps + 1) // 2), MIDDLE]
+
+
+def show(shelf: Shelf, looked: Looked | None, block: str, step: Any, place: Place, lines: bool) -> list[Any]:
+    """Everything that is shown of a place, in the order of the components."""
+    if looked is None:
+        raise UserError("nothing to look into yet: press Sample and look first")
+    heads, process = attention(shelf, looked, block, step, place)
+    where = f"The query is **{place[0]:.0%} down, {place[1]:.0%} across** (green); bright is where it attends."
+    image = windows(shelf, looked, block, lines)
+    return [image, where, heads, process, biases(shelf, looked, block), norms(shelf, looked, block)]
+
+
+def clicked(looked: Looked | None, event: gr.SelectData) -> Place:
+    """The place of a click on the image."""
+    if looked is None:
+        return MIDDLE
+    width, height = picture(looked.sample, SIDE).size
+    x, y = event.index
+    return min(y / height, 0.999), min(x / width, 0.999)
+
+
 def build(shelf: Shelf) -> None:
     looked: gr.State = gr.State(None, time_to_live=3600)
     place = gr.State(MIDDLE)
@@ -125,66 +160,38 @@ def build(shelf: Shelf) -> None:
         with gr.Column(scale=2, min_width=300):
             choice = chooser(shelf)
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, min_width=90)
-                steps = gr.Number(None, label="Steps", info="empty: the file's", precision=0, min_width=90)
+                seed = gr.Number(0, label="Seed", precision=0, min_width=110)
+                steps = gr.Number(None, label="Steps", placeholder="the file's", precision=0, min_width=110)
             go = gr.Button("Sample and look", variant="primary", elem_id="look")
             image = gr.Image(
                 label="Click a place to see where it attends", format="png", interactive=False, elem_id="clicked",
                 buttons=["fullscreen"],
             )  # fmt: skip
-            show_windows = gr.Checkbox(True, label="Draw the windows of the block")
+            lines = gr.Checkbox(True, label="Draw the windows of the block")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
                 block = gr.Dropdown([], label="Block", elem_id="block", min_width=150)
-                step = gr.Slider(1, 18, 9, step=1, label="Step", info="1 is the noisiest", min_width=150)
+                step = gr.Slider(1, 18, 9, step=1, label="Step, from the noisiest on", min_width=150)
             where = gr.Markdown("", elem_id="where")
             heads = _gallery("Heads at this step", "heads")
             process = _gallery("Mean of the heads over the denoising process", "process")
             bias = _gallery("Relative position bias B per head, the query in the middle", "bias")
             curves = gr.LinePlot(
-                x="ln sigma", y="norm", color="of", height=240,
+                x="ln sigma", y="norm", color="of", height=240, elem_id="norms",
                 label="How far the time token moves queries, keys and values",
             )  # fmt: skip
 
-    def start(network: str, label: str, number: Any, count: Any) -> list[Any]:
-        found = look(shelf, network, label, number, count)
-        names = list(attention_layers(shelf.model(network).net))
-        chosen = gr.update(choices=names, value=names[len(names) // 2])
-        return [found, chosen, gr.update(maximum=found.steps, value=(found.steps + 1) // 2), MIDDLE]
-
-    def show(found: Looked | None, name: str, at: Any, spot: Any, lines: bool) -> list[Any]:
-        if found is None:
-            raise UserError("nothing to look into yet: press Sample and look first")
-        by_head, over_time = attention(shelf, found, name, at, spot)
-        text = f"the place {spot[0]:.0%} down, {spot[1]:.0%} across; green is the query, bright is much attention"
-        return [
-            windows(shelf, found, name, lines),
-            by_head,
-            over_time,
-            biases(shelf, found, name),
-            norms(shelf, found, name),
-            text,
-        ]
-
-    def click(found: Looked | None, event: gr.SelectData) -> tuple[float, float]:
-        if found is None:
-            return MIDDLE
-        width, height = picture(found.sample, SIDE).size
-        x, y = event.index
-        return min(y / height, 0.999), min(x / width, 0.999)
-
-    shown = [image, heads, process, bias, curves, where]
-    inputs = [looked, block, step, place, show_windows]
+    shown, inputs = [image, where, heads, process, bias, curves], [looked, block, step, place, lines]
+    progress: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": where} | DEVICE
+    how, again = progress | {"api_visibility": "private"}, checked(partial(show, shelf))
     event = go.click(
-        checked(start), [choice.network, choice.label, seed, steps], [looked, block, step, place],
-        api_name="look", show_progress_on=image, **DEVICE,
+        checked(partial(start, shelf)), [choice.network, choice.label, seed, steps], [looked, block, step, place],
+        api_name="look", **progress,
     )  # fmt: skip
-    how: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": where, "api_visibility": "private"} | DEVICE
-    event.success(checked(show), inputs, shown, **how)
-    image.select(click, looked, place, **PRIVATE).success(checked(show), inputs, shown, **how)
-    block.input(checked(show), inputs, shown, **how)
-    step.release(checked(show), inputs, shown, **how)
-    show_windows.input(checked(show), inputs, shown, **how)
+    event.success(again, inputs, shown, **how)
+    image.select(clicked, looked, place, **PRIVATE).success(again, inputs, shown, **how)
+    for change in (block.input, step.release, lines.input):
+        change(again, inputs, shown, **how)
 
 
 def _gallery(label: str, name: str) -> gr.Gallery:

@@ -1,5 +1,6 @@
 """What a person asks for in the page, checked; and the same as a command line and as Python."""
 
+import math
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,14 +9,14 @@ from diffit.configs.schema import Config, steps_text
 from diffit.errors import UserError
 from diffit.sampling.labels import class_title, find_class, sampled_classes
 
-RANDOM = "drawn by each seed"
+RANDOM = "random, from the seed"
 SPELLED = {"cfg_scale": "cfg-scale", "cfg_interval": "cfg-interval", "cfg_channels": "cfg-channels"}
 LARGEST_SEED = 2**53 - 1  # what a browser counts up to exactly
 
 
 @dataclass(frozen=True)
 class Request:
-    """A network by its name in the page, seeds in a row, a class (None: drawn by each seed), changed settings."""
+    """A network by its name in the page, seeds in a row, a class (None: random, from the seed), changed settings."""
 
     network: str
     first_seed: int
@@ -61,6 +62,13 @@ def whole(value: Any, name: str) -> int:
     return int(value)
 
 
+def real(value: Any, name: str) -> float:
+    """A finite number of a field of the page. Raises :class:`UserError`."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} {value}: use a number")
+    return float(value)
+
+
 def seed_of(value: Any) -> int:
     seed = whole(value, "seed")
     if seed < 0:
@@ -77,7 +85,7 @@ def class_choices(config: Config) -> list[tuple[str, str]]:
 
 
 def class_of(value: str | None, config: Config) -> int | None:
-    """The class that a field means: a choice of the list, a number, or a name; None is drawn by each seed."""
+    """The class that a field means: a choice of the list, a number, or a name; None is random, from the seed."""
     if value in (None, "", RANDOM) or not config.model.num_classes:
         return None
     return find_class(str(value), config)
@@ -89,4 +97,6 @@ def changed(config: Config, **asked: Any) -> dict[str, Any]:
     settings = {name: value for name, value in asked.items() if value is not None and value != getattr(own, name)}
     if "steps" in settings and str(settings["steps"]) == steps_text(own):
         del settings["steps"]
+    if "steps" in settings and own.fitted:  # else the steps alone would choose the sampler that they were fitted for
+        settings.setdefault("sampler", asked["sampler"])
     return settings

@@ -1,22 +1,23 @@
 """Runs: every run below a folder as it is now, refreshed while another process writes it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pandas as pd
-from PIL import Image
 
 from diffit.errors import UserError
 from diffit.explore.runs import RunView, compare_runs, read_run
 from diffit.metrics.record import format_numbers
-from diffit.studio.common import checked, decode, escape
-from diffit.studio.explore_tab import PRIVATE
+from diffit.studio.common import PRIVATE, checked, escape
 from diffit.studio.shelf import Shelf
+from diffit.studio.uploads import decode
 
 SECONDS = 2.0  # between two looks at the folder
 POINTS = 600  # of a curve: more than a plot has pixels
 MAX_RUNS = 50
+SHOWN = 11  # components that a run is shown in
 SETTINGS = [
     "training.lr", "training.batch", "training.kimg", "training.label_drop", "training.augment", "training.seed",
     "training.precision", "training.ema_halflife_kimg", "model.num_classes", "data.path", "data.cond", "sampling.steps",
@@ -46,10 +47,6 @@ def metric_table(view: RunView) -> list[list[Any]]:
     ]
 
 
-def picture_of(path: Path) -> Image.Image:
-    return decode(path.read_bytes(), path.name)
-
-
 def fingerprint(path: Path) -> tuple[float, ...]:
     """Changes when a run writes something that the page shows."""
     try:
@@ -58,25 +55,80 @@ def fingerprint(path: Path) -> tuple[float, ...]:
         return ()
 
 
+Seen = tuple[str | None, tuple[float, ...], int]
+"""The run that a browser shows, its fingerprint, and how many grids it had: what decides whether to show it again."""
+
+
+def grid_of(view: RunView, index: int) -> Any:
+    """The grid of samples at a place of the slider, with its kimg for a title."""
+    if not view.grids:
+        return gr.update(value=None, label="Samples: none yet")
+    kimg, path = list(view.grids.items())[min(index, len(view.grids) - 1)]
+    return gr.update(value=decode(path.read_bytes(), path.name), label=f"Samples after {kimg:g} kimg")
+
+
+def show(shelf: Shelf, name: str | None) -> list[Any]:
+    """Everything that is shown of a run, in the order of the components."""
+    view = read_run(shelf.run(name))
+    last = max(len(view.grids) - 1, 0)
+    return [
+        "\n".join(f"- {escape(line)}" for line in view.health()),
+        grid_of(view, last),
+        gr.update(maximum=max(last, 1), value=last, visible=last > 0),
+        view.resume(),
+        curves(view, "loss", "val_loss"),
+        curves(view, *view.by_level()),
+        curves(view, "img_per_sec"),
+        metric_table(view),
+        "\n".join(view.log),
+        "" if view.config is None else view.config.model_dump_json(indent=2),
+        (name, fingerprint(view.path), len(view.grids)),
+    ]
+
+
+def tick(shelf: Shelf, name: str | None, seen: Seen, index: float) -> list[Any]:
+    """Nothing is sent where nothing was written; that a run has gone is said once."""
+    run = shelf.runs().get(name or "")
+    now = () if run is None else fingerprint(run)
+    if not name or seen[:2] == (name, now):
+        return [gr.skip()] * SHOWN
+    if run is None:
+        return ["- the run's folder is gone; choose another run", *[gr.skip()] * (SHOWN - 2), (name, now, 0)]
+    shown = show(shelf, name)
+    if seen[0] == name and index < seen[2] - 1:  # an older grid is being looked at
+        shown[1:3] = gr.skip(), gr.update(maximum=shown[-1][2] - 1)
+    return shown
+
+
+def side_by_side(shelf: Shelf, settings: list[str]) -> pd.DataFrame:
+    """A table of all runs."""
+    for setting in settings:
+        if setting not in SETTINGS:
+            raise UserError(f"setting {setting}: choose one of the list")
+    some = dict(list(shelf.runs().items())[:MAX_RUNS])
+    header, rows = compare_runs(some, settings)
+    return pd.DataFrame(rows, columns=header)
+
+
 def build(page: gr.Blocks, shelf: Shelf) -> None:
     if shelf.runs_dir is None:
         gr.Markdown("Start the page with `--runs DIR` to watch the runs in a folder.")
         return
-    seen = gr.State((None, ()))
+    seen = gr.State((None, (), 0))
     names = list(shelf.runs())
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             run = gr.Dropdown(
                 names, value=names[0] if names else None, label="Run", allow_custom_value=True, elem_id="run"
             )
-            health = gr.Markdown("", elem_id="health")
+            health = gr.Markdown("" if names else "No run yet in this folder.", elem_id="health")
             grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="run-grid", buttons=["download"])
-            when = gr.Slider(0, 1, 1, step=1, label="Grid, from the first to the newest", elem_id="when")
-            resume = gr.Code(label="To go on with it", language="shell", interactive=False, wrap_lines=True, lines=1)
+            when = gr.Slider(0, 1, 0, step=1, label="From the first grid to the newest", elem_id="when")
+            resume = gr.Code(
+                label="To go on with it", language="shell", interactive=False, wrap_lines=True, lines=1, max_lines=6
+            )
         with gr.Column(scale=3, min_width=300):
-            loss = _plot("Loss", "loss-plot")
-            levels = _plot("Loss by noise level", "levels-plot")
-            speed = _plot("Images per second", "speed-plot")
+            plots = [_plot("Loss", "loss"), _plot("Loss by noise level", "levels"), _plot("Images per second", "speed")]
             metrics = gr.Dataframe(
                 headers=["kimg", "metric", "value", "notes"], label="Metrics", interactive=False, wrap=True
             )
@@ -88,54 +140,20 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
         chosen = gr.Dropdown(SETTINGS, value=SETTINGS[:3], multiselect=True, label="Settings", elem_id="settings")
         table = gr.Dataframe(interactive=False, elem_id="runs-table", wrap=True)
 
-    def show(name: str | None) -> list[Any]:
-        view = read_run(shelf.run(name))
-        last = len(view.grids) - 1
-        return [
-            "\n".join(f"- {escape(line)}" for line in view.health()),
-            picture_of(list(view.grids.values())[-1]) if view.grids else None,
-            gr.update(maximum=max(last, 1), value=max(last, 1)),
-            view.resume(),
-            curves(view, "loss", "val_loss"),
-            curves(view, *view.by_level()),
-            curves(view, "img_per_sec"),
-            metric_table(view),
-            "\n".join(view.log),
-            "" if view.config is None else view.config.model_dump_json(indent=2),
-            (name, fingerprint(view.path)),
-        ]
+    shown = [health, grid, when, resume, *plots, metrics, log, options, seen]
+    assert len(shown) == SHOWN
+    run.input(checked(partial(show, shelf)), run, shown, **PRIVATE)
+    run.focus(lambda: gr.update(choices=list(shelf.runs())), None, run, **PRIVATE)
+    when.input(checked(partial(grid_at, shelf)), [run, when], grid, **PRIVATE)
+    gr.on([page.load, chosen.change], checked(partial(side_by_side, shelf)), chosen, table, **PRIVATE)
+    gr.on([page.load, gr.Timer(SECONDS).tick], checked(partial(tick, shelf)), [run, seen, when], shown, **PRIVATE)
 
-    def tick(name: str | None, known: tuple[str | None, tuple[float, ...]]) -> Any:
-        """Nothing is sent where nothing was written; that a run has gone is said once."""
-        run = shelf.runs().get(name or "")
-        now = (name, () if run is None else fingerprint(run))
-        if not name or known == now:
-            return [gr.skip()] * len(shown)
-        if run is None:
-            return ["- the run's folder is gone; choose another run", *[gr.skip()] * (len(shown) - 2), now]
-        return show(name)
 
-    def at(name: str | None, index: float) -> Image.Image | None:
-        grids = list(read_run(shelf.run(name)).grids.values())
-        return picture_of(grids[min(int(index), len(grids) - 1)]) if grids else None
-
-    def side_by_side(settings: list[str]) -> Any:
-        for setting in settings:
-            if setting not in SETTINGS:
-                raise UserError(f"setting {setting}: choose one of the list")
-        some = dict(list(shelf.runs().items())[:MAX_RUNS])
-        header, rows = compare_runs(some, settings)
-        return pd.DataFrame(rows, columns=header)
-
-    shown = [health, grid, when, resume, loss, levels, speed, metrics, log, options, seen]
-    quiet: dict[str, Any] = {"show_progress": "hidden"} | PRIVATE
-    run.input(checked(show), run, shown, **quiet)
-    run.focus(lambda: gr.update(choices=list(shelf.runs())), None, run, **quiet)
-    when.input(checked(at), [run, when], grid, **quiet)
-    chosen.change(checked(side_by_side), chosen, table, **quiet)
-    page.load(checked(side_by_side), chosen, table, **quiet)
-    gr.Timer(SECONDS).tick(checked(tick), [run, seen], shown, **quiet)
+def grid_at(shelf: Shelf, name: str | None, index: float) -> Any:
+    return grid_of(read_run(shelf.run(name)), int(index))
 
 
 def _plot(label: str, name: str) -> gr.LinePlot:
-    return gr.LinePlot(x="kimg", y="value", color="which", label=label, height=230, elem_id=name, tooltip="all")
+    return gr.LinePlot(
+        x="kimg", y="value", color="which", label=label, height=230, elem_id=f"{name}-plot", tooltip="all"
+    )

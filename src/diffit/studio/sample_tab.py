@@ -11,61 +11,59 @@ import gradio as gr
 import numpy as np
 from torch import Tensor
 
+from diffit.diffusion.samplers import Callback
 from diffit.errors import UserError, printable
-from diffit.explore.live import live
 from diffit.sampling.cost import count_evaluations
 from diffit.sampling.labels import class_title
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, Scratch, checked, escape, grid_picture
+from diffit.studio.common import DEVICE, PRIVATE, Scratch, checked, escape, grid_picture
 from diffit.studio.controls import ask, chooser, config_of, solver_controls, solver_values
 from diffit.studio.request import RANDOM, Request
-from diffit.studio.shelf import Shelf
+from diffit.studio.shelf import MAX_IMAGES, Shelf
+from diffit.studio.watch import watched
 from diffit.utils.images import to_uint8
 
 HISTORY = 20  # requests that the browser keeps
-EVERY = 0.15  # seconds between two pictures: a page is no film
-LATENT_EVERY = 1.0  # the same where a decoder makes each of them
 
 
-def sample(
-    shelf: Shelf, scratch: Scratch, network: str, label: str, first: Any, count: Any, *solver: Any
-) -> Iterator[Any]:
-    """Yields (picture, status, command, Python, files, request) while the images come about."""
-    request, model = ask(shelf, network, label, first, count, solver)
+def sample(shelf: Shelf, scratch: Scratch, *asked: Any) -> Iterator[Any]:
+    """Yields (picture, status, command, Python, files, request) while the images come about.
+
+    ``asked`` are the values of the controls, as :func:`ask` takes them.
+    """
+    request, model = ask(shelf, *asked)
     source = shelf.networks()[request.network]
     command, python = request.command(source), request.python(source)
-    began, shown = time.monotonic(), 0.0
-    steps = model.config.sampling.steps
-    yield None, f"**{request.count} images**, step 0 of {steps}", command, python, None, None
-    for progress in live(lambda callback: model.sample(request.seeds, request.label, callback=callback)):
-        if progress.result is not None:
-            seconds = time.monotonic() - began
-            picture, files = grid_picture(progress.result), save(scratch, request, model, progress.result)
-            yield picture, finished(model, request, seconds), command, python, files, as_record(request)
-        elif time.monotonic() - shown > (EVERY if model.autoencoder is None else LATENT_EVERY):
-            shown = time.monotonic()
-            status = (
-                f"**{request.count} images**, step {progress.step + 1} of {steps}, noise level {progress.level:.3g}"
-            )
-            yield grid_picture(decoded(model, progress.denoised)), status, command, python, None, None
+    began, steps = time.monotonic(), model.config.sampling.steps
+    many = f"**{request.count} images**" if request.count > 1 else "**1 image**"
+    yield None, f"{many}, step 0 of {steps}", command, python, None, None
 
+    def work(callback: Callback) -> Tensor:
+        return model.sample(request.seeds, request.label, callback=callback)
 
-def decoded(model: Model, x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x.float() if model.autoencoder is None else model.autoencoder.decode(x.float())
+    for images, status in watched(model, work, steps):
+        if status:
+            yield grid_picture(images), f"{many}, {status}", command, python, None, None
+        else:
+            done = f"{many} {finished(model, request, time.monotonic() - began)}"
+            files = save(scratch, request, model, images)
+            yield grid_picture(images), done, command, python, files, as_record(request)
 
 
 def finished(model: Model, request: Request, seconds: float) -> str:
     conditional, unconditional = count_evaluations(model.config)
-    label = "classes drawn by the seeds" if request.label is None else class_title(model.config, int(request.label))
+    evaluations = f"{conditional + unconditional} evaluations each"
+    if unconditional:
+        evaluations += f", {unconditional} of them without the class"
     if not model.config.model.num_classes:
         label = "no classes"
-    return (
-        f"**{request.count} images** of {'×'.join(map(str, model.config.image_shape[:0:-1]))} pixels in "
-        f"{seconds:.2f} s ({request.count / seconds:.3g} img/s) · {conditional + unconditional} evaluations each"
-        + (f" ({unconditional} without the class)" if unconditional else "")
-        + f" · {model.precision} on {model.device} · {escape(printable(label))}"
-    )
+    elif request.label is None:
+        label = "random classes"
+    else:
+        label = class_title(model.config, int(request.label))
+    size = "×".join(map(str, model.config.image_shape[:0:-1]))
+    pace = f"{size} pixels in {seconds:.2f} s ({request.count / seconds:.3g} img/s)"
+    return f"of {pace} · {evaluations} · {model.precision} on {model.device} · {escape(printable(label))}"
 
 
 def save(scratch: Scratch, request: Request, model: Model, images: Tensor) -> list[str]:
@@ -127,14 +125,14 @@ def build(page: gr.Blocks, shelf: Shelf, scratch: Scratch) -> None:
         with gr.Column(scale=2, min_width=300):
             choice = chooser(shelf)
             with gr.Row():
-                first = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=110)
-                count = gr.Slider(1, 64, 16, step=1, label="Images", min_width=150)
+                first = gr.Number(0, label="First seed", precision=0, min_width=110)
+                count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="Images", min_width=150)
             with gr.Accordion("Solver and guidance", open=False):
                 solver = solver_controls(shelf, choice.network)
             with gr.Row():
-                go = gr.Button("Sample", variant="primary", elem_id="sample")
-                cancel = gr.Button("Cancel", elem_id="cancel")
-            past = gr.Dropdown([], label="History", info="in this browser", elem_id="history")
+                go = gr.Button("Sample", variant="primary", elem_id="sample", min_width=110)
+                cancel = gr.Button("Cancel", elem_id="cancel", min_width=110)
+            past = gr.Dropdown([], label="History, kept in this browser", elem_id="history")
         with gr.Column(scale=3, min_width=300):
             picture = gr.Image(
                 label="Samples", format="png", interactive=False, elem_id="samples", buttons=["download", "fullscreen"]
@@ -142,24 +140,23 @@ def build(page: gr.Blocks, shelf: Shelf, scratch: Scratch) -> None:
             status = gr.Markdown("", elem_id="status")
             files = gr.File(label="Download", file_count="multiple", visible="hidden", interactive=False)
             with gr.Accordion("The same as a command and in Python", open=False):
-                command = gr.Code(
-                    label="Command line", language="shell", interactive=False, wrap_lines=True, lines=1, max_lines=6
-                )
-                python = gr.Code(
-                    label="Python", language="python", interactive=False, wrap_lines=True, lines=1, max_lines=8
-                )
+                command = _code("Command line", "shell")
+                python = _code("Python", "python")
 
     def run(*values: Any) -> Iterator[Any]:
-        for picture, status, command, python, files, record in sample(shelf, scratch, *values):
-            yield picture, status, command, python, gr.update(value=files, visible=bool(files) or "hidden"), record
+        for *shown, paths, record in sample(shelf, scratch, *values):
+            yield *shown, gr.update(value=paths, visible=bool(paths) or "hidden"), record
 
     inputs = [choice.network, choice.label, first, count, *solver]
     event = go.click(
         checked(run), inputs, [picture, status, command, python, files, request],
         api_name="sample", show_progress="minimal", show_progress_on=status, **DEVICE,
     )  # fmt: skip
-    private: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-    event.success(remember, [history, request], [history, past], **private)
-    cancel.click(lambda: "cancelled", None, status, cancels=[event], **private)
-    page.load(lambda saved: remember(saved, None), history, [history, past], **private)
-    past.input(checked(partial(recall, shelf)), [history, past], inputs, **private)
+    event.success(remember, [history, request], [history, past], **PRIVATE)
+    cancel.click(lambda: "cancelled", None, status, cancels=[event], **PRIVATE)
+    page.load(lambda saved: remember(saved, None), history, [history, past], **PRIVATE)
+    past.input(checked(partial(recall, shelf)), [history, past], inputs, **PRIVATE)
+
+
+def _code(label: str, language: str) -> gr.Code:
+    return gr.Code(label=label, language=language, interactive=False, wrap_lines=True, lines=1, max_lines=8)

@@ -14,7 +14,7 @@ from diffit.training.run_dir import runs
 from diffit.utils.distributed import pick_device
 from diffit.weights import snapshots
 
-MAX_IMAGES, MAX_STEPS = 64, 1000  # of one request: others wait for it
+MAX_IMAGES, MAX_STEPS = 64, 1000  # of one request
 SHARE = 0.8  # of the free memory that one request may take
 
 
@@ -41,7 +41,7 @@ class Shelf:
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Path]:
-        """Run folders by name, the newest first; those of ``--runs`` itself and of folders in it."""
+        """Run folders by name, the newest first: those in the folder of runs and in its folders."""
         if self.runs_dir is None or not self.runs_dir.is_dir():
             return {}
         folders = [self.runs_dir, *sorted(path for path in self.runs_dir.iterdir() if path.is_dir())]
@@ -79,18 +79,21 @@ class Shelf:
             raise UserError(f"run {name}: not (or no longer) in the folder of runs; choose one of the list")
         return found
 
-    def check_size(self, model: Model, images: int, steps: int | None = None) -> None:
-        """Raises :class:`UserError`, before any work, for more than the page or the memory allows."""
+    def require_few(self, images: int, steps: int | None = None) -> None:
+        """Raises :class:`UserError` for more than one request may ask for, since others wait for it."""
         if not 1 <= images <= MAX_IMAGES:
-            raise UserError(f"{images} images: one request has 1 to {MAX_IMAGES}; `diffit sample` makes any number")
+            raise UserError(f"images {images}: one request has 1 to {MAX_IMAGES}; `diffit sample` makes any number")
         if steps is not None and not 1 <= steps <= MAX_STEPS:
-            raise UserError(f"{steps} steps: one request has 1 to {MAX_STEPS}; `diffit sample` takes more")
+            raise UserError(f"steps {steps}: one request has 1 to {MAX_STEPS}; `diffit sample` takes more")
+
+    def require_memory(self, model: Model, images: int) -> None:
+        """Raises :class:`UserError`, before any work, for more ``images`` than the device has memory for."""
         need = sampling_bytes(model.config, images, None if model.autoencoder is None else model.autoencoder.vae)
         free = free_bytes(self.device)
         if need > SHARE * free:
             raise UserError(
-                f"{images} images together take about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
-                f"{self.device}; ask for {max(int(images * SHARE * free / need), 1)} or fewer"
+                f"images {images}: together they take about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+                f"free on {self.device}; ask for {max(int(images * SHARE * free / need), 1)} or fewer"
             )
 
 
