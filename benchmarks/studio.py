@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def ask(client: Client, network: str, seed: int, steps: int) -> tuple[object, ...]:
-    return (network, str(seed % 10), seed, 1, "heun", steps, 1.0, None, None, "all", "fp32")
+    return (network, str(seed % 10), seed, 1, "heun", steps, 1.0, "", "all", "fp32")
 
 
 @click.command()

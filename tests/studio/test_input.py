@@ -27,7 +27,7 @@ from studio.folders import free_port, write_run  # noqa: E402
 NETWORK, SECOND = (f"{kimg} kimg · 00000-a-debug-gpus1-batch8" for kimg in (1, 2))
 OTHER = "3 kimg · 00001-b-debug-gpus1-batch8"
 SCRATCH = Scratch()
-OWN = ["heun", 4, 1.0, None, None, "all", "auto"]
+OWN = ["heun", 4, 1.0, "", "all", "auto"]
 
 
 def last(generator):
@@ -45,7 +45,7 @@ def model(shelf):
 
 
 def test_the_page_shows_what_the_library_samples_and_says_how(shelf, model):
-    solver = ["euler", 3, 2.0, 0.1, 50.0, "3", "fp32"]
+    solver = ["euler", 3, 2.0, "0.1,50", "3", "fp32"]
     _, status, _, python, files, record = run_sample(shelf, NETWORK, "1", 5, 2, *solver)
     settings = {"sampler": "euler", "steps": 3, "cfg_scale": 2.0, "cfg_interval": (0.1, 50.0), "cfg_channels": 3}
     expected = to_uint8(model.sample([5, 6], "bee", **settings)).permute(0, 2, 3, 1).numpy()
@@ -75,10 +75,10 @@ def test_the_command_line_makes_the_same_images(shelf, model, tmp_path):
 
 
 def test_a_line_of_the_history_brings_its_controls_back(shelf):
-    *_, record = run_sample(shelf, NETWORK, "2", 7, 1, "euler", 2, 1.5, None, None, "all", "fp32")
+    *_, record = run_sample(shelf, NETWORK, "2", 7, 1, "euler", 2, 1.5, "", "all", "fp32")
     history, _ = sample_tab.remember([{"network": "gone"}, 3], record)
     back = sample_tab.recall(shelf, history, sample_tab.title(record))
-    assert back == [NETWORK, "2", 7, 1, "euler", 2, 1.5, None, None, "all", "fp32"]
+    assert back == [NETWORK, "2", 7, 1, "euler", 2, 1.5, "", "all", "fp32"]
     assert solver_values(None)[0] == "heun"
 
 
@@ -98,8 +98,10 @@ BAD = [
     ({"sampler": "../heun"}, "sampler"),
     ({"sampler": "ddpm"}, "discrete schedule"),
     ({"scale": -1.0}, "cfg_scale"),
-    ({"low": 5.0, "high": 1.0, "scale": 2.0}, "empty"),
-    ({"low": 5.0}, "fill in both"),
+    ({"scale": "../2"}, "guidance scale ../2"),
+    ({"interval": "5,1", "scale": 2.0}, "empty"),
+    ({"interval": "../5"}, "guided sigmas ../5"),
+    ({"interval": "0,inf", "scale": 2.0}, "guided sigma inf"),
     ({"channels": "../3"}, "guided channels"),
     ({"precision": "../fp32"}, "precision"),
 ]
@@ -108,7 +110,7 @@ BAD = [
 @pytest.mark.parametrize(("wrong", "words"), BAD, ids=lambda value: str(value))
 def test_a_bad_field_is_said_in_one_line(shelf, wrong, words):
     fields = {"network": NETWORK, "label": RANDOM, "first": 0, "count": 1}
-    names = ["sampler", "steps", "scale", "low", "high", "channels", "precision"]
+    names = ["sampler", "steps", "scale", "interval", "channels", "precision"]
     fields |= dict(zip(names, OWN, strict=True)) | wrong
     with pytest.raises(gr.Error) as caught:
         last(checked(sample_tab.sample)(shelf, Scratch(), *fields.values()))

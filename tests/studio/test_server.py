@@ -22,8 +22,8 @@ from diffit.studio.common import grid_picture
 from diffit.studio.request import RANDOM
 
 NETWORK = "1 kimg · 00000-a-debug-gpus1-batch8"
-OWN = ("heun", 3, 1.0, None, None, "all", "fp32")
-LONG = ("heun", 1000, 1.0, None, None, "all", "fp32")
+OWN = ("heun", 3, 1.0, "", "all", "fp32")
+LONG = ("heun", 1000, 1.0, "", "all", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,11 @@ def test_no_file_is_served_or_taken_that_the_page_did_not_make(served, client, s
     [
         ("sample", ("../x", RANDOM, 0, 1, *OWN)),
         ("sample", (NETWORK, RANDOM, 0, 1, "../heun", *OWN[1:])),
-        ("interpolate", ("../x", 0, RANDOM, 1, RANDOM, 4, None)),
+        ("interpolate", ("../x", 0, RANDOM, 1, RANDOM, 4, 2)),
         ("take", (NETWORK, "../bee", 0)),
         ("compare", (RANDOM, 0, 1, NETWORK, *OWN, "../x", *OWN)),
         ("nearest", (NETWORK, RANDOM, 0, "../inception")),
-        ("look", (NETWORK, RANDOM, "../0", None)),
+        ("look", (NETWORK, RANDOM, "../0", 2)),
     ],
 )
 def test_a_path_in_a_field_is_one_line_and_the_server_goes_on(served, client, name, values):

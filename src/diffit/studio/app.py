@@ -29,6 +29,8 @@ MONO = ["ui-monospace", "monospace"]
 CSS = """
 .gradio-container img { image-rendering: pixelated; }
 #samples img, #frame img, #edited img { max-height: 70vh; object-fit: contain; }
+.block > label.float { position: static; width: max-content; }
+.gallery .grid-wrap { max-height: none; overflow: visible; min-height: 0; }
 footer { display: none !important; }
 """
 

@@ -9,7 +9,7 @@ from diffit.configs.schema import DISCRETE, Config, Sampling, steps_text
 from diffit.errors import UserError
 from diffit.sampling.model import Model
 from diffit.studio.common import PRIVATE, checked
-from diffit.studio.request import RANDOM, Request, changed, class_choices, class_of, real, seed_of, whole
+from diffit.studio.request import RANDOM, Request, changed, class_choices, class_of, interval_of, real, seed_of, whole
 from diffit.studio.shelf import Shelf
 from diffit.weights import read_header
 
@@ -67,25 +67,36 @@ def config_of(shelf: Shelf, name: str | None) -> Config | None:
         return None
 
 
+def steps_field(shelf: Shelf, network: gr.Dropdown) -> gr.Number:
+    """Steps, those of the network's file where nothing else is asked for."""
+
+    def steps(name: str | None) -> int:
+        config = config_of(shelf, name)
+        return Sampling().steps if config is None else config.sampling.steps
+
+    field = gr.Number(steps(network.value), label="Steps", precision=0, min_width=110)
+    network.input(checked(steps), network, field, **PRIVATE)
+    return field
+
+
 def solver_controls(shelf: Shelf, network: gr.Dropdown) -> list[Any]:
     """Sampler, steps, guidance and precision, filled with what the network's file says when another one is chosen.
 
     The components are in the order in which :func:`ask` takes their values.
     """
     config = config_of(shelf, network.value)
-    sampler, steps, scale, low, high, channels, precision = solver_values(config)
+    sampler, steps, scale, interval, channels, precision = solver_values(config)
     with gr.Row():
         components: list[Any] = [
             gr.Dropdown(_samplers(config), value=sampler, label="Sampler", min_width=110),
-            gr.Number(steps, label="Steps", precision=0, min_width=90),
-            gr.Number(scale, label="Guidance scale (1: none)", step=0.1, min_width=110, interactive=_guided(config)),
+            gr.Number(steps, label="Steps", precision=0, min_width=110),
+            gr.Dropdown(PRECISIONS, value=precision, label="Precision", min_width=110),
         ]
     with gr.Row():
-        components += [
-            gr.Number(low, label="Guide above sigma", placeholder="everywhere", min_width=110),
-            gr.Number(high, label="and up to", placeholder="everywhere", min_width=110),
+        components[2:2] = [
+            gr.Number(scale, label="Guidance (1: none)", step=0.1, min_width=110, interactive=_guided(config)),
+            gr.Textbox(interval, label="Guided sigmas", placeholder="all, or LOW,HIGH", min_width=110),
             gr.Dropdown(CHANNELS, value=channels, label="Guided channels", min_width=110),
-            gr.Dropdown(PRECISIONS, value=precision, label="Precision", min_width=110),
         ]
 
     def follow(name: str) -> list[Any]:
@@ -105,9 +116,9 @@ def solver_controls(shelf: Shelf, network: gr.Dropdown) -> list[Any]:
 def solver_values(config: Config | None, settings: dict[str, Any] | None = None, precision: str = "auto") -> list[Any]:
     """What the controls show for a network's file with these ``settings`` changed."""
     values = (Sampling() if config is None else config.sampling).model_dump() | (settings or {})
-    low, high = values["cfg_interval"] or (None, None)
+    interval = ",".join(f"{sigma:g}" for sigma in values["cfg_interval"] or ())
     channels = str(values["cfg_channels"] or "all")
-    return [values["sampler"], values["steps"], values["cfg_scale"], low, high, channels, precision]
+    return [values["sampler"], values["steps"], values["cfg_scale"], interval, channels, precision]
 
 
 def _samplers(config: Config | None) -> list[str]:
@@ -121,7 +132,7 @@ def _guided(config: Config | None) -> bool:
 
 def settings_of(config: Config, *solver: Any) -> dict[str, Any]:
     """What differs from the network's file. Raises :class:`UserError`."""
-    sampler, steps, scale, low, high, channels = solver
+    sampler, steps, scale, interval, channels = solver
     own = config.sampling
     asked: dict[str, Any] = {"sampler": sampler}
     if scale is not None:
@@ -130,12 +141,8 @@ def settings_of(config: Config, *solver: Any) -> dict[str, Any]:
         count = whole(steps, "steps")
         # The file's own spelling, such as ddim50, as long as nobody asks for another number.
         asked["steps"] = steps_text(own) if count == own.steps and sampler == own.sampler else count
-    if (low is None) != (high is None):
-        raise UserError("guidance between two noise levels: fill in both, or leave both empty")
-    if low is not None:
-        asked["cfg_interval"] = (real(low, "guide above sigma"), real(high, "and up to"))
-    elif own.cfg_interval is not None:
-        asked["cfg_interval"] = EVERYWHERE
+    if interval or own.cfg_interval is not None:
+        asked["cfg_interval"] = interval_of(interval) if interval else EVERYWHERE
     if channels != str(own.cfg_channels or "all"):
         if channels not in CHANNELS:
             raise UserError(f"guided channels {channels}: use one of {', '.join(CHANNELS)}")

@@ -99,7 +99,10 @@ def build(tab: gr.Tab, shelf: Shelf) -> None:
             text = gr.Markdown("Reading every image once …", elem_id="data")
             classes = gr.Dataframe(headers=["class", "name", "images"], interactive=False, max_height=300, wrap=True)
         with gr.Column(scale=3, min_width=300):
-            images = gr.Image(label="Some of the images", format="png", interactive=False, elem_id="data-grid")
+            images = gr.Image(
+                label="Some of the images", format="png", interactive=False, elem_id="data-grid",
+                buttons=["download", "fullscreen"],
+            )  # fmt: skip
     gr.Markdown("### Training images nearest to a sample")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -110,8 +113,8 @@ def build(tab: gr.Tab, shelf: Shelf) -> None:
             go = gr.Button("Find", variant="primary", elem_id="find")
         with gr.Column(scale=3, min_width=300):
             found = gr.Gallery(
-                label="The sample and its nearest", columns=3, height="auto", interactive=False, format="png",
-                object_fit="contain", elem_id="nearest", buttons=["fullscreen"],
+                show_label=False, columns=3, height="auto", interactive=False, format="png", object_fit="contain",
+                elem_id="nearest", elem_classes="gallery", buttons=["fullscreen"],
             )  # fmt: skip
     tab.select(
         checked(partial(describe, shelf)), None, [text, classes, images], api_visibility="private",

@@ -16,7 +16,7 @@ from diffit.explore.interpolate import interpolate
 from diffit.explore.pictures import picture
 from diffit.sampling.model import Model
 from diffit.studio.common import DEVICE, PRIVATE, Scratch, checked, grid_picture
-from diffit.studio.controls import class_list, network_list, prepared
+from diffit.studio.controls import class_list, network_list, prepared, steps_field
 from diffit.studio.request import class_of, real, seed_of, whole
 from diffit.studio.shelf import Shelf
 from diffit.studio.uploads import canvas, fit_image, painted, read_upload, upload_button
@@ -25,6 +25,7 @@ from diffit.utils.images import save_gif
 
 SIDE = 512  # pixels that an image is enlarged to, for looking at it and for drawing on it
 MAX_FRAMES, MAX_RESAMPLES, MAX_EDITS = 32, 20, 16
+READY = "vary it, or paint over a part of it and press Inpaint"
 
 Between = tuple[Image.Image | None, list[Image.Image], str | None, str]
 
@@ -100,17 +101,21 @@ def paintings(edit: Edit, drawing: dict[str, Any] | None, resamples: Any) -> Ite
         yield grid_picture(images), status or done
 
 
-def take_upload(shelf: Shelf, network: str, path: str | None) -> tuple[Tensor, Image.Image]:
-    """An upload at the model's size: for the model, and to draw on."""
+def take_upload(shelf: Shelf, network: str, path: str | None) -> tuple[Tensor, Image.Image, str]:
+    """An upload at the model's size: for the model, to paint on, status."""
     image = fit_image(read_upload(path), prepared(shelf, network, 1).config.image_shape)
-    return image, picture(image[0], SIDE)
+    return image, picture(image[0], SIDE), f"**Your image**, cropped and scaled to {_size(image)} pixels: {READY}"
 
 
-def take_sample(shelf: Shelf, network: str, label: str, seed: Any) -> tuple[Tensor, Image.Image]:
+def take_sample(shelf: Shelf, network: str, label: str, seed: Any) -> tuple[Tensor, Image.Image, str]:
     """The sample of a seed likewise."""
-    model = prepared(shelf, network, 1)
-    image = model.sample([seed_of(seed)], class_of(label, model.config)).clamp(-1, 1).cpu()
-    return image, picture(image[0], SIDE)
+    model, number = prepared(shelf, network, 1), seed_of(seed)
+    image = model.sample([number], class_of(label, model.config)).clamp(-1, 1).cpu()
+    return image, picture(image[0], SIDE), f"**The sample of seed {number}**, {_size(image)} pixels: {READY}"
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]}×{image.shape[-2]}"
 
 
 def build(shelf: Shelf, scratch: Scratch) -> None:
@@ -133,7 +138,7 @@ def _build_between(shelf: Shelf, scratch: Scratch, network: gr.Dropdown) -> None
                     ends.append(class_list(shelf, network, f"{name} class"))
             with gr.Row():
                 frames = gr.Slider(2, MAX_FRAMES, 16, step=1, label="Frames", min_width=150)
-                steps = gr.Number(None, label="Steps", placeholder="the file's", precision=0, min_width=110)
+                steps = steps_field(shelf, network)
             with gr.Row():
                 go = gr.Button("Interpolate", variant="primary", elem_id="interpolate", min_width=110)
                 cancel = gr.Button("Cancel", min_width=110)
@@ -179,13 +184,13 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown) -> None:
                 first = gr.Number(0, label="First seed of the noise", precision=0, min_width=110)
                 count = gr.Slider(1, MAX_EDITS, 4, step=1, label="Images", min_width=150)
             with gr.Row():
-                level = gr.Slider(0.05, 10, 1, step=0.05, label="Noise level sigma of variations", min_width=150)
-                again = gr.Slider(1, MAX_RESAMPLES, 5, step=1, label="Resamples of inpainting", min_width=150)
+                level = gr.Slider(0.05, 10, 1, step=0.05, label="Noise level (Vary)", min_width=150)
+                again = gr.Slider(1, MAX_RESAMPLES, 5, step=1, label="Resamples (Inpaint)", min_width=150)
             with gr.Row():
                 change = gr.Button("Vary", variant="primary", elem_id="vary", min_width=90)
                 paint = gr.Button("Inpaint", variant="primary", elem_id="inpaint", min_width=90)
                 cancel = gr.Button("Cancel", min_width=90)
-            status = gr.Markdown("", elem_id="edit-status")
+            status = gr.Markdown("Take a sample or upload an image first.", elem_id="edit-status")
             result = gr.Image(
                 label="Result", format="png", interactive=False, elem_id="edited", buttons=["download", "fullscreen"]
             )
@@ -198,12 +203,9 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown) -> None:
 
     asked, shown = [image, network, label, first, count], [result, status]
     how: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": status} | DEVICE
-    upload.upload(
-        checked(partial(take_upload, shelf)), [network, upload], [image, drawing], api_name="upload", **DEVICE
-    )
-    take.click(
-        checked(partial(take_sample, shelf)), [network, label, seed], [image, drawing], api_name="take", **DEVICE
-    )
+    start = [image, drawing, status]
+    upload.upload(checked(partial(take_upload, shelf)), [network, upload], start, api_name="upload", **how)
+    take.click(checked(partial(take_sample, shelf)), [network, label, seed], start, api_name="take", **how)
     varied = change.click(checked(vary_it), [level, *asked], shown, api_name="vary", **how)
     inpainted = paint.click(checked(paint_it), [drawing, again, *asked], shown, api_name="inpaint", **how)
     cancel.click(lambda: "cancelled", None, status, cancels=[varied, inpainted], **PRIVATE)

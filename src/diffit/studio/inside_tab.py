@@ -23,7 +23,7 @@ from diffit.explore.attention import (
 from diffit.explore.pictures import heat, overlay, picture, window_grid
 from diffit.sampling.model import Model
 from diffit.studio.common import DEVICE, PRIVATE, checked
-from diffit.studio.controls import chooser, prepared
+from diffit.studio.controls import chooser, prepared, steps_field
 from diffit.studio.request import class_of, seed_of, whole
 from diffit.studio.shelf import Shelf
 
@@ -94,7 +94,7 @@ def attention(
     at = whole(step, "step") - 1
     if not 0 <= at < looked.steps:
         raise UserError(f"step {at + 1}: sampling had steps 1 to {looked.steps}")
-    some = sorted({round(i * (looked.steps - 1) / 7) for i in range(8)} | {at})
+    some = sorted({round(i * (looked.steps - 1) / 6) for i in range(7)} | {at})
     labels = None if looked.label is None else [looked.label]
     found = attention_maps(
         model, [looked.seed], labels, places=[place], blocks=[block], steps=some, states=looked.states
@@ -103,7 +103,7 @@ def attention(
     now = some.index(at)
     heads = [(overlay(looked.sample, weights, place, SMALL), f"head {head}") for head, weights in enumerate(maps[now])]
     process = [
-        (overlay(found.denoised[i, 0], maps[i].mean(0), place, SMALL), f"step {some[i] + 1}, sigma {sigma:.3g}")
+        (overlay(found.denoised[i, 0], maps[i].mean(0), place, SMALL), f"step {some[i] + 1}, σ {sigma:.2g}")
         for i, sigma in enumerate(found.sigmas)
     ]
     return heads, process
@@ -161,12 +161,12 @@ def build(shelf: Shelf) -> None:
             choice = chooser(shelf)
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=110)
-                steps = gr.Number(None, label="Steps", placeholder="the file's", precision=0, min_width=110)
+                steps = steps_field(shelf, choice.network)
             go = gr.Button("Sample and look", variant="primary", elem_id="look")
+            gr.Markdown("**Click a place** of the image to see where it attends.")
             image = gr.Image(
-                label="Click a place to see where it attends", format="png", interactive=False, elem_id="clicked",
-                buttons=["fullscreen"],
-            )  # fmt: skip
+                show_label=False, format="png", interactive=False, elem_id="clicked", buttons=["fullscreen"]
+            )
             lines = gr.Checkbox(True, label="Draw the windows of the block")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
@@ -176,10 +176,10 @@ def build(shelf: Shelf) -> None:
             heads = _gallery("Heads at this step", "heads")
             process = _gallery("Mean of the heads over the denoising process", "process")
             bias = _gallery("Relative position bias B per head, the query in the middle", "bias")
+            gr.Markdown("**How far the time token moves queries, keys and values**")
             curves = gr.LinePlot(
-                x="ln sigma", y="norm", color="of", height=240, elem_id="norms",
-                label="How far the time token moves queries, keys and values",
-            )  # fmt: skip
+                x="ln sigma", y="norm", color="of", color_title=" ", height=300, elem_id="norms", show_label=False
+            )
 
     shown, inputs = [image, where, heads, process, bias, curves], [looked, block, step, place, lines]
     progress: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": where} | DEVICE
@@ -195,7 +195,8 @@ def build(shelf: Shelf) -> None:
 
 
 def _gallery(label: str, name: str) -> gr.Gallery:
+    gr.Markdown(f"**{label}**")
     return gr.Gallery(
-        label=label, elem_id=name, columns=4, height="auto", object_fit="contain", interactive=False, format="png",
-        buttons=["fullscreen"],
+        show_label=False, elem_id=name, elem_classes="gallery", columns=4, height="auto", object_fit="contain",
+        interactive=False, format="png", buttons=["fullscreen"],
     )  # fmt: skip

@@ -69,6 +69,15 @@ def real(value: Any, name: str) -> float:
     return float(value)
 
 
+def interval_of(text: Any) -> tuple[float, float]:
+    """Two noise levels, spelled LOW,HIGH. Raises :class:`UserError`."""
+    try:
+        low, high = (float(part) for part in str(text).split(","))
+    except ValueError:
+        raise UserError(f"guided sigmas {text}: use two numbers, such as 0.3,5, or nothing for all") from None
+    return real(low, "guided sigma"), real(high, "guided sigma")
+
+
 def seed_of(value: Any) -> int:
     seed = whole(value, "seed")
     if seed < 0:

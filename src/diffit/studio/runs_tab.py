@@ -40,11 +40,12 @@ def _short(name: str) -> str:
     return f"{low} to {high}"
 
 
-def metric_table(view: RunView) -> list[list[Any]]:
-    return [
+def metric_table(view: RunView) -> Any:
+    rows = [
         [record["kimg"], record["metric"], format_numbers(record["results"]), "; ".join(record.get("notes", []))]
         for record in view.metrics[-20:]
     ]
+    return gr.update(value=rows, visible=bool(rows) or "hidden")
 
 
 def fingerprint(path: Path) -> tuple[float, ...]:
@@ -123,15 +124,25 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
             )
             health = gr.Markdown("" if names else "No run yet in this folder.", elem_id="health")
             grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="run-grid", buttons=["download"])
-            when = gr.Slider(0, 1, 0, step=1, label="From the first grid to the newest", elem_id="when")
+            when = gr.Slider(0, 1, 0, step=1, label="Grid, from the first to the newest", elem_id="when")
             resume = gr.Code(
-                label="To go on with it", language="shell", interactive=False, wrap_lines=True, lines=1, max_lines=6
+                label="The command that resumes it",
+                language="shell",
+                interactive=False,
+                wrap_lines=True,
+                lines=1,
+                max_lines=6,
             )
         with gr.Column(scale=3, min_width=300):
-            plots = [_plot("Loss", "loss"), _plot("Loss by noise level", "levels"), _plot("Images per second", "speed")]
+            plots = [
+                _plot("Loss", "loss"),
+                _plot("Loss by noise level", "loss"),
+                _plot("Images per second", "images per second", lines=False),
+            ]
             metrics = gr.Dataframe(
-                headers=["kimg", "metric", "value", "notes"], label="Metrics", interactive=False, wrap=True
-            )
+                headers=["kimg", "metric", "value", "notes"], label="Metrics", interactive=False, wrap=True,
+                visible="hidden",
+            )  # fmt: skip
     with gr.Accordion("Log", open=False):
         log = gr.Textbox(label="The last lines of log.txt", lines=12, max_lines=20, interactive=False, elem_id="log")
     with gr.Accordion("Settings", open=False):
@@ -153,7 +164,8 @@ def grid_at(shelf: Shelf, name: str | None, index: float) -> Any:
     return grid_of(read_run(shelf.run(name)), int(index))
 
 
-def _plot(label: str, name: str) -> gr.LinePlot:
+def _plot(label: str, y: str, *, lines: bool = True) -> gr.LinePlot:
     return gr.LinePlot(
-        x="kimg", y="value", color="which", label=label, height=230, elem_id=f"{name}-plot", tooltip="all"
-    )
+        x="kimg", y="value", y_title=y, color="which" if lines else None, color_title=" ", label=label,
+        height=290 if lines else 240, elem_classes="curve", tooltip="all",
+    )  # fmt: skip
