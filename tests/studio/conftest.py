@@ -13,8 +13,8 @@ def shelf(tmp_path_factory):
     from diffit.studio import Shelf
 
     folder = tmp_path_factory.mktemp("studio")
-    write_run(folder / "runs")
     write_run(folder / "runs", side=8, kimg=(3,), name="00001-b-debug-gpus1-batch8")
+    write_run(folder / "runs")  # the newest: what the page shows first
     return Shelf(runs=folder / "runs", data=write_archive(folder / "a.zip", 12), device=torch.device("cpu"))
 
 

@@ -121,9 +121,9 @@ def _size(image: Tensor) -> str:
 def build(shelf: Shelf, scratch: Scratch) -> None:
     network = network_list(shelf)
     with gr.Tabs():
-        with gr.Tab("Between two samples", id="between"):
+        with gr.Tab("Interpolate", id="between"):
             _build_between(shelf, scratch, network)
-        with gr.Tab("Variations and inpainting", id="edit"):
+        with gr.Tab("Vary and inpaint", id="edit"):
             _build_edit(shelf, network)
 
 

@@ -164,8 +164,9 @@ def grid_at(shelf: Shelf, name: str | None, index: float) -> Any:
     return grid_of(read_run(shelf.run(name)), int(index))
 
 
-def _plot(label: str, y: str, *, lines: bool = True) -> gr.LinePlot:
+def _plot(title: str, y: str, *, lines: bool = True) -> gr.LinePlot:
+    gr.Markdown(f"**{title}**")
     return gr.LinePlot(
-        x="kimg", y="value", y_title=y, color="which" if lines else None, color_title=" ", label=label,
-        height=290 if lines else 240, elem_classes="curve", tooltip="all",
+        x="kimg", y="value", y_title=y, color="which" if lines else None, color_title=" ", show_label=False,
+        height=300 if lines else 230, elem_classes="curve", tooltip="all",
     )  # fmt: skip
