@@ -1,4 +1,4 @@
-"""Eight people at the page at once: every answer against the library's for its seed, and the memory before and after.
+"""Eight people at the page at once: every answer against the library's for its seed, and the memory meanwhile.
 
     python -m benchmarks.studio --network runs/demo [--clients 8] [--requests 50]
 
@@ -7,9 +7,13 @@ way, and must free its place. Prints one JSON line.
 """
 
 import json
+import statistics
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -17,17 +21,53 @@ import psutil
 from gradio_client import Client
 from PIL import Image
 
-from diffit.sampling import load
+from diffit.sampling import Model, load
 from diffit.studio import Shelf
 from diffit.studio.app import serve
 from diffit.studio.common import grid_picture
 
-PORT = 7871
+CANCELLED = 10  # every so many-th request
+LONG = 1000  # steps of a request that is cancelled
 MIB = 2**20
 
 
-def ask(client: Client, network: str, seed: int, steps: int) -> tuple[object, ...]:
-    return (network, str(seed % 10), seed, 1, "heun", steps, 1.0, "", "all", "fp32")
+class Visitors:
+    """What they ask for, and what came of it."""
+
+    def __init__(self, address: str, name: str, model: Model, steps: int) -> None:
+        self.address, self.name, self.model, self.steps = address, name, model, steps
+        self.came_of = Counter[str]()
+        self.seconds, self.memory = list[float](), list[int]()
+        self.lock = threading.Lock()
+
+    def visit(self, number: int, requests: int) -> None:
+        client = Client(self.address, verbose=False)
+        for i in range(requests):
+            seed = 1000 * number + i
+            outcome = self.cancel(client, seed) if i % CANCELLED == CANCELLED - 1 else self.answer(client, seed)
+            with self.lock:
+                self.came_of[outcome] += 1
+                if number == 0 and i % max(requests // 5, 1) == 0:
+                    self.memory.append(round(psutil.Process().memory_info().rss / MIB))
+
+    def fields(self, seed: int, steps: int) -> tuple[Any, ...]:
+        return (self.name, str(seed % 10), seed, 1, "heun", steps, 1.0, "", "all", "fp32")
+
+    def answer(self, client: Client, seed: int) -> str:
+        began = time.monotonic()
+        path = client.predict(*self.fields(seed, self.steps), api_name="/sample")[0]
+        self.seconds.append(time.monotonic() - began)
+        found = np.asarray(Image.open(path).convert("RGB"))
+        Path(path).unlink()
+        expected = grid_picture(self.model.sample([seed], seed % 10, steps=self.steps, guidance=1.0))
+        return "right" if np.array_equal(found, expected) else "wrong"
+
+    def cancel(self, client: Client, seed: int) -> str:
+        job = client.submit(*self.fields(seed, LONG), api_name="/sample")
+        while not job.outputs() and not job.done():
+            time.sleep(0.02)
+        job.cancel()
+        return "cancelled"
 
 
 @click.command()
@@ -35,52 +75,27 @@ def ask(client: Client, network: str, seed: int, steps: int) -> tuple[object, ..
 @click.option("--clients", default=8, show_default=True)
 @click.option("--requests", default=50, show_default=True)
 @click.option("--steps", default=6, show_default=True)
-@click.option("--port", default=PORT, show_default=True)
+@click.option("--port", default=7871, show_default=True)
 def main(network: str, clients: int, requests: int, steps: int, port: int) -> None:
-    """Prints clients, requests, right, cancelled, seconds, and the server's memory after each quarter."""
+    """Prints what came of the requests, how long they took, the memory of server and clients, and what still runs."""
     shelf = Shelf((network,))
-    name = next(iter(shelf.networks()))
     page, address = serve(shelf, port=port, block=False)
-    model, process = load(network, device=shelf.device, precision="fp32"), psutil.Process()
-    lock, right, wrong, cancelled = threading.Lock(), [], [], []
-    memory: list[float] = []
-
-    def visit(number: int) -> None:
-        client = Client(address, verbose=False)
-        for i in range(requests):
-            seed = 1000 * number + i
-            if i % 10 == 9:
-                job = client.submit(*ask(client, name, seed, 1000), api_name="/sample")
-                while not job.outputs() and not job.done():
-                    time.sleep(0.02)
-                job.cancel()
-                cancelled.append(seed)
-                continue
-            picture = client.predict(*ask(client, name, seed, steps), api_name="/sample")[0]
-            path = picture if isinstance(picture, str) else picture["path"]
-            with lock:
-                expected = np.asarray(grid_picture(model.sample([seed], seed % 10, steps=steps)))
-                (right if np.array_equal(np.asarray(Image.open(path).convert("RGB")), expected) else wrong).append(seed)
-                if (len(right) + len(wrong)) % max(clients * requests // 4, 1) == 1:
-                    memory.append(round(process.memory_info().rss / MIB))
-            Path(path).unlink(missing_ok=True)
-
-    began = time.monotonic()
-    threads = [threading.Thread(target=visit, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    memory.append(round(process.memory_info().rss / MIB))
+    model = load(network, device=shelf.device, precision="fp32")
+    visitors, began = Visitors(address, next(iter(shelf.networks())), model, steps), time.monotonic()
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(visitors.visit, range(clients), [requests] * clients))
+    seconds = time.monotonic() - began
+    time.sleep(2)  # for the last one that was cancelled to come to its next step
+    still_sampling = sum(thread.name == "diffit-live" for thread in threading.enumerate())
     page.close()
-    print(
-        json.dumps(
-            {
-                "clients": clients, "requests_each": requests, "right": len(right), "wrong": len(wrong),
-                "cancelled": len(cancelled), "seconds": round(time.monotonic() - began, 1), "memory_mib": memory,
-            }
-        )
-    )  # fmt: skip
+    answers = {
+        "median": round(statistics.median(visitors.seconds), 2), "slowest": round(max(visitors.seconds), 2),
+    }  # fmt: skip
+    found = {
+        "clients": clients, "requests_each": requests, **visitors.came_of, "seconds": round(seconds, 1),
+        "seconds_of_an_answer": answers, "memory_mib": visitors.memory, "still_sampling": still_sampling,
+    }  # fmt: skip
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

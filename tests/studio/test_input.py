@@ -274,3 +274,16 @@ def test_what_nobody_foresaw_is_logged_and_the_page_goes_on(caplog):
         checked(lambda: 1 / 0)()
     assert "the server failed (ZeroDivisionError)" in caught.value.message
     assert "division by zero" in caplog.text
+
+
+def test_the_command_says_what_it_cannot_show_before_it_serves(tmp_path):
+    from diffit.cli.studio import studio
+
+    for words, text in (
+        ([], "nothing to show: pass --network"),
+        (["--runs", str(tmp_path / "gone")], "--runs .*gone: not there"),
+        (["--network", str(tmp_path / "gone.safetensors")], "gone.safetensors"),
+        (["--runs", str(tmp_path), "--auth-file", str(tmp_path / "gone")], "--auth-file .*cannot be read"),
+    ):
+        with pytest.raises(UserError, match=text):
+            studio.main(words, standalone_mode=False)

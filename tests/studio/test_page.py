@@ -209,7 +209,7 @@ def test_a_run_moves_while_another_process_trains_it(page, shelf):
         training.kill()
         training.wait()
     assert kimg_of(after) > kimg_of(before) > 0
-    assert page.locator("#loss-plot canvas, #loss-plot svg").count() > 0
+    assert page.locator(".curve canvas, .curve svg").count() > 0
 
 
 def name_of_run(shelf, part: str) -> str:

@@ -42,7 +42,7 @@ def studio(networks: tuple[str, ...], runs: Path | None, data: Path | None, vae:
     It listens on this machine alone unless --host or --share says otherwise, and asks nothing of the network.
     """
     if not networks and runs is None:
-        raise UserError("nothing to show: give --network FILE, or --runs DIR")
+        raise UserError("nothing to show: pass --network FILE, or --runs DIR")
     for name, path in (("--runs", runs), ("--data", data)):
         if path is not None and not path.exists():
             raise UserError(f"{name} {path}: not there; check the spelling")

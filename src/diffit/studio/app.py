@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 CLEANING = (600, 3600)  # seconds: every so often, files of the page that are older than an hour go
 WAITING = 200  # requests in the queue; the next is told to come again
+SESSIONS = 64  # pages whose samples are kept; the least recently used one samples again
 
 # The system's own fonts: others would be fetched. Samples are small, so that their pixels are shown as squares.
 FONT = ["system-ui", "sans-serif"]
@@ -81,7 +82,7 @@ def serve(
     _, address, _ = page.launch(
         server_name=host, server_port=port, share=share, auth=auth, prevent_thread_lock=True, quiet=True,
         theme=gr.themes.Default(font=FONT, font_mono=MONO), css=CSS, footer_links=[], run_history=False,
-        max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, state_session_capacity=200, pwa=False,
+        max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, state_session_capacity=SESSIONS, pwa=False,
         strict_cors=True, mcp_server=False, app_kwargs={"middleware": [Middleware(Gate)]},
     )  # fmt: skip
     if block:

@@ -21,19 +21,22 @@ from diffit.studio.request import class_of, real, seed_of, whole
 from diffit.studio.shelf import Shelf
 from diffit.studio.uploads import canvas, fit_image, painted, read_upload, upload_button
 from diffit.studio.watch import watched
-from diffit.utils.images import save_gif
+from diffit.utils.images import save_gif, to_float, to_uint8
 
 SIDE = 512  # pixels that an image is enlarged to, for looking at it and for drawing on it
 MAX_FRAMES, MAX_RESAMPLES, MAX_EDITS = 32, 20, 16
 READY = "vary it, or paint over a part of it and press Inpaint"
 
-Between = tuple[Image.Image | None, list[Image.Image], str | None, str]
+Between = tuple[Image.Image | None, Tensor | None, str | None, str]
 
 
 def frames_between(
     shelf: Shelf, scratch: Scratch, network: str, ends: Sequence[tuple[Any, str]], frames: Any, steps: Any
 ) -> Iterator[Between]:
-    """Yields (picture of all frames, the frames, an animation of them, status); ``ends`` are (seed, class) twice."""
+    """Yields (picture of all frames, the frames, an animation of them, status).
+
+    ``ends`` are (seed, class) twice; the frames are uint8 ``(frames, C, H, W)``.
+    """
     model, count = prepared(shelf, network, frames, steps), whole(frames, "frames")
     labels = [class_of(label, model.config) for _, label in ends]
     if (labels[0] is None) != (labels[1] is None):
@@ -45,16 +48,19 @@ def frames_between(
 
     for images, status in watched(model, work, model.config.sampling.steps):
         if status:
-            yield grid_picture(images), [], None, status
+            yield grid_picture(images), None, None, status
         else:
             pictures = [picture(image, SIDE) for image in images.cpu()]
             path = scratch.folder() / "interpolation.gif"
             save_gif([*pictures, *pictures[-2:0:-1]], path)
-            yield grid_picture(images), pictures, str(path), f"**{count} frames**: move the slider to go through them"
+            frames = to_uint8(images).cpu()
+            yield grid_picture(images), frames, str(path), f"**{count} frames**: move the slider to go through them"
 
 
-def frame_at(frames: list[Image.Image], percent: float) -> Image.Image | None:
-    return frames[round(float(percent) / 100 * (len(frames) - 1))] if frames else None
+def frame_at(frames: Tensor | None, percent: float) -> Image.Image | None:
+    if frames is None:
+        return None
+    return picture(to_float(frames[round(float(percent) / 100 * (len(frames) - 1))]), SIDE)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def build(shelf: Shelf, scratch: Scratch) -> None:
 
 
 def _build_between(shelf: Shelf, scratch: Scratch, network: gr.Dropdown) -> None:
-    pictures = gr.State([], time_to_live=3600)
+    pictures: gr.State = gr.State(None, time_to_live=3600)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             ends: list[Any] = []

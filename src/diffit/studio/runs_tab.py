@@ -122,17 +122,13 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
             run = gr.Dropdown(
                 names, value=names[0] if names else None, label="Run", allow_custom_value=True, elem_id="run"
             )
-            health = gr.Markdown("" if names else "No run yet in this folder.", elem_id="health")
+            health = gr.Markdown("" if names else "No run yet: once one has begun, choose it above.", elem_id="health")
             grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="run-grid", buttons=["download"])
             when = gr.Slider(0, 1, 0, step=1, label="Grid, from the first to the newest", elem_id="when")
             resume = gr.Code(
-                label="The command that resumes it",
-                language="shell",
-                interactive=False,
-                wrap_lines=True,
-                lines=1,
+                label="The command that resumes it", language="shell", interactive=False, wrap_lines=True, lines=1,
                 max_lines=6,
-            )
+            )  # fmt: skip
         with gr.Column(scale=3, min_width=300):
             plots = [
                 _plot("Loss", "loss"),
