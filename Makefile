@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test lint docs bench mutants faults clean
+.PHONY: demo studio test lint docs bench mutants faults clean
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py --outdir runs/demo
+
+# After `make demo`: its network, its run and its digits in the browser, on this machine alone.
+studio: $(READY)
+	$(BIN)/diffit studio --runs runs/demo --data runs/demo/data/digits-train.zip
 
 test: $(READY)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffit.cli import cli, run
+from diffit.cli.studio import studio
 from diffit.cli.train import train
 from diffit.configs import get_preset
 from diffit.configs.schema import Config
@@ -229,6 +230,9 @@ def perform(words: list[str]) -> None:
     tool, *rest = words
     if tool in NOT_RUN:
         NOT_RUN[tool](words)
+        return
+    if rest[0] == "studio":  # serves until it is stopped: its options are parsed
+        studio.make_context("studio", rest[1:])
         return
     provide(words)
     if "--dest" in rest and Path(rest[rest.index("--dest") + 1]).exists() and rest[0] in ("data", "export"):

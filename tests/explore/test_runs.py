@@ -58,7 +58,7 @@ def test_a_run_that_stands_still_is_said(tmp_path):
     run = write(tmp_path / "00000-a", *LINES)
     old = time.time() - 3600
     os.utime(run / "stats.jsonl", (old, old))
-    assert "nothing new for 60 min" in "\n".join(read_run(run).health())
+    assert "nothing new for 1 h 0 min" in "\n".join(read_run(run).health())
 
 
 def test_runs_are_compared_by_settings_and_one_that_goes_is_left_out(tmp_path):

@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": ("diffit.cli.sample", "Sample images from a trained model."),
     "tune-schedule": ("diffit.cli.tune", "Fit the noise levels of few steps to a model."),
     "export": ("diffit.cli.export", "Write a network for the official implementation, for diffusers or for the Hub."),
+    "studio": ("diffit.cli.studio", "Try models, look into them and watch runs, in the browser."),
     "info": ("diffit.cli.info", "Say what a preset or a network file is, and what it costs to run."),
 }
 

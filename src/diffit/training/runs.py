@@ -12,6 +12,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError, printable
 from diffit.metrics.record import format_numbers, read_records
 from diffit.training.checkpoint import states
+from diffit.training.console import duration
 from diffit.training.run_dir import OPTIONS, read_options
 from diffit.training.usual import usual_loss
 from diffit.utils.files import read_jsonl
@@ -90,7 +91,7 @@ class RunView:
         pace = f"{speed:,.4g} img/s" if isinstance(speed, int | float) else "running"
         if self.config is not None and self.kimg >= self.config.training.kimg:
             return f"finished; {pace} at the end"
-        return pace if age < QUIET * max(usual, 20) else f"nothing new for {_duration(age)}: stopped, or stuck"
+        return pace if age < QUIET * max(usual, 20) else f"nothing new for {duration(age)}: stopped, or stuck"
 
     def resume(self) -> str:
         """The command that goes on with the run."""
@@ -163,7 +164,3 @@ def _tail(path: Path) -> list[str]:
     except OSError:
         return []
     return [printable(line, 500) for line in text.splitlines()[-TAIL_LINES:]]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.0f} min"
