@@ -15,6 +15,7 @@ from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, Sampler
 from diffit.errors import UserError
+from diffit.utils.urls import public, remember
 
 if TYPE_CHECKING:
     from diffit.data.open import Archive
@@ -40,7 +41,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: holds no options; write a JSON object or a YAML mapping")
     if "model" in content and "training" in content:
-        base = Config.from_json(text, f"--config {path}")
+        base = Config.from_json(remember(text), f"--config {path}")
         # Leave to run programs is given on the command line, not by a file.
         training = base.training.model_copy(update={"allow_scripts": False})
         base = base.model_copy(update={"training": training})
@@ -50,6 +51,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     known = {param.name for param in ctx.command.params}
     if unknown := sorted(flat.keys() - known):
         raise UserError(f"--config {path}: unknown option {unknown[0]!r}; see diffit train --help")
+    flat = {name: remember(value) if isinstance(value, str) else value for name, value in flat.items()}
     ctx.default_map = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in flat.items()}
     return path
 
@@ -245,7 +247,7 @@ def longer(words: list[str], minutes: float) -> str:
     """The command that was typed, with a length of ``minutes``."""
     program = ["python", "train.py"] if Path(words[0]).name == "train.py" else ["diffit"]
     kept, skip = list[str](), False
-    for word in words[1:]:
+    for word in map(public, words[1:]):
         dropped = word.partition("=")[0] in ("--minutes", "--hours", "--resume")
         if not skip and not dropped:
             kept.append(word)
