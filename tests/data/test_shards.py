@@ -1,14 +1,20 @@
 """A folder of zips, here or behind a URL, is the one zip that it was split from."""
 
+import json
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -16,9 +22,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from diffit.cli import cli
+from diffit.cli import cli, run
 from diffit.data import ImageArchive, check, convert
 from diffit.data import remote as remote_module
+from diffit.data.files import FileTree
 from diffit.data.remote import Mirror, url_of
 from diffit.errors import UserError
 from helpers import write_archive
@@ -230,6 +237,74 @@ def test_a_url_that_leads_nowhere_or_needs_a_package_is_one_line(tmp_path, monke
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(UserError, match=r"s3:// needs another package: pip install 'diffit-torch\[remote\]'"):
         ImageArchive("s3://bucket/pets")
+
+
+class Service(SimpleHTTPRequestHandler):
+    """Parts of files, to who has the token; ``refusals`` are the answers to requests for the end of a file."""
+
+    refusals: ClassVar[list[int]] = []
+
+    def do_GET(self) -> None:
+        place, _, query = self.path.partition("?")
+        content, part = (Path(self.directory) / place.lstrip("/")).read_bytes(), self.headers.get("Range")
+        begin, end = 0, len(content) - 1
+        if part:
+            begin, end = map(int, part.removeprefix("bytes=").split("-"))
+        denied = 403 if query != "token=SECRET//'x'/" else self.refusals.pop() if part and self.refusals else 0
+        self.send_response(denied or (206 if part else 200))
+        self.send_header("Content-Length", "0" if denied else str(end + 1 - begin))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {begin}-{end}/{len(content)}")
+        self.end_headers()
+        if not denied and self.command == "GET":
+            self.wfile.write(content[begin : end + 1])
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def signed(made):
+    """The URL of the one zip, for who has the token."""
+    pytest.importorskip("aiohttp")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Service, directory=str(made["one"].parent))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/pets.zip?token=SECRET//'x'/"
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_signed_url_is_one_zip_and_its_token_is_neither_recorded_nor_shown(made, signed, tmp_path, capfd):
+    words = ["train", "--data", signed, f"--val={signed}", "--outdir", str(tmp_path / "runs"), "--cond"]
+    words += ["--preset", "debug", "--batch-gpu", "8", "--grid", "2x2", "--metrics", "kid8_full:pixels", "--kimg", ""]
+    for length in ("0.016", "0.032"):  # the second goes on with the first's run
+        words[-1] = length
+        with pytest.raises(SystemExit) as ended:
+            run(cli, words)
+        assert not ended.value.code
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name == "00000-pets-debug-gpus1-batch8"
+    recorded = json.loads((run_dir / "training_options.json").read_text())["data"]
+    assert recorded["path"] == recorded["val"] == signed.partition("?")[0]
+    assert b"SECRET" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "SECRET" not in "".join(capfd.readouterr())
+    assert "SECRET" not in str(Mirror(signed).folder)
+    expired = signed.replace("SECRET", "WRONG")
+    with pytest.raises(UserError, match=r"cannot be read \(403, .*credentials") as denied:
+        ImageArchive(expired)
+    assert "WRONG" not in "".join(traceback.format_exception(denied.value))
+    with pytest.raises(UserError, match=r"/pets: not one zip by its name, and a signed URL is of one file; name a zip"):
+        ImageArchive(signed.replace("pets.zip", "pets"))
+
+
+def test_an_error_of_the_service_is_not_taken_for_a_damaged_zip(signed):
+    Service.refusals[:] = [503] * 9
+    with pytest.raises(UserError, match=r"pets.zip: cannot be read \(503, .*check the connection and the credentials"):
+        FileTree(signed)
+    Service.refusals.clear()
+    assert FileTree(signed).images
 
 
 OPTIONS = ["--preset", "debug", "--cond", "--grid", "2x2", "--batch-gpu", "4", "--kimg", "0.4", "--tick", "0.04",

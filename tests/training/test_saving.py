@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -132,6 +133,31 @@ def test_a_full_disk_is_told_at_the_next_check_and_the_older_states_stay(tmp_pat
     assert [path.name for path in states(tmp_path)] == ["training-state-000001", "training-state-000003"]
 
 
+@pytest.mark.parametrize(("number", "kept"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_nothing_is_written_once_a_run_is_free_and_only_a_person_gives_a_state_up(
+    tmp_path, gate, number, kept, monkeypatch
+):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    net, optimizer = trained()
+    writer, folder = StateWriter(), tmp_path / "training-state-000001"
+    writer.save(folder, net, net, optimizer, FACTS)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which it is not in a shell's background
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        writer.wait()
+    signal.signal(signal.SIGINT, before)
+    pending = writer._pending
+    assert not pending.done()
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    threading.Timer(0.6, gate.set).start()
+    writer.close()
+    assert pending.done()
+    assert list(tmp_path.iterdir()) == [folder] * kept
+    writer.save(folder, net, net, optimizer, FACTS)  # of a run that goes on
+    writer.wait()
+    verify_state(folder)
+
+
 def test_a_disk_that_takes_a_part_of_a_write_gets_the_rest(tmp_path, monkeypatch):
     class Slow:
         def __init__(self, file):
@@ -242,9 +268,9 @@ def test_a_disk_that_fills_up_ends_the_run_within_a_step_and_it_goes_on_from_the
     whole = run(data, tmp_path / "whole", kimg=0.096)
     honest, calls, steps = checkpoint.stream_tensors, [], []
 
-    def fills_up(tensors, path):
+    def fills_up(tensors, path, *given):
         calls.append(path)
-        return full() if len(calls) > 3 else honest(tensors, path)  # three files a state
+        return full() if len(calls) > 3 else honest(tensors, path, *given)  # three files a state
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "stream_tensors", fills_up)

@@ -13,6 +13,7 @@ import click
 
 from diffit import __version__
 from diffit.errors import DISTRIBUTION, MESSAGE_LIMIT, UserError, printable
+from diffit.utils.urls import remember
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             fail(f"{name}={os.environ[name]}: set by torchrun, to a number; unset it, or start with torchrun", 2)
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher's processes may wait for one another: they end at once
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of what tidies up
+    # From here on nothing sees the token of a signed URL, but what opens it.
+    args = [remember(word) for word in (sys.argv[1:] if args is None else args)]
     try:
         # --sigma_min is --sigma-min: EDM's sampler and torchrun's habit write underscores.
         sys.exit(

@@ -11,7 +11,7 @@ from diffit.errors import UserError, printable
 from diffit.models import build
 from diffit.models.cost import Work, count_work, estimate
 from diffit.sampling.cost import count_evaluations
-from diffit.training.plan import fit_batch
+from diffit.training.plan import GIB, PROGRAM, SHARE, fit_batch
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
 from diffit.utils.precision import resolve_precision
@@ -120,18 +120,21 @@ def _amount(macs: int) -> str:
     return f"{macs / unit:,.4g} {name} multiply-accumulates ({2 * macs / unit:,.4g} {name}FLOP)"
 
 
-def describe_run(config: Config, procs: Processes, archive: Archive | None) -> str:
-    """``--dry-run``: what would be trained and what it takes, in eight lines."""
-    training = config.training
-    batch_gpu, _ = accumulation(training.batch, training.batch_gpu, procs.count)
+def describe_run(config: Config, procs: Processes, archive: Archive | None, planned: int | None = None) -> str:
+    """``--dry-run``: what would be trained and what it takes, here or on so many ``planned`` GPUs elsewhere."""
+    training, count = config.training, planned or procs.count
+    batch_gpu, _ = accumulation(training.batch, training.batch_gpu, count)
+    device, precision = procs.device.type, resolve_precision(training.precision, procs.device)
     refusal = None
-    try:
-        batch_gpu = fit_batch(config, procs)
-    except UserError as error:  # here; the machine that is to train may have more
-        refusal = str(error)
-    _, rounds = accumulation(training.batch, batch_gpu, procs.count)
-    precision = resolve_precision(training.precision, procs.device)
-    cost, work = estimate(config, batch_gpu, precision, procs.device.type), count_work(config)
+    if planned is not None:
+        device, precision = "cuda", "bf16" if training.precision == "auto" else training.precision
+    else:
+        try:
+            batch_gpu = fit_batch(config, procs)
+        except UserError as error:  # here; the machine that is to train may have more
+            refusal = str(error)
+    _, rounds = accumulation(training.batch, batch_gpu, count)
+    cost, work = estimate(config, batch_gpu, precision, device, count), count_work(config)
     channels, height, width = config.image_shape
     # Only the data knows how many classes --cond will have.
     classes = config.model.num_classes or ("no" if not config.data.cond else "the data's")
@@ -154,14 +157,30 @@ def describe_run(config: Config, procs: Processes, archive: Archive | None) -> s
         f"data        {data}",
         f"parameters  {work.parameters:,}; {_shape_of(config)}",
         f"compute     {work.macs / 1e9:.4g} G multiply-accumulates an image and forward pass",
-        f"batch       {training.batch} = {batch_gpu} per GPU × {procs.count} processes × {rounds} accumulated, "
+        f"batch       {training.batch} = {batch_gpu} per GPU × {count} processes × {rounds} accumulated, "
         f"learning rate {training.lr:g}",
         f"duration    {length}",
         f"memory      about {cost.training_bytes / 2**30:.2f} GiB a process: {cost.state_bytes / 2**30:.2f} for "
         f"weights, gradients, moments and average, {cost.activation_bytes / 2**30:.2f} for activations",
+        *(_sharing(config, batch_gpu, precision, device, count) if count > 1 else ()),
         f"sampling    {config.sampling.sampler}, {steps_text(config.sampling)} steps, "
         f"guidance {config.sampling.cfg_scale:g}",
         *here,
         "dry run: nothing was written; --json prints the whole configuration",
     ]
     return "\n".join(lines)
+
+
+def _sharing(config: Config, batch_gpu: int, precision: str, device: str, count: int) -> list[str]:
+    """What each of ``count`` processes needs and sends with whole weights and with ``--shard``; which one to use."""
+    needs, sent = [], []
+    for shard in (False, True):
+        training = config.training.model_copy(update={"shard": shard})
+        cost = estimate(config.model_copy(update={"training": training}), batch_gpu, precision, device, count)
+        needs.append((cost.training_bytes + PROGRAM) / SHARE[device] / GIB)
+        sent.append(cost.sent_bytes / 1e9)
+    return [
+        f"whole       {needs[0]:.1f} GiB free for each process, {sent[0]:.3g} GB sent by each in a step",
+        f"--shard     {needs[1]:.1f} GiB free for each process, {sent[1]:.3g} GB sent by each in a step; for less "
+        f"memory than {needs[0]:.1f} GiB, else leave it out",
+    ]

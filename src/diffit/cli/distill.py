@@ -67,6 +67,7 @@ def distill(network: str, method: Any, steps: list[int] | None, outdir: Path, re
     command again resumes it. Under torchrun the same command uses several GPUs.
     """
     given = train.in_our_terms(options)
+    planned = train.how_many(given)
     dry_run, as_json = given.pop("dry_run"), given.pop("as_json")
     if not given.keys() & set(train.LENGTHS):
         given["minutes"] = train.MINUTES
@@ -93,7 +94,8 @@ def distill(network: str, method: Any, steps: list[int] | None, outdir: Path, re
         config = order.config(teacher, order.runs[0], facts)
         if dry_run:
             if procs.is_first:
-                click.echo(config.model_dump_json(indent=2) if as_json else describe_run(config, procs, archive))
+                said = config.model_dump_json(indent=2) if as_json else describe_run(config, procs, archive, planned)
+                click.echo(said)
             return
         val = None if config.data.val is None else open_val(config.data.val, archive, config)
         autoencoder = train.open_autoencoder(config, [archive, val], procs.device)

@@ -15,6 +15,7 @@ from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, Sampler
 from diffit.errors import UserError
+from diffit.utils.urls import public, remember
 
 if TYPE_CHECKING:
     from diffit.data.open import Archive
@@ -40,7 +41,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: holds no options; write a JSON object or a YAML mapping")
     if "model" in content and "training" in content:
-        base = Config.from_json(text, f"--config {path}")
+        base = Config.from_json(remember(text), f"--config {path}")
         # Leave to run programs is given on the command line, not by a file.
         training = base.training.model_copy(update={"allow_scripts": False})
         base = base.model_copy(update={"training": training})
@@ -50,6 +51,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     known = {param.name for param in ctx.command.params}
     if unknown := sorted(flat.keys() - known):
         raise UserError(f"--config {path}: unknown option {unknown[0]!r}; see diffit train --help")
+    flat = {name: remember(value) if isinstance(value, str) else value for name, value in flat.items()}
     ctx.default_map = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in flat.items()}
     return path
 
@@ -139,11 +141,14 @@ OPTIONS: Options = {
                      help="Of the network; auto is bf16 on GPUs that have it, else fp32.  [default: auto]"),
         switch("--fp16", hidden=True),
         switch("--grad-ckpt", help="Recompute activations: less memory, more time.  [default: no]"),
+        switch("--shard", help="Spread weights, average and moments over the processes (FSDP2).  [default: no]"),
         switch("--compile", help="torch.compile the network.  [default: no]"),
         click.option("--timeout-minutes", type=float,
                      help="Minutes that one process waits for another in a step.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),
         click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and what it takes."),
+        click.option("--processes", type=click.IntRange(min=1),
+                     help="With --dry-run: how many will train.  [default: those that torchrun has started]"),
         click.option("--json", "as_json", is_flag=True, help="With --dry-run, print the configuration as JSON."),
     ],
     "What a run prints and writes": [
@@ -207,6 +212,7 @@ def train(**options: Any) -> None:
     again resumes it. Under torchrun the same command uses several GPUs.
     """
     given, preset = read_options(options, click.get_current_context())
+    planned = how_many(given)
     outdir, resume, dry_run, as_json = (given.pop(key) for key in ("outdir", "resume", "dry_run", "as_json"))
     if not dry_run and (given.get("data") is None or outdir is None):
         raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
@@ -220,11 +226,12 @@ def train(**options: Any) -> None:
     with processes(join=not dry_run) as procs:
         archive = open_archive(given, preset, dry_run)
         count_epochs(given, archive)
-        config = resolve(preset, given, facts_of(archive), processes=procs.count)
+        config = resolve(preset, given, facts_of(archive), processes=planned or procs.count)
         parse_metrics(config.training.metrics)
         if dry_run:
             if procs.is_first:
-                click.echo(config.model_dump_json(indent=2) if as_json else describe_run(config, procs, archive))
+                said = config.model_dump_json(indent=2) if as_json else describe_run(config, procs, archive, planned)
+                click.echo(said)
             return
         assert archive is not None
         val = None if config.data.val is None else open_val(config.data.val, archive, config)
@@ -245,7 +252,7 @@ def longer(words: list[str], minutes: float) -> str:
     """The command that was typed, with a length of ``minutes``."""
     program = ["python", "train.py"] if Path(words[0]).name == "train.py" else ["diffit"]
     kept, skip = list[str](), False
-    for word in words[1:]:
+    for word in map(public, words[1:]):
         dropped = word.partition("=")[0] in ("--minutes", "--hours", "--resume")
         if not skip and not dropped:
             kept.append(word)
@@ -294,6 +301,14 @@ def in_our_terms(options: dict[str, Any]) -> dict[str, Any]:
     ema = options.pop("ema")
     options["ema_halflife_kimg"] = None if ema is None else ema * 1000
     return {key: value for key, value in options.items() if value is not None or key == "outdir"}
+
+
+def how_many(options: dict[str, Any]) -> int | None:
+    """``--processes``, which leaves the options; UserError without a dry run."""
+    planned: int | None = options.pop("processes", None)
+    if planned is not None and not options["dry_run"]:
+        raise UserError(f"--processes {planned}: is for --dry-run; torchrun --nproc_per_node={planned} starts so many")
+    return planned
 
 
 def count_epochs(options: dict[str, Any], archive: "Archive | None") -> None:

@@ -279,6 +279,8 @@ class Training(Frozen):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 on a CUDA device that has it and fp32 elsewhere."""
     grad_ckpt: bool = False
+    shard: bool = False
+    """Whether each process keeps a part of weights, average and moments, and not all."""
     compile: bool = False
     grad_clip: Positive | None = None
     """Norm that a gradient is scaled down to."""
@@ -328,6 +330,12 @@ class Training(Frozen):
         if value is not None and not re.fullmatch(r"[\w.+=,-]+", value):
             raise ValueError(f"{value!r} becomes part of a folder's name; use letters, digits and . _ + = , -")
         return value
+
+    @model_validator(mode="after")
+    def _whole_graph(self) -> "Training":
+        if self.shard and self.compile:
+            raise ValueError("--shard gathers weights in the middle of what --compile makes one graph; use one of them")
+        return self
 
     @property
     def steps(self) -> int:

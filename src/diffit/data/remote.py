@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock
 
 from diffit.errors import UserError, install_hint
 from diffit.utils.files import cache_folder, disk_errors
+from diffit.utils.urls import public, remember, whole
 
 SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "file")
 DESCRIBING = ("dataset.json", "dataset.sfv")
@@ -24,16 +25,18 @@ TRIES = 3
 
 def url_of(path: str | Path) -> str | None:
     """The URL that ``path`` is, also where a :class:`Path` has taken a slash from it; None for a path on the disk."""
-    match = re.fullmatch(rf"({'|'.join(SCHEMES)}):/+([^/].*?)/*", str(path))
+    match = re.fullmatch(rf"({'|'.join(SCHEMES)}):/+([^/].*)", str(path))
     if match is None:
         return None
-    return f"{match[1]}://{'/' if match[1] == 'file' else ''}{match[2]}"
+    url = f"{match[1]}://{'/' if match[1] == 'file' else ''}{match[2]}"
+    return url if "?" in url else url.rstrip("/")
 
 
 class Mirror:
     """A folder of the cache with what has been fetched of the archive at ``url``. Safe to fork and to pickle.
 
     Attributes:
+        url: as it may be shown and recorded.
         path: of the archive: the folder, or the place of the one zip in it.
         entries: (name, size, version) of its zips and of what describes them, by name. Where these change,
             the folder is another one.
@@ -42,12 +45,17 @@ class Mirror:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = url = remember(url)
+        self._whole = whole(url)
+        single = url.lower().endswith(".zip")
+        if not single and self._whole != url:
+            raise UserError(f"{url}: not one zip by its name, and a signed URL is of one file; name a zip")
         with self._connected() as (files, root):
-            single = root.lower().endswith(".zip")
             listed = [files.info(root)] if single else files.ls(root, detail=True)
             found = {
-                str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: info for info in listed if info["type"] != "directory"
+                (url if single else str(info["name"])).rstrip("/").rsplit("/", 1)[-1]: info
+                for info in listed
+                if info["type"] != "directory"
             }
         if unknown := next((name for name, info in found.items() if info["size"] is None), None):
             raise UserError(f"{url}: the server does not say how large {unknown} is; fetch it, or name another place")
@@ -77,8 +85,10 @@ class Mirror:
         if (local := self.folder / name).exists():
             return local.open("rb")
         with self._connected() as (files, root):
-            found: BinaryIO = files.open(self._place(root, name), "rb")
-            return found
+            source = files.open(self._place(root, name), "rb")
+            if _is_seekable(source):
+                return cast(BinaryIO, _Remote(source, self._explained))
+        return self.fetch(name).open("rb")
 
     def fetch(self, name: str) -> Path:
         """The whole file on this disk. One process fetches it, from where an earlier one was interrupted."""
@@ -102,7 +112,7 @@ class Mirror:
             with self._connected() as (files, root):
                 source = files.open(self._place(root, name), "rb", block_size=PIECE, cache_type="readahead")
             with source:
-                if file.tell() > size or not source.seekable():
+                if file.tell() > size or not _is_seekable(source):
                     file.truncate(0)
                 source.seek(file.seek(0, os.SEEK_END))
                 while piece := self._read(source):
@@ -130,7 +140,7 @@ class Mirror:
             try:
                 from fsspec.core import url_to_fs
 
-                files, root = url_to_fs(self.url)
+                files, root = url_to_fs(self._whole)
             except ImportError as error:
                 remedy = "pip install gcsfs" if scheme in ("gs", "gcs") else install_hint("remote")
                 raise UserError(f"{self.url}: {scheme}:// needs another package: {remedy}") from error
@@ -142,13 +152,52 @@ class Mirror:
             yield
         except UserError:
             raise
-        except FileNotFoundError:
-            raise UserError(f"{self.url}: not there; check the spelling") from None
         except Exception as error:  # every service has errors of its own
-            reason = str(error) or type(error).__name__
+            # FileNotFoundError is fsspec's word for whatever a web server answers but the file.
+            cause = error.__cause__ or error if isinstance(error, FileNotFoundError) else error
+            if isinstance(error, FileNotFoundError) and getattr(cause, "status", 404) == 404:
+                raise UserError(f"{self.url}: not there; check the spelling") from None
+            reason = public(str(cause)) or type(cause).__name__
             raise UserError(
                 f"{self.url}: cannot be read ({reason}); check the connection and the credentials"
-            ) from error
+            ) from None
+
+
+class _Remote:
+    """A file as :mod:`zipfile` reads it, which would call it no zip where the service fails."""
+
+    def __init__(self, file: Any, explained: Callable[[], AbstractContextManager[None]]) -> None:
+        self.file, self.explained = file, explained
+
+    def read(self, size: int = -1) -> bytes:
+        with self.explained():
+            piece: bytes = self.file.read(size)
+            return piece
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self.explained():
+            place: int = self.file.seek(offset, whence)
+            return place
+
+    def tell(self) -> int:
+        place: int = self.file.tell()
+        return place
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _is_seekable(source: Any) -> bool:
+    """Whether a file can be read from any place; some servers send whole files only, whose ``seekable`` fsspec says."""
+    try:
+        source.seek(0, os.SEEK_END)
+        source.seek(0)
+    except (ValueError, OSError):
+        return False
+    return bool(source.seekable())
 
 
 def mirror_of(path: str | Path) -> Mirror | None:

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.configs.schema import Config, ImageModel, LatentModel
-from diffit.models import build
+from diffit.models import DiffiTBlock, DiffiTResBlock, build
 from diffit.models.attention import TMSA
 from diffit.utils.precision import autocast
 
@@ -50,6 +50,7 @@ def count_work(config: Config) -> Work:
 
 
 FLOAT = 4  # bytes
+STATE_COPIES = 5  # of the weights' size: weights, gradients, two moments, average
 OVERHEAD = {"cpu": 1.25, "cuda": 1.0}
 """What kernels and the allocator take on top of activations, measured on a CPU: ``python -m benchmarks.memory``."""
 
@@ -60,9 +61,12 @@ class Cost:
 
     parameters: int
     state_bytes: int
-    """Weights, gradients, two moments, the moving average and a teacher, float32."""
+    """Weights, gradients, two moments, the moving average and a teacher, float32; of all but the last a part, where
+    they are sharded."""
     activation_bytes: int
     """What autograd keeps for one microbatch, and what one step of the backward pass holds next to it."""
+    sent_bytes: int = 0
+    """To other processes in a step."""
 
     @property
     def training_bytes(self) -> int:
@@ -78,24 +82,45 @@ def example_inputs(model: ImageModel | LatentModel, batch: int) -> tuple[Tensor 
     return inputs
 
 
-def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: str = "cpu") -> Cost:
+def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: str = "cpu", processes: int = 1) -> Cost:
     """Memory of training with microbatches of ``batch_gpu`` on a ``device`` of type cpu or cuda, from any machine.
 
     On a GPU attention is one kernel that keeps queries, keys, values, output and a number per query; on a CPU it keeps
-    the weights of all pairs. Left out is the program itself.
+    the weights of all pairs. Left out is the program itself. What is sent is that of a ring of ``processes``.
     """
     # All that is kept grows with the batch or does not depend on it.
     two, three = (_trace(config.model, n, config.training.grad_ckpt, precision, device) for n in (2, 3))
     activations = round((two + (batch_gpu - 2) * (three - two)) * OVERHEAD[device])
-    parameters, student = count_parameters(config.model), config.distillation
-    copies = 5 if student is None or student.teacher_sampling is None else 6
-    return Cost(parameters, copies * FLOAT * parameters, activations)
+    (parameters, block, rest), student = _count(config.model), config.distillation
+    whole = FLOAT * parameters
+    state, ring = STATE_COPIES * whole, whole * (processes - 1) / processes
+    sent = 2 * ring  # an all-reduce of the gradients
+    if config.training.shard and processes > 1:
+        state //= processes
+        # A block's weights and the next one's, its gradients whole and sent; or the whole average, for samples.
+        activations = max(activations + FLOAT * (4 * block + 2 * rest), whole)
+        # Weights for the forward and the backward pass, and gradients, of each microbatch.
+        sent = 3 * ring * max(config.training.batch // (batch_gpu * processes), 1)
+    teacher = 0 if student is None or student.teacher_sampling is None else whole
+    return Cost(parameters, state + teacher, activations, round(sent))
+
+
+def count_parameters(model: ImageModel | LatentModel) -> int:
+    return _count(model)[0]
 
 
 @lru_cache
-def count_parameters(model: ImageModel | LatentModel) -> int:
+def _count(model: ImageModel | LatentModel) -> tuple[int, int, int]:
+    """Parameters: all, those of the largest block, and those outside blocks."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(model).parameters())
+        net = build(model)
+    kind = DiffiTResBlock if isinstance(model, ImageModel) else DiffiTBlock
+    blocks = [_size(module) for module in net.modules() if isinstance(module, kind)]
+    return _size(net), max(blocks), _size(net) - sum(blocks)
+
+
+def _size(net: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 @lru_cache

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffit.errors import UserError
+from diffit.training.shard import fill, whole
+from diffit.training.signals import undisturbed
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of, whole_folder
 from diffit.utils.locks import lost
@@ -38,20 +41,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module, tensors: dict[str, Tensor]) -> None:
+def check_moments(net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises :class:`UserError` for what would break the optimiser of ``net``."""
     parameters = dict(net.named_parameters())
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
-        parameter = parameters[name]
-        scalar = kind == "step"
-        if (value.shape != parameter.shape and not scalar) or not value.isfinite().all():
+        shape = () if kind == "step" else parameters[name].shape
+        if value.shape != shape or not value.isfinite().all():
             raise UserError(
                 f"the state's {key} is not finite, or of another shape than its weight; --resume an earlier state"
             )
-        if not scalar:
-            # The fused kernel reads parameter and moments in step through memory: strides must agree (channels_last).
-            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-        optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
 class StateWriter:
@@ -64,6 +63,7 @@ class StateWriter:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "training-state")  # which Python waits for at its end
         self._pending: Future[None] | None = None
+        self._given_up = threading.Event()
         self._buffers: dict[str, Tensor] = {}  # kept: memory that is new costs more than copying into it
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class StateWriter:
     ) -> None:
         """As :func:`save_state`; older states but the newest are removed once this one is on disk."""
         self.wait()
-        groups = _groups(net, ema, optimizer)
+        groups = state_groups(net, ema, optimizer)
         copies = {
             name: {key: self._copy(f"{name} {key}", tensor) for key, tensor in tensors.items()}
             for name, tensors in groups.items()
@@ -80,6 +80,7 @@ class StateWriter:
         if next(net.parameters()).is_cuda:
             torch.cuda.current_stream().synchronize()
         text = json.dumps(metadata, indent=2)
+        self._given_up.clear()
         self._pending = self._pool.submit(self._write, folder, copies, text)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
@@ -87,10 +88,10 @@ class StateWriter:
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[key] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+        return buffer.copy_(whole(tensor), non_blocking=True)
 
     def _write(self, folder: Path, copies: dict[str, dict[str, Tensor]], text: str) -> None:
-        _write_state(folder, copies, text)
+        _write_state(folder, copies, text, self._given_up)
         prune_states(folder.parent)
 
     def check(self) -> None:
@@ -100,39 +101,53 @@ class StateWriter:
 
     def wait(self) -> None:
         """Until the last state is on disk. Raises what its writing has raised."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
-            pending.result()
+            try:
+                pending.result()
+            finally:
+                if pending.done():  # and not where a Ctrl-C ended the waiting alone
+                    self._pending = None
 
-    def close(self) -> None:
-        """Wait for a run that ends for another reason, whose error is the one to be seen."""
+    def settle(self) -> None:
+        """Wait where something else ends the run, whose error is the one to be seen."""
         try:
             self.wait()
         except Exception as error:
             logger.error("%s", error)
+
+    def close(self) -> None:
+        """Wait before the run is another's. Ctrl-C gives the state up, so that nothing is being written either way."""
+        with undisturbed(self._given_up.set):
+            if self._pending is not None and not self._pending.done():
+                logger.warning("a state is still being written; Ctrl-C gives it up")
+            self.settle()
 
 
 def save_state(
     folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
 ) -> None:
     """``metadata`` is what JSON can hold: images seen, the loss scaler, the configuration."""
-    groups = _groups(net, ema, optimizer)
+    groups = state_groups(net, ema, optimizer)
     tensors = {
-        name: {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+        name: {key: whole(tensor).detach().cpu().contiguous() for key, tensor in group.items()}
         for name, group in groups.items()
     }
     _write_state(folder, tensors, json.dumps(metadata, indent=2))
 
 
-def _groups(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def state_groups(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a state by its files; sharded ones must be made whole in this order, by all processes."""
     return {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer, net)}
 
 
-def _write_state(folder: Path, groups: dict[str, dict[str, Tensor]], metadata: str) -> None:
+def _write_state(
+    folder: Path, groups: dict[str, dict[str, Tensor]], metadata: str, given_up: threading.Event | None = None
+) -> None:
     with whole_folder(folder) as part:
         sums = {}
         for name, tensors in groups.items():
-            sums[f"{name}.safetensors"] = stream_tensors(tensors, part / f"{name}.safetensors")
+            sums[f"{name}.safetensors"] = stream_tensors(tensors, part / f"{name}.safetensors", given_up)
         (part / "state.json").write_text(metadata)
         sums["state.json"] = hashlib.sha256(metadata.encode()).hexdigest()
         (part / "manifest.json").write_text(json.dumps(dict(sorted(sums.items())), indent=2))
@@ -160,23 +175,34 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
 
 
 @torch.no_grad()
-def share_state(net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, procs: Processes) -> None:
-    """Give all processes what the first one has loaded: a node may not see its disk. All call this together."""
-    if procs.count == 1:
-        return
-    ours = optimizer_tensors(optimizer, net)
-    layout = [(key, str(value.dtype).removeprefix("torch."), value.ndim == 0) for key, value in ours.items()]
+def take_up(
+    tensors: dict[str, dict[str, Tensor]] | None,
+    net: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    procs: Processes,
+) -> None:
+    """Put the tensors of a state in their places. All processes call this together; only the first one has them.
+
+    A node may not see the first one's disk.
+    """
     parameters = dict(net.named_parameters())
-    for key, dtype, scalar in procs.broadcast(layout):
+    moments = None if tensors is None else [(key, value.dtype) for key, value in tensors["optimizer"].items()]
+    targets = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": dict[str, Tensor]()}
+    for key, dtype in procs.broadcast(moments):
         kind, name = key.split(".", 1)
-        if not procs.is_first:
-            like = torch.zeros((), device=parameters[name].device) if scalar else parameters[name]
-            optimizer.state[parameters[name]][kind] = torch.empty_like(like, dtype=getattr(torch, dtype))
-    for group in _groups(net, ema, optimizer).values():
-        for tensor in group.values():
-            whole = tensor.contiguous()  # collectives take no channels_last
-            dist.broadcast(whole, src=0)
-            tensor.copy_(whole)
+        parameter = parameters[name]
+        # The fused kernel reads parameter and moments in step through memory: strides must agree (channels_last).
+        like = torch.empty((), device=parameter.device) if kind == "step" else parameter
+        moment = torch.empty_like(like, dtype=dtype, requires_grad=False)
+        optimizer.state[parameter][kind] = targets["optimizer"][key] = moment
+    for group, found in targets.items():
+        for key, target in found.items():
+            values = torch.empty(target.shape, dtype=target.dtype) if tensors is None else tensors[group][key]
+            values = values.to(target.device, target.dtype)
+            if procs.count > 1:
+                dist.broadcast(values, src=0)
+            fill(target, values)
 
 
 def states(run_dir: Path) -> list[Path]:

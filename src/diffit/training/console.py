@@ -78,7 +78,7 @@ class Console:
         """The start-up lines: what is about to happen, and what it takes."""
         stepper, config, procs = self.stepper, self.stepper.config, self.stepper.procs
         training, (channels, height, width) = config.training, config.image_shape
-        cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type)
+        cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type, procs.count)
         images = self.total - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
         length = f"{training.minutes:g} minutes, at most " if training.minutes and "kimg" in training.chosen else ""

@@ -88,7 +88,7 @@ def fit_batch(config: Config, procs: Processes) -> int:
     sizes = _divisors(share, training.batch_gpu or share)
 
     def need(batch: int) -> int:
-        return estimate(config, batch, precision, procs.device.type).training_bytes + PROGRAM
+        return estimate(config, batch, precision, procs.device.type, count).training_bytes + PROGRAM
 
     first = need(sizes[0])
     if first <= free:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.errors import UserError
+from diffit.models import DiffiT
 from diffit.training.checkpoint import PREFIX, StateWriter, read_progress, states, verify_state
 from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
@@ -86,12 +87,13 @@ class Run:
 
     def first_grids(self, archive: Archive) -> None:
         """``reals.png`` and ``fakes_init.png``."""
+        ema = self.stepper.whole(self.stepper.ema)
         if self.log is not None:
             self.console.say("grids     of training images and of the untrained network, for comparison")
             self.signals.unless_in_haste(lambda: save_reals(self.stepper, archive, self.run_dir / "reals.png"))
             began = time.monotonic()
             fakes = self.run_dir / "fakes_init.png"
-            self.signals.unless_in_haste(lambda: save_fakes(self.stepper, self.stepper.ema, fakes))
+            self.signals.unless_in_haste(lambda: save_fakes(self.stepper, ema, fakes))
             self.grid_seconds = time.monotonic() - began
         self.stepper.procs.wait_for_first()
 
@@ -154,16 +156,17 @@ class Run:
             yield
         except (UserError, RuntimeError) as error:
             why = explain(error, stepper.procs)
-            self.writer.close()  # what it raises is not what ends the run, and there may be room again
-            self.write_state(wait=True)
+            self.writer.settle()  # what it raises is not what ends the run, and there may be room again
+            saved = f"everything up to {stepper.images_seen / 1000:g} kimg is saved"
+            if stepper.empty is None:
+                self.write_state(wait=True)
+            else:  # without the others this one has a part alone
+                saved = "what the newest state has is saved"
             if why is None:
                 raise
             if self.signals.requested:  # by a signal that reached the others, or a loader process, too
                 raise Stopped from None
-            raise UserError(
-                f"{why}; everything up to {stepper.images_seen / 1000:g} kimg is saved in {self.run_dir}, and goes on "
-                "from there once that is mended"
-            ) from None
+            raise UserError(f"{why}; {saved} in {self.run_dir}, and goes on from there once that is mended") from None
 
     def crossed(self, ticks: int) -> bool:
         """Whether the last step crossed a multiple of so many ticks: a function of the images seen, as resume needs."""
@@ -271,34 +274,44 @@ class Run:
         self.stepper.procs.wait_for_first()
 
     def write_state(self, *, wait: bool) -> None:
+        if self.stepper.empty is not None:  # weights are gathered as in a step, where waiting has a limit
+            self.writer.wait()
+            self.stepper.procs.wait_for_first()
         if self.log is not None:
             number = kimg_number(self.stepper.config, self.stepper.images_seen)
             self.stepper.save(self.run_dir / f"{PREFIX}{number}", self.writer.save)
             self.saved["state"] = time.monotonic()
             if wait:
                 self.writer.wait()
+        else:
+            self.stepper.lend()
 
     def save_snapshot(self) -> None:
-        """The averaged weights and their grids, by the first process, for which the others wait."""
-        stepper, (path, _) = self.stepper, pictures_of(self.run_dir, self.stepper)
+        """The averaged weights and their grids, by the first process, for which the others wait.
+
+        While the average is warming up there is a grid of the raw weights, too.
+        """
+        stepper, (path, grid) = self.stepper, pictures_of(self.run_dir, self.stepper)
+        shown = {grid: stepper.whole(stepper.ema)}
+        if stepper.ema_warming_up:
+            shown[grid.with_stem(f"{grid.stem}-raw")] = stepper.whole(stepper.net)
         if self.log is not None:
             self.console.say(f"{stepper.images_seen / 1000:.2f} kimg   saving {path.name}, then a grid of its samples")
-            save_network(path, stepper.ema.state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
-            self.signals.unless_in_haste(self.save_grids)
+            save_network(path, shown[grid].state_dict(), stepper.config, kimg=stepper.images_seen / 1000)
+            self.signals.unless_in_haste(lambda: self.save_grids(shown))
             prune_snapshots(self.run_dir, stepper.config.training.keep)
             self.saved["snapshot"] = time.monotonic()
         stepper.procs.wait_for_first()
 
-    def save_grids(self) -> None:
-        """A grid of the averaged weights, and while the average is warming up one of the raw weights."""
-        stepper, began = self.stepper, time.monotonic()
-        _, grid = pictures_of(self.run_dir, stepper)
+    def save_grids(self, shown: dict[Path, DiffiT]) -> None:
+        """The grid of each network; the first is the average's."""
         assert self.log is not None
-        save_fakes(stepper, stepper.ema, grid)
-        self.grid_seconds = time.monotonic() - began
-        self.log.picture("fakes", grid, stepper.images_seen)
-        if stepper.ema_warming_up:
-            save_fakes(stepper, stepper.net, grid.with_stem(f"{grid.stem}-raw"))
+        for number, (grid, net) in enumerate(shown.items()):
+            began = time.monotonic()
+            save_fakes(self.stepper, net, grid)
+            if not number:
+                self.grid_seconds = time.monotonic() - began
+                self.log.picture("fakes", grid, self.stepper.images_seen)
 
     def evaluate(self) -> None:
         """Metrics of the averaged weights, by all processes, where there is no record of them yet."""
@@ -309,7 +322,8 @@ class Run:
 
     def judge(self) -> None:
         try:
-            for record in self.evaluator(self.stepper.ema, self.stepper.images_seen, self.log):
+            ema = self.stepper.whole(self.stepper.ema)
+            for record in self.evaluator(ema, self.stepper.images_seen, self.log):
                 self.console.metric(record)
         except RuntimeError as error:
             if not (self.signals.in_haste and is_lost_connection(error)):

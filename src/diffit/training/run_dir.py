@@ -29,7 +29,7 @@ STARTING = 60.0  # seconds that a run without a lock may be about to take it
 FREE: Any = {
     "training": {
         "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
-        "max_skipped", "grid", "desc", "minutes", "snap_minutes", "dump_minutes", "keep", "metrics_sampler",
+        "shard", "max_skipped", "grid", "desc", "minutes", "snap_minutes", "dump_minutes", "keep", "metrics_sampler",
         "metrics_steps", "chosen", "track", "on_spike", "on_error", "timeout_minutes", "allow_scripts",
     },
     "sampling": True,

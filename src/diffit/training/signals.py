@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -12,6 +12,22 @@ from diffit.utils.locks import lost
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 STOPPING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 PATIENCE = 8.0  # seconds for which a person who pressed Ctrl-C waits for a grid or a metric
+
+
+@contextlib.contextmanager
+def undisturbed(give_up: Callable[[], None]) -> Iterator[None]:
+    """In the block, requests to stop do nothing, but that a person's Ctrl-C calls ``give_up``. On the main thread."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            give_up()
+
+    before = {number: signal.signal(number, note) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _CutShort(BaseException):

@@ -16,16 +16,17 @@ from diffit.data.augment import Augment, flip_half
 from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
-from diffit.training.checkpoint import load_optimizer_tensors, load_state, save_state, share_state
+from diffit.training.checkpoint import check_moments, load_state, save_state, state_groups, take_up
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.guard import Guard
 from diffit.training.losses import build_loss
 from diffit.training.meter import Meter
+from diffit.training.shard import gathered, part, shard, whole
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
 from diffit.utils.precision import autocast, channels_last
 from diffit.utils.randomness import DROPOUT, INIT, STEP, derive_seed
-from diffit.weights import load_into
+from diffit.weights.file import require_weights
 
 
 def build_network(config: Config) -> DiffiT:
@@ -111,8 +112,14 @@ class Stepper:
         training = config.training
         self.config, self.procs, self.precision, self.autoencoder = config, procs, precision, autoencoder
         self.batch_gpu, self.rounds = accumulation(training.batch, training.batch_gpu, procs.count)
-        self.net = net.to(procs.device).train()
-        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.net, self.ema = net.train(), copy.deepcopy(net).eval().requires_grad_(False)
+        self.empty: DiffiT | None = None
+        """Where the weights are sharded, the network without them."""
+        if training.shard and procs.count > 1:
+            self.empty = copy.deepcopy(self.ema).to("meta")
+            shard(self.net, procs)
+            shard(self.ema, procs)
+        self.net, self.ema = self.net.to(procs.device), self.ema.to(procs.device)
         self.net.set_grad_ckpt(training.grad_ckpt)
         self.optimizer = build_optimizer(self.net, training)
         # Also without fp16: the fused optimiser then skips a step with a non-finite gradient without asking the CPU.
@@ -123,7 +130,7 @@ class Stepper:
         if training.compile:
             self.net.compile(fullgraph=not training.grad_ckpt)
         self.ddp: DiffiT | DistributedDataParallel = self.net
-        if procs.count > 1:
+        if procs.count > 1 and self.empty is None:
             self.ddp = DistributedDataParallel(
                 self.net, process_group=procs.steps, gradient_as_bucket_view=True, broadcast_buffers=False
             )
@@ -150,7 +157,7 @@ class Stepper:
 
         parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.scaler.scale(self.one)
+        norm = whole(torch.nn.utils.get_total_norm(gradients)) / self.scaler.scale(self.one)
         skip = self.guard.skips(norm)
         self.meter.add_gradients(norm, skip)
         # The scaler leaves out the step, on all processes alike, where it finds a gradient that is not finite.
@@ -172,10 +179,13 @@ class Stepper:
         beta = training.ema_decay
         if beta is None:
             beta = ema_beta(training.batch, seen, training.ema_halflife_kimg, training.ema_rampup_ratio)
-        update_ema(self.ema.parameters(), self.net.parameters(), beta, skip)
+        update_ema(map(part, self.ema.parameters()), map(part, self.net.parameters()), beta, skip)
 
     def save(self, folder: Path, write: Callable[..., None] = save_state) -> None:
-        """Write all that training changes as a training state, by :func:`save_state` or :meth:`StateWriter.save`."""
+        """Write all that training changes as a training state, by :func:`save_state` or :meth:`StateWriter.save`.
+
+        Where the weights are sharded, all other processes :meth:`lend` theirs at the same time.
+        """
         metadata = {
             "images_seen": self.images_seen,
             "seconds": round(self.seconds, 1),
@@ -186,19 +196,29 @@ class Stepper:
         }
         write(folder, self.net, self.ema, self.optimizer, metadata)
 
+    def lend(self) -> None:
+        """This process's parts, to the first one that saves."""
+        for group in state_groups(self.net, self.ema, self.optimizer).values() if self.empty is not None else ():
+            for tensor in group.values():
+                whole(tensor)
+
+    def whole(self, net: DiffiT) -> DiffiT:
+        """``net``, or a copy of it, that a process can run by itself. All processes call this together."""
+        return net if self.empty is None else gathered(net, self.empty)
+
     def restore(self, folder: Path) -> None:
         """Take up a training state exactly: weights, average, moments, loss scaler and place in the data.
 
         All processes call this together; only the first one reads ``folder``.
         """
-        metadata = None
+        tensors = metadata = None
         with self.procs.together():
             if self.procs.is_first:
                 tensors, metadata = load_state(folder)
-                load_into(self.net, tensors["model"], folder)
-                load_into(self.ema, tensors["ema"], folder)
-                load_optimizer_tensors(self.optimizer, self.net, tensors["optimizer"])
-        share_state(self.net, self.ema, self.optimizer, self.procs)
+                require_weights(self.net, tensors["model"], folder)
+                require_weights(self.ema, tensors["ema"], folder)
+                check_moments(self.net, tensors["optimizer"])
+        take_up(tensors, self.net, self.ema, self.optimizer, self.procs)
         metadata = self.procs.broadcast(metadata)
         if metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])

@@ -16,6 +16,7 @@ VALIDATION_IMAGES = 1024
 def validate(stepper: Stepper, archive: Archive) -> float:
     """Mean over at most 1,024 images, with the same noise every time. All processes call this together."""
     procs, seed = stepper.procs, stepper.config.training.seed
+    net = stepper.whole(stepper.ema)
     count = min(len(archive), VALIDATION_IMAGES)
     chosen = image_indices(len(archive), seed, 0, count)
     sums = torch.zeros(2, dtype=torch.float64, device=procs.device)
@@ -26,7 +27,7 @@ def validate(stepper: Stepper, archive: Archive) -> float:
         generator = make_generator(seed, VALIDATION, start, device=procs.device)
         images = stepper.clean(data, generator, mirror=False)
         with autocast(procs.device, stepper.precision):
-            loss = stepper.loss(stepper.ema, images, labels, generator=generator)
+            loss = stepper.loss(net, images, labels, generator=generator)
         sums += torch.stack([loss.double().sum(), torch.tensor(len(indices), device=procs.device)])
     if procs.count > 1:
         dist.all_reduce(sums, group=procs.steps)

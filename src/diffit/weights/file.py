@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -81,10 +82,11 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def stream_tensors(state: Mapping[str, Tensor], path: Path) -> str:
+def stream_tensors(state: Mapping[str, Tensor], path: Path, given_up: threading.Event | None = None) -> str:
     """Write contiguous tensors of the CPU as safetensors' ``save_file`` does, hashing what is written; the SHA-256.
 
-    Both release the GIL, so that a thread does this while others compute.
+    Both release the GIL, so that a thread does this while others compute. Raises :class:`UserError` at the next piece
+    once ``given_up`` is set.
     """
     order = sorted(state, key=lambda key: (-state[key].element_size(), key))  # safetensors': aligned, then by name
     header: dict[str, Any] = {}
@@ -99,6 +101,8 @@ def stream_tensors(state: Mapping[str, Tensor], path: Path) -> str:
         parts = (state[key].reshape(-1).view(torch.uint8).numpy().data for key in order)
         for part in chain((memoryview(len(text).to_bytes(8, "little")), memoryview(text)), parts):
             for start in range(0, len(part), PIECE):
+                if given_up is not None and given_up.is_set():
+                    raise UserError("a state was given up before it was on disk; the one before it stays")
                 piece = part[start : start + PIECE]
                 total.update(piece)
                 written = 0
@@ -248,12 +252,17 @@ def load_network(
 
 def load_into(net: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path, *, assign: bool = False) -> None:
     """Strict ``load_state_dict`` whose complaint is one line that names the first key that differs."""
+    require_weights(net, state, source)
+    try:
+        net.load_state_dict(dict(state), assign=assign)
+    except RuntimeError as error:  # keys and shapes fit, so a stored index does not
+        raise UserError(f"{source}: {str(error).splitlines()[-1].strip()}") from None
+
+
+def require_weights(net: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises :class:`UserError` unless ``state`` has the names and shapes of ``net``, but for an official index."""
     own = net.state_dict()
     for key in [*own, *(key for key in state if not key.endswith(INDEX))]:
         if key not in state or key not in own or own[key].shape != state[key].shape:
             ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, state))
             raise UserError(f"{source}: weights of another model: {key} is {theirs}, this model needs {ours}")
-    try:
-        net.load_state_dict(dict(state), assign=assign)
-    except RuntimeError as error:  # keys and shapes fit, so a stored index does not
-        raise UserError(f"{source}: {str(error).splitlines()[-1].strip()}") from None
