@@ -8,11 +8,11 @@ import gradio as gr
 import pandas as pd
 
 from diffit.errors import UserError
-from diffit.explore.runs import RunView, compare_runs, read_run
 from diffit.metrics.record import format_numbers
 from diffit.studio.common import PRIVATE, checked, escape
 from diffit.studio.shelf import Shelf
 from diffit.studio.uploads import decode
+from diffit.training.runs import RunView, compare_runs, read_run
 
 SECONDS = 2.0  # between two looks at the folder
 POINTS = 600  # of a curve: more than a plot has pixels
