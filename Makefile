@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test lint bench mutants faults clean
+.PHONY: demo test lint bench gpu mutants faults clean
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py --outdir runs/demo
@@ -19,6 +19,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# On a machine with GPUs; make gpu CIFAR10=cifar-10-python.tar.gz also trains on it for ten minutes.
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 mutants: $(READY)
 	$(BIN)/python -m benchmarks.mutants --sample 60
