@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo studio test lint docs bench mutants faults clean
+.PHONY: demo studio test lint docs bench gpu mutants faults clean
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py --outdir runs/demo
@@ -27,6 +27,10 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# On a machine with GPUs; make gpu CIFAR10=cifar-10-python.tar.gz also trains on it for ten minutes.
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 mutants: $(READY)
 	$(BIN)/python -m benchmarks.mutants --sample 60

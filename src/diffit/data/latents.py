@@ -255,13 +255,20 @@ class LatentArchive:
 
     def load_all(self) -> Tensor:
         """All of it, (N, 4, C, h, w) in the dtype of the file."""
-        parts = []
+        whole: Tensor | None = None  # made once: a list of parts and what they are joined to are twice the data
         for shard in range(self.header.num_shards):
             tensors, crcs = self._shard(shard)
-            parts.append(torch.stack([tensors.get_tensor(key) for key in MOMENTS], dim=1))
-            for row, moments in enumerate(parts[-1]):
+            rows = self.header.shard_range(shard)
+            for place, key in enumerate(MOMENTS):
+                moments = tensors.get_tensor(key)
+                if whole is None:
+                    whole = moments.new_empty(len(self), len(MOMENTS), *moments.shape[1:])
+                whole[rows.start : rows.stop, place] = moments
+            assert whole is not None
+            for row, moments in enumerate(whole[rows.start : rows.stop]):
                 self._require_whole(moments, shard, row, crcs)
-        return torch.cat(parts)
+        assert whole is not None
+        return whole
 
     @cached_property
     def content_hash(self) -> str:

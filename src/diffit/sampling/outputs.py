@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from rich.console import Console
@@ -219,8 +220,9 @@ def is_whole_png(path: Path) -> bool:
 class NpzFile:
     """ADM's sample batch: ``arr_0`` uint8 (N, H, W, C) and, for conditional models, ``arr_1`` int64 (N,).
 
-    The rows are filled in a plain array on disk that all processes map, and packed at the end: memory stays flat. A
-    second array marks the rows that are there, so that an interrupted run is continued.
+    The rows are filled in a plain array on disk that all processes write to, and packed at the end: memory stays flat.
+    A second array marks the rows that are there, so that an interrupted run is continued. They are written as bytes at
+    a place, not into mapped memory: of a page that two nodes share there, the later one's copy would win.
     """
 
     def __init__(self, outdir: str | Path) -> None:
@@ -242,8 +244,8 @@ class NpzFile:
                     self.resume(job.record(format="npz"))
             self.complete = bool(procs.broadcast(self.complete))
             if not self.complete:
-                self.array = np.lib.format.open_memmap(self.rows, "r+")
-                self.finished = np.lib.format.open_memmap(self.marks, "r+")
+                self.array = np.load(self.rows, mmap_mode="r")
+                self.finished = np.load(self.marks, mmap_mode="r")
             yield
 
     def resume(self, record: dict[str, Any]) -> None:
@@ -272,10 +274,8 @@ class NpzFile:
         return self.complete or bool(self.finished[part].all())
 
     def write(self, start: int, images: Tensor) -> None:
-        rows = slice(start, start + len(images))
-        self.array[rows] = images.permute(0, 2, 3, 1).numpy()
-        self.array.flush()  # before the mark says so
-        self.finished[rows] = True
+        _put(self.rows, self.array, start, images.permute(0, 2, 3, 1).contiguous().numpy())
+        _put(self.marks, self.finished, start, np.ones(len(images), np.bool_))
 
     def read(self, count: int) -> Tensor:
         array = np.load(self.path)["arr_0"] if self.complete else self.array
@@ -284,7 +284,6 @@ class NpzFile:
     def finish(self, class_names: Sequence[str] | None) -> Path:
         if self.complete:
             return self.path
-        self.array.flush()
         with whole_file(self.path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             archive.write(self.rows, "arr_0.npy")
             if self.labels is not None:
@@ -296,6 +295,15 @@ class NpzFile:
     def discard(self) -> None:
         for path in (self.rows, self.marks):
             path.unlink(missing_ok=True)
+
+
+def _put(path: Path, array: np.memmap[Any, Any], start: int, values: npt.NDArray[Any]) -> None:
+    """Write ``values`` into the file of ``array`` from row ``start`` on; they are on disk before this returns."""
+    with path.open("r+b") as file:
+        file.seek(array.offset + start * values[0].nbytes)
+        file.write(values.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class SamplingBar:

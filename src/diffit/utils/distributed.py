@@ -130,10 +130,17 @@ def alone(device: torch.device | str | None = None) -> Processes:
 def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    bound = count == 1 and local == os.environ.get("SLURM_LOCALID")  # srun shows each of its tasks one GPU alone
+    index = 0 if bound else int(local)
     if index >= count:
         raise UserError(f"process {index + 1} of this machine finds {count} GPUs: give --nproc_per_node={count}")
     return torch.device("cuda", index)
+
+
+def _keeps_store() -> bool:
+    """Whether torchrun itself keeps the addresses of the processes, from one start of them to the next."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 @contextmanager
@@ -144,6 +151,11 @@ def processes(*, join: bool = True) -> Iterator[Processes]:
     Without ``join`` they are only counted, for what does not need the others.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
+    if join and count > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _keeps_store():
+        raise UserError(
+            "torchrun started this again with the addresses of the processes before, to which nobody would answer "
+            "(pytorch issue 135712): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
+        )
     if not join:
         try:
             device = pick_device()
