@@ -290,7 +290,9 @@ def lost_rank(number: int, timeout_minutes: float) -> Row:
     took = time.monotonic() - began
     if survivor.is_running():
         failures.append("the other rank is still there")
-    said = [line for line in place.log("run").splitlines() if "everything up to" in line]
+    # torchrun asks the others to stop when it sees a dead one, which may be before they miss it.
+    words = ("everything up to", "everything saved") if number == signal.SIGKILL else ("everything up to",)
+    said = [line for line in place.log("run").splitlines() if any(word in line for word in words)]
     if not said:
         failures.append("no message")
     elif number == signal.SIGSTOP and "process 1 of 2" not in said[0]:
