@@ -125,6 +125,15 @@ def test_a_run_of_six_seconds_ends_in_time_with_all_that_belongs_to_a_run(tmp_pa
     assert (again.run_dir, again.images_seen, again.snapshot) == (outcome.run_dir, outcome.images_seen, None)
 
 
+def test_a_run_that_the_clock_ends_long_before_its_length_says_so(tmp_path, capsys, monkeypatch):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr("diffit.training.plan.measure", lambda config, *rest: (config, 1e5))
+    options = {"minutes": 0.05, "grid": (2, 2), "data": str(archive.path), "batch": 8}
+    outcome = train(resolve("debug", options, FACTS), archive, tmp_path / "runs", ONE)
+    said = capsys.readouterr()
+    assert f"{outcome.images_seen // 8} of 41250 steps in 0.05 minutes" in said.out + said.err
+
+
 def test_two_saves_never_have_the_same_number():
     published = resolve("cifar10", {})
     assert kimg_number(published, 200_192_000) == "200192"

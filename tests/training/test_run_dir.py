@@ -56,6 +56,16 @@ def test_what_changes_the_weights_makes_another_run(other):
     assert not same_run(config(), config(**other))
 
 
+def test_a_run_that_another_process_has_just_begun_is_named(tmp_path, caplog):
+    first = create_run(tmp_path, config(), 1)
+    write_options(first, config())
+    assert find_resumable(tmp_path, config()) is None
+    assert not caplog.text
+    with exclusive(first, ""):
+        assert find_resumable(tmp_path, config()) is None
+    assert f"a new run begins: {first} is another process's" in caplog.text
+
+
 def with_state(run, kimg):
     state = run / f"training-state-{kimg:06d}"
     state.mkdir()

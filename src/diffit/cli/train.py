@@ -214,8 +214,9 @@ def train(**options: Any) -> None:
     given, preset = read_options(options, click.get_current_context())
     planned = how_many(given)
     outdir, resume, dry_run, as_json = (given.pop(key) for key in ("outdir", "resume", "dry_run", "as_json"))
-    if not dry_run and (given.get("data") is None or outdir is None):
-        raise UserError("--data and --outdir are needed (or --dry-run to see what would be done)")
+    missing = [option for option, value in (("--data", given.get("data")), ("--outdir", outdir)) if value is None]
+    if missing and not dry_run:
+        raise UserError(f"{' and '.join(missing)}: needed (or --dry-run to see what would be done)")
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.cli.describe import describe_run
     from diffit.data.open import facts_of, open_val

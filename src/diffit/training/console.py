@@ -183,10 +183,21 @@ class Console:
         if interrupted:
             self.say(f"stopped at {at}, everything saved; to go on, run the same command again")
         else:
+            self._tell_if_short()
             self.say(f"done at {at}; next: {sample_command(snapshot)}")
             if snapshot is not None:
                 for best in sorted(snapshot.parent.glob("network-best-*.safetensors")):
                     self.say(f"best by {best.stem.removeprefix('network-best-')}: {sample_command(best)}")
+
+    def _tell_if_short(self) -> None:
+        """Where the clock ended a run long before its length: pictures of it are no sign of what the network can do."""
+        training = self.stepper.config.training
+        made, planned = (images // training.batch for images in (self.stepper.images_seen, self.total))
+        if training.minutes and "kimg" in training.chosen and made < planned / 2:
+            self.say(
+                f"note      {made} of {planned} steps in {training.minutes:g} minutes: the machine was slower "
+                "than measured, or grids took the time (a smaller --grid takes less); more --minutes go on"
+            )
 
 
 def sample_command(network: Path | None) -> str:

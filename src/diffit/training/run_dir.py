@@ -164,7 +164,11 @@ def find_resumable(outdir: Path, config: Config) -> Path | None:
     nearest: tuple[Path, list[str]] | None = None
     for run_dir in reversed(runs(outdir)):
         options, found = read_options(run_dir), states(run_dir)
-        if options is None or not found or stage(options) != stage(config):
+        if options is None or stage(options) != stage(config):
+            continue
+        if not found:
+            if not is_free(run_dir):
+                logger.warning("a new run begins: %s is another process's, which has saved nothing yet", run_dir)
             continue
         other = differences(config, options)
         if not other:

@@ -67,7 +67,11 @@ def fetch_folder(name: str, patterns: list[str], **options: Any) -> Path:
 
 def _refusal(name: str, what: str, error: Exception) -> UserError:
     """The client raises a dozen kinds, from HTTP and its own; all mean that it is not available."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, LocalEntryNotFoundError):  # its text advises arguments that nobody here has passed
+        reason = "not in the cache, and it could not be asked"
     return UserError(
         f"{name}: no such {what} here, and not available from the Hub ({reason}); check the name, the network and "
         f"HF_HUB_OFFLINE, or download the {what} by hand and pass its path"
