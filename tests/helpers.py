@@ -2,10 +2,16 @@
 
 import io
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +38,78 @@ def write_archive(path: Path, count: int = 24, *, side: int = 16, channels: int 
     return path
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Forks of a process that has torch and diffit loaded already: loading takes seconds of a core, each time."""
+if sys.platform == "linux":
+    FORKS.set_forkserver_preload(["diffit.cli.train", "diffit.training", "diffit.metrics", "scipy.linalg"])
+
+
+def _be(program: str, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+    """The program, a file or a module, as the interpreter would run it."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    import torch
+
+    torch.set_num_threads(1)  # so that runs compare
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def start(program: str, *arguments: object, output: Path, processes: int = 1, **environment: str) -> list[BaseProcess]:
+    """Processes of a file or a module, with what torchrun tells its own where there are several.
+
+    What they print is appended to ``stdout`` and ``stderr`` in the folder ``output``.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+                        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}  # fmt: skip
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        words = (program, list(map(str, arguments)), output, environment | own)
+        started.append(FORKS.Process(target=_be, args=words))
+        started[-1].start()
+    return started
+
+
+def wait(started: list[BaseProcess], timeout: float = 240) -> int:
+    """The first exit code that is not 0, upon which, as under torchrun, the other processes are ended."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        codes = [process.exitcode for process in started]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            break
+        time.sleep(0.02)
+    else:
+        failed = [-1]
+    for process in started:
+        process.kill()
+        process.join()
+    return failed[0] if failed else 0
+
+
+def run(program: str, *arguments: object, **how: object) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as output:
+        code = wait(start(program, *arguments, output=Path(output), **how))
+        said = [path.read_text() if path.exists() else "" for path in (Path(output, "stdout"), Path(output, "stderr"))]
+    return subprocess.CompletedProcess([program, *arguments], code, *said)
+
+
 def command(
     *arguments: object, processes: int = 1, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run ``diffit …``, under torchrun when there are several processes, with one thread each so that runs compare."""
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    done = subprocess.run(
-        [*launcher, "diffit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        timeout=240,
-    )
+    """Run ``diffit …``, by several processes as under torchrun."""
+    done = run("diffit", *arguments, processes=processes, **environment)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -70,16 +134,9 @@ def write_vae(path: Path, *, latent_channels: int = 4, seed: int = 0) -> Path:
 
 
 def run_processes(code: str, folder: Path, processes: int = 2) -> str:
-    """Run Python text under torchrun and return what it printed; an exception in any process fails the test."""
+    """Run Python text by several processes and return what it printed; an exception in any of them fails the test."""
     script = folder / "script.py"
     script.write_text(code)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=240,
-    )
+    done = run(str(script), processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -2,11 +2,12 @@
 
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
 from diffit.cli import Lines, cli, run
-from helpers import command
 
 
 def install(site, name: str, summary: str) -> None:
@@ -22,7 +23,8 @@ def install(site, name: str, summary: str) -> None:
 def test_a_namesake_in_our_place_is_said_in_one_line_with_the_remedy(tmp_path, summary, lines):
     install(tmp_path / "site", "diffit", summary)
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "src")])
-    done = command("--version", PYTHONPATH=path)
+    words, environment = [sys.executable, "-m", "diffit", "--version"], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("diffit, version")
     found = done.stderr.splitlines()
     assert len(found) == lines, done.stderr

@@ -1,12 +1,9 @@
 """A folder of zips, here or behind a URL, is the one zip that it was split from."""
 
 import json
-import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -16,7 +13,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,7 +24,7 @@ from diffit.data import remote as remote_module
 from diffit.data.files import FileTree
 from diffit.data.remote import Mirror, url_of
 from diffit.errors import UserError
-from helpers import write_archive
+from helpers import command, start, wait, write_archive
 
 COUNT, SIZE = 40, 6_000
 
@@ -311,14 +307,6 @@ OPTIONS = ["--preset", "debug", "--cond", "--grid", "2x2", "--batch-gpu", "4", "
            "--dump", "1", "--snap", "0"]  # fmt: skip
 
 
-def train(outdir: Path, data: object) -> "subprocess.Popen[bytes]":
-    """By two processes."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "diffit", "train"]
-    words += ["--outdir", str(outdir), "--data", str(data), *OPTIONS]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *words], env=settings, stdout=subprocess.DEVNULL)
-
-
 def newest(outdir: Path) -> dict[str, dict[str, torch.Tensor]]:
     state = sorted(outdir.glob("*/training-state-*"))[-1]
     return {name: load_file(state / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
@@ -327,15 +315,16 @@ def newest(outdir: Path) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from_the_one_zip(made, tmp_path):
     pytest.importorskip("fsspec")
-    assert train(tmp_path / "one", made["one"]).wait(240) == 0
-    killed = train(tmp_path / "shards", f"file://{made['shards']}")
+    sharded = ["train", "--outdir", tmp_path / "shards", "--data", f"file://{made['shards']}", *OPTIONS]
+    command("train", "--outdir", tmp_path / "one", "--data", made["one"], *OPTIONS, processes=2)
+    killed = start("diffit", *sharded, output=tmp_path, processes=2)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("shards/*/training-state-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
+    for process in killed:
         process.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert train(tmp_path / "shards", f"file://{made['shards']}").wait(240) == 0
+    assert wait(killed) == -signal.SIGKILL
+    command(*sharded, processes=2)
     (run_dir,) = (tmp_path / "shards").iterdir()
     assert "resumed at" in (run_dir / "log.txt").read_text()
     ours, theirs = newest(tmp_path / "shards"), newest(tmp_path / "one")

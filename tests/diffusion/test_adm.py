@@ -152,6 +152,25 @@ def test_spacings(count, spacing, kept):
     assert LINEAR.respace(count, spacing).timesteps.tolist() == kept
 
 
+@pytest.mark.parametrize(
+    ("total", "count", "kept"),
+    [(10, 1, [9]), (10, 4, [1, 4, 6, 9]), (1000, 8, [124, 249, 374, 499, 624, 749, 874, 999]), (3, 3, [0, 1, 2])],
+)
+def test_trailing_ends_at_the_last_timestep_and_every_second_is_that_of_half_as_many(total, count, kept):
+    assert space_timesteps(total, count, "trailing").tolist() == kept
+    if count % 2 == 0:
+        assert space_timesteps(total, count // 2, "trailing").tolist() == kept[1::2]
+
+
+def test_trailing_leaves_out_levels_above_80_where_no_digit_of_the_image_is_left():
+    """On a schedule that has a level of 80.5 and one of 79."""
+    alpha_bar = 1 / (1 + torch.tensor([1.0, 79, 80.5, 900], dtype=torch.float64) ** 2)
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    schedule = Schedule(betas, torch.arange(4))
+    assert schedule.respace(2, "trailing").timesteps.tolist() == [0, 1]
+    assert schedule.respace(2, "linspace").timesteps.tolist() == [0, 3]
+
+
 def test_leading_has_the_smallest_whole_stride_that_leaves_as_many():
     for total in (1, 7, 60):
         possible = {}

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffit.diffusion.edm import EDMLoss, denoiser, edm_sigmas
+from diffit.diffusion.edm import EDMLoss, denoiser, edm_sigmas, lambda_sigmas
 
 SIGMAS = [0.002, 0.1, 0.5, 3.0, 80.0]
 
@@ -109,6 +109,12 @@ def test_the_logarithm_of_sigma_is_normal(P_mean, P_std):
     assert stats.kstest(sigma.log().double().numpy(), "norm", (P_mean, P_std)).pvalue > 0.01
 
 
+def test_a_level_rises_with_the_normal_number_that_it_is_drawn_from():
+    normal = torch.randn(6, generator=torch.Generator().manual_seed(3)).tolist()
+    levels = EDMLoss(0.4, 1.5).draw_level(images(6), torch.Generator().manual_seed(3)).tolist()
+    assert levels == pytest.approx([math.exp(0.4 + 1.5 * n) for n in normal], rel=1e-6)
+
+
 def test_the_loss_is_a_function_of_its_generator_and_leaves_ambient_randomness_alone():
     state = torch.get_rng_state()
     first, again, other = (
@@ -176,3 +182,9 @@ def test_the_schedule_is_equation_5(steps, low, high, rho):
     assert sigmas[0].item() == pytest.approx(high, rel=1e-12)
     assert steps == 1 or sigmas[-2].item() == pytest.approx(low, rel=1e-12)
     assert (sigmas.diff() < 0).all()
+
+
+def test_levels_even_in_lambda_are_a_geometric_series():
+    sigmas = lambda_sigmas(5, 0.01, 100.0)
+    assert_close(sigmas, torch.tensor([100, 10, 1, 0.1, 0.01, 0], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert lambda_sigmas(1, 0.01, 100.0).tolist() == pytest.approx([100, 0])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffit.diffusion.guidance import guided, power_cosine, within
+from diffit.diffusion.guidance import guided, like, power_cosine, within
 
 X = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SIGMA = torch.tensor(1.5, dtype=torch.float64)
@@ -50,6 +50,36 @@ def test_a_scale_may_switch_guidance_off_for_some_noise_levels():
     assert_close(denoise(X, SIGMA), conditional(X, SIGMA), rtol=0, atol=0)
     with pytest.raises(AssertionError, match="unconditional"):
         denoise(X, SIGMA * 2)
+
+
+def test_of_several_levels_each_sample_has_the_scale_of_its_own():
+    """As alone, also where its scale is within the tolerance of 1, and then it is the conditional image."""
+    sigmas = torch.tensor([0.5, 1.5], dtype=torch.float64)
+
+    def split(denoise):
+        return lambda x, sigma: denoise(x, sigma.reshape(-1, 1, 1, 1))
+
+    for scales, tolerance in (((3.0, -0.5), 0.0), ((1.25, 3.0), 0.25), ((0.75, 3.0), 0.25)):
+        of = dict(zip(sigmas.tolist(), scales, strict=True))
+
+        def scale(sigma, of=of):
+            return of[float(sigma)]
+
+        both = guided(split(conditional), split(unconditional), scale, 3, tolerance=tolerance)(X, sigmas)
+        for i, sigma in enumerate(sigmas):
+            alone = guided(conditional, unconditional, of[float(sigma)], 3, tolerance=tolerance)(X[i : i + 1], sigma)
+            assert_close(both[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+    exactly = guided(split(conditional), split(unconditional), lambda sigma: 1.0)(X, sigmas)
+    assert_close(exactly, split(conditional)(X, sigmas), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_multiply_the_samples_they_belong_to(shape, dtype):
+    x, levels = torch.ones(shape, dtype=dtype, device="meta"), torch.tensor([1, 2, 3])
+    moved = like(levels, x)
+    assert (moved.device, moved.dtype, moved.shape) == (x.device, dtype, (3, *[1] * (len(shape) - 1)))
+    assert like(levels[0], torch.ones(shape)).shape == (1,) * len(shape)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 3, 4])

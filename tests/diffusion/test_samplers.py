@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from diffit.configs.schema import Sampler
 from diffit.diffusion.adm import Schedule
 from diffit.diffusion.edm import edm_sigmas, lambda_sigmas
-from diffit.diffusion.samplers import ddim, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
+from diffit.diffusion.samplers import consistency, ddim, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc
 from diffit.utils.randomness import PerSampleNoise
 
 MU, S = 0.3, 0.5
@@ -108,12 +108,6 @@ def test_on_a_fine_enough_trajectory_more_order_is_less_error_at_eight_evaluatio
         (f(denoise, noise, sigmas) - fine).square().mean() for f in (dpm_solver_pp, dpm_solver_pp_3m, unipc)
     )
     assert max(pc, three) < two / 3
-
-
-def test_levels_even_in_lambda_are_a_geometric_series():
-    sigmas = lambda_sigmas(5, 0.01, 100.0)
-    assert_close(sigmas, torch.tensor([100, 10, 1, 0.1, 0.01, 0], dtype=torch.float64), rtol=1e-12, atol=0)
-    assert lambda_sigmas(1, 0.01, 100.0).tolist() == pytest.approx([100, 0])
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2), (dpm_solver_pp, 2)])
@@ -362,6 +356,31 @@ def test_it_leaves_its_arguments_as_they_were(sampler):
     copies = noise.clone(), sigmas.clone()
     sampler(gaussian, noise, sigmas)
     assert_close((noise, sigmas), copies, rtol=0, atol=0)
+
+
+def test_consistency_sampling_is_algorithm_1_on_plain_numbers():
+    """Noise is added at every level but the last, and what `after_step` returns goes on."""
+    sigmas, new, start = [4.0, 0.5, 0.25, 0.0], [0.75, -1.5], 1.25
+    x, states = start * sigmas[0], []
+    for sigma, sigma_next, n in zip(sigmas[:-1], sigmas[1:], [*new, 0.0], strict=True):
+        seen = x
+        x = (S**2 * x + sigma**2 * MU) / (S**2 + sigma**2) + sigma_next * n + 1
+        states.append((sigma, seen, x - 1))
+    source, looked, stepped = iter(new), [], []
+
+    def after_step(i, sigma, x):
+        stepped.append((i, float(sigma), x.item()))
+        return x + 1
+
+    result = consistency(
+        gaussian, torch.tensor([start], dtype=torch.float64), torch.tensor(sigmas),
+        noise_source=lambda x: torch.full_like(x, next(source)),
+        callback=lambda i, sigma, x, denoised: looked.append((i, float(sigma), x.item())), after_step=after_step,
+    )  # fmt: skip
+    assert result.item() == pytest.approx(x, rel=1e-12)
+    for i, (sigma, before, after) in enumerate(states):
+        assert looked[i] == (i, sigma, pytest.approx(before, rel=1e-12))
+        assert stepped[i] == (i, sigma, pytest.approx(after, rel=1e-12))
 
 
 def test_only_the_orders_that_are_known_are_accepted():

@@ -3,11 +3,8 @@
 import csv
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -26,7 +23,7 @@ from diffit.sampling import load
 from diffit.sampling.labels import training_labels
 from diffit.training.loop import train
 from diffit.utils.distributed import Processes
-from helpers import command, run_processes, write_archive
+from helpers import command, run_processes, start, wait, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -301,18 +298,15 @@ def test_killed_in_the_middle_a_run_of_digits_goes_on_with_one_curve(tmp_path):
     data = write_archive(tmp_path / "digits.zip", 300, side=8, channels=1)
     words = ["train", "--preset", "digits", "--data", data, "--outdir", tmp_path / "runs", "--kimg", "3", "--tick", "1",
              "--metrics=fd100_full:pixels", "--metrics-ticks=1", "--grid", "1x1", "--snap", "0"]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diffit", *map(str, words)], stdout=subprocess.DEVNULL, env=environment
-    )
+    (process,) = start("diffit", *words, output=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = list(tmp_path.glob("runs/*/metric-fd100_full-pixels.jsonl"))
         if found and found[0].read_text():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert wait([process]) == -signal.SIGKILL
     command(*words)
     (run_dir,) = (tmp_path / "runs").iterdir()
     points = curve(run_dir, "metric-fd100_full-pixels.jsonl")

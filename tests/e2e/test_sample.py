@@ -1,8 +1,7 @@
 """Samples from a file, through the command line where that is what is promised."""
 
 import json
-import subprocess
-import sys
+import signal
 import time
 
 import numpy as np
@@ -19,7 +18,7 @@ from diffit.sampling.labels import choose_labels
 from diffit.training.step import build_network
 from diffit.utils.randomness import PerSampleNoise
 from diffit.weights.file import save_network
-from helpers import command, write_archive
+from helpers import command, start, wait, write_archive
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_images_do_not_depend_on_the_number_of_processes(network, tmp_path, form
 def test_a_killed_run_is_continued_by_the_same_command(network, tmp_path):
     words = ["sample", "--network", network, "--outdir", tmp_path / "out", "--seeds", "0-199", "--format", "npz"]
     words += ["--batch", 2]
-    process = subprocess.Popen([sys.executable, "-m", "diffit", *map(str, words)])
+    (process,) = start("diffit", *words, output=tmp_path)
     marks = tmp_path / "out/.samples_200x16x16x3.npz.marks"
     deadline = time.monotonic() + 60
     # The record is written when the arrays are there.
@@ -97,7 +96,7 @@ def test_a_killed_run_is_continued_by_the_same_command(network, tmp_path):
     ):
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert wait([process]) == -signal.SIGKILL
     assert not (tmp_path / "out/samples_200x16x16x3.npz").exists()
     finished = np.load(marks)
     assert 0 < finished.sum() < 200

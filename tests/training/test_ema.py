@@ -33,6 +33,15 @@ def test_during_warm_up_the_half_life_is_a_share_of_the_images_seen():
     assert ema_beta(100, images_seen=0, halflife_kimg=500, rampup_ratio=0.05) == 0
 
 
+def test_a_skipped_step_moves_no_bit_and_another_is_as_ever():
+    average, current = [torch.tensor([0.1, -0.7])], [torch.tensor([3.0, float("inf")])]
+    before = average[0].clone()
+    update_ema(average, [torch.tensor([3.0, 1e30])], 0.9, skip=torch.tensor(True))
+    assert torch.equal(average[0], before)
+    update_ema(average, current, 0.75, skip=torch.tensor(False))
+    assert_close(average[0], torch.tensor([0.75 * 0.1 + 0.25 * 3.0, float("inf")]))
+
+
 def test_update_leaves_no_graph_behind():
     current = torch.ones(2, requires_grad=True)
     average = [torch.zeros(2)]

@@ -145,8 +145,8 @@ def describe_run(config: Config, procs: Processes, archive: Archive | None, plan
     elif config.data.path:
         data = f"{config.data.path} is not there: size and channels are the preset's"
     length = f"{training.kimg:,g} kimg, {training.steps:,} steps{epochs}"
-    if training.minutes is not None and "kimg" in training.chosen:
-        length = f"{training.minutes:g} minutes; how many images that is, is measured first"
+    if training.clock_minutes is not None:
+        length = f"{training.clock_minutes:g} minutes; how many images that is, is measured first"
     few = None if archive is None else few_images(len(archive))
     here = [] if few is None else [f"note        {few}"]
     here += [] if refusal is None else [f"warning     not on this machine: {refusal}"]

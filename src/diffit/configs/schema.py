@@ -338,6 +338,11 @@ class Training(Frozen):
         return self
 
     @property
+    def clock_minutes(self) -> float | None:
+        """Minutes after which the clock ends the run; None where its length is in images."""
+        return self.minutes if "kimg" in self.chosen else None
+
+    @property
     def steps(self) -> int:
         """Steps that show ``kimg``, in whole images first: 0.07 · 1000 is a little more than 70 in floating point."""
         return max(math.ceil(round(self.kimg * 1000) / self.batch), 1)

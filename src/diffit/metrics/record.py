@@ -13,7 +13,7 @@ import torch
 from diffit import __version__
 from diffit.errors import UserError
 from diffit.metrics.features import Metric
-from diffit.metrics.suite import Suite, better, headline
+from diffit.metrics.suite import Suite, best_record
 from diffit.utils.files import read_jsonl
 
 PUBLISHED = 50_000  # samples of the field's figures
@@ -80,11 +80,7 @@ def summarise_repeats(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     The best is that with the best main number, whether less of it or more is better.
     """
-    best = records[0]
-    for record in records[1:]:
-        (name, value), (_, known) = headline(record["results"]), headline(best["results"])
-        best = record if better(name, value, known) else best
-    numbers = {}
+    best, numbers = best_record(records), {}
     for name in own_numbers(best["results"]):
         values = [record["results"][name] for record in records]
         numbers[name] = {

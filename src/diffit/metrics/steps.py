@@ -14,7 +14,7 @@ from diffit.configs.schema import CONTINUOUS, DISCRETE, ADMDiffusion, Config, Sa
 from diffit.errors import UserError, install_hint
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.record import read_records
-from diffit.metrics.suite import Suite, better, headline
+from diffit.metrics.suite import Suite, best_record, headline
 from diffit.metrics.table import Table
 from diffit.sampling.cost import count_evaluations
 from diffit.sampling.model import Model
@@ -137,11 +137,7 @@ def _as_used(sampling: dict[str, Any]) -> Sampling | None:
 
 def cheapest(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the records within :data:`NEAR` of the best value that with the fewest evaluations, then the fastest."""
-    best = records[0]
-    for record in records:
-        (name, value), (_, known) = headline(record["results"]), headline(best["results"])
-        best = record if better(name, value, known) else best
-    goal = headline(best["results"])[1]
+    goal = headline(best_record(records)["results"])[1]
     good = [r for r in records if abs(headline(r["results"])[1] - goal) <= NEAR * abs(goal)]
     return min(good, key=lambda record: (record["evaluations"], record["seconds_per_image"]))
 

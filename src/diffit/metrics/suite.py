@@ -159,3 +159,12 @@ def headline(numbers: dict[str, float]) -> tuple[str, float]:
 def better(name: str, a: float, b: float) -> bool:
     """Whether ``a`` is a better value than ``b`` of the number ``name``: distances fall, scores rise."""
     return a > b if name in ("is", "precision") else a < b
+
+
+def best_record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of records of one metric the first with the best main number."""
+    best = records[0]
+    for record in records[1:]:
+        (name, value), (_, known) = headline(record["results"]), headline(best["results"])
+        best = record if better(name, value, known) else best
+    return best

@@ -12,7 +12,7 @@ from diffit.sampling.cost import sampling_bytes
 from diffit.sampling.model import Model, load
 from diffit.training.run_dir import runs
 from diffit.utils.distributed import pick_device
-from diffit.weights import snapshots
+from diffit.weights import snapshot_kimg, snapshots
 
 MAX_IMAGES, MAX_STEPS = 64, 1000  # of one request
 SHARE = 0.8  # of the free memory that one request may take
@@ -55,7 +55,7 @@ class Shelf:
             named = {printable(name): name for name in self.given}
         for name, run in self.runs().items():
             # What tells them apart first: a list shows the beginning of a long name.
-            named |= {f"{kimg_of(path):g} kimg · {name}": str(path) for path in reversed(snapshots(run))}
+            named |= {f"{snapshot_kimg(path):g} kimg · {name}": str(path) for path in reversed(snapshots(run))}
         return named
 
     def model(self, name: str | None, precision: str = "auto") -> Model:
@@ -95,10 +95,6 @@ class Shelf:
                 f"images {images}: together they take about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
                 f"free on {self.device}; ask for {max(int(images * SHARE * free / need), 1)} or fewer"
             )
-
-
-def kimg_of(snapshot: Path) -> float:
-    return float(snapshot.stem.removeprefix("network-snapshot-"))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -81,7 +81,7 @@ class Console:
         cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type, procs.count)
         images = self.total - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
-        length = f"{training.minutes:g} minutes, at most " if training.minutes and "kimg" in training.chosen else ""
+        length = "" if training.clock_minutes is None else f"{training.clock_minutes:g} minutes, at most "
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         student = config.distillation
         for line in (
@@ -156,9 +156,9 @@ class Console:
 
     def _seconds_left(self, images_seen: int, rate: float) -> float:
         """Until the last image, or until the clock ends the run."""
-        training, left = self.stepper.config.training, (self.total - images_seen) / rate
-        if training.minutes is not None and "kimg" in training.chosen:
-            left = min(left, max(training.minutes * 60 - self.stepper.seconds, 0))
+        minutes, left = self.stepper.config.training.clock_minutes, (self.total - images_seen) / rate
+        if minutes is not None:
+            left = min(left, max(minutes * 60 - self.stepper.seconds, 0))
         return left
 
     def tick(self, scalars: dict[str, Any]) -> None:
@@ -193,9 +193,9 @@ class Console:
         """Where the clock ended a run long before its length: pictures of it are no sign of what the network can do."""
         training = self.stepper.config.training
         made, planned = (images // training.batch for images in (self.stepper.images_seen, self.total))
-        if training.minutes and "kimg" in training.chosen and made < planned / 2:
+        if training.clock_minutes is not None and made < planned / 2:
             self.say(
-                f"note      {made} of {planned} steps in {training.minutes:g} minutes: the machine was slower "
+                f"note      {made} of {planned} steps in {training.clock_minutes:g} minutes: the machine was slower "
                 "than measured, or grids took the time (a smaller --grid takes less); more --minutes go on"
             )
 

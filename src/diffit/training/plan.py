@@ -42,7 +42,7 @@ def plan(
     ``progress`` is what it has done, in images and seconds. All processes call this together. Raises
     :class:`UserError` where training does not fit the memory.
     """
-    timed = config.training.minutes is not None and "kimg" in config.training.chosen
+    timed = config.training.clock_minutes is not None
     if recorded is not None:
         timed = timed and recorded.training.minutes != config.training.minutes
         config = take_over(config, recorded)

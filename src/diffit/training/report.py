@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffit.metrics.record import format_numbers, read_records
-from diffit.metrics.suite import better, headline
+from diffit.metrics.record import format_numbers
+from diffit.metrics.suite import best_record, headline
 from diffit.training.evaluator import best_file
 from diffit.training.run_dir import OPTIONS
 from diffit.training.runs import RunView, read_run
@@ -28,11 +28,9 @@ Point = tuple[float, float]
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into the folder of a run: one file, which needs no network. Returns its path."""
     view = read_run(run_dir)
-    # Records of `diffit metrics calc` may lie next to the run's own, and have no place in time.
-    records = [record for path in sorted(run_dir.glob("metric-*.jsonl")) for record in read_records(path)]
     body = [*_summary(view), *_images(view), "<h2>Curves</h2>", *plots(_curves(view))]
-    if records:
-        body += ["<h2>Metrics</h2>", _table(records)]
+    if view.records:
+        body += ["<h2>Metrics</h2>", _table(view.records)]
     body.append("<h2>Settings</h2>")
     if (options := run_dir / OPTIONS).exists():
         body.append(details(OPTIONS, f"<pre>{html.escape(options.read_text())}</pre>"))
@@ -61,15 +59,10 @@ def _summary(view: RunView) -> list[str]:
 
 def _best(view: RunView, metric: str) -> str:
     """The best value of a metric so far, and the file that has its weights."""
-    best = None
-    for record in (record for record in view.metrics if record["metric"] == metric):
-        name, value = headline(record["results"])
-        if best is None or better(name, value, best[0]):
-            best = value, record["kimg"]
-    assert best is not None
+    best = best_record([record for record in view.metrics if record["metric"] == metric])
     weights = best_file(view.path, metric)
     where = f": {weights.name}" if weights.exists() else ""
-    return f"best {metric}: {best[0]:.5g} at {best[1]:g} kimg{where}"
+    return f"best {metric}: {headline(best['results'])[1]:.5g} at {best['kimg']:g} kimg{where}"
 
 
 def _images(view: RunView) -> list[str]:

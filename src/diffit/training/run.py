@@ -241,8 +241,8 @@ class Run:
 
     def time_is_up(self) -> bool:
         """Whether the minutes that are left are what the last grids and snapshot take, as the first process sees it."""
-        minutes = self.stepper.config.training.minutes
-        if self.log is None or minutes is None or "kimg" not in self.stepper.config.training.chosen:
+        minutes = self.stepper.config.training.clock_minutes
+        if self.log is None or minutes is None:
             return False
         grids = 2 if self.stepper.ema_warming_up else 1
         return self.stepper.seconds + grids * self.grid_seconds + 2 >= minutes * 60

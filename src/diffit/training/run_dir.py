@@ -18,7 +18,7 @@ from diffit.training.checkpoint import PREFIX, read_progress, states, verify_sta
 from diffit.training.tracking import open_trackers
 from diffit.utils.files import disk_errors, sweep, whole_file
 from diffit.utils.locks import exclusive, is_free
-from diffit.weights import snapshots
+from diffit.weights import snapshot_kimg, snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def retire_later(state: Path) -> list[Path]:
     """
     run_dir, number = state.parent, read_progress(state)[0] / 1000
     later = [path for path in states(run_dir) if float(path.name.removeprefix(PREFIX)) > number]
-    later += [path for path in snapshots(run_dir) if float(path.stem.removeprefix("network-snapshot-")) > number]
+    later += [path for path in snapshots(run_dir) if snapshot_kimg(path) > number]
     return [put_aside(path, "retired") for path in later]
 
 

@@ -27,7 +27,7 @@ class RunView:
     path: the folder.
     config: None where it cannot be read.
     stats: the lines of ``stats.jsonl``, oldest first.
-    metrics: the records of ``metric-*.jsonl`` that have a place in the run.
+    records: those of ``metric-*.jsonl``. Some of `diffit metrics calc` may lie next to the run's own.
     grids: kimg -> picture of samples, ascending.
     log: the last lines of ``log.txt``.
     written: when its statistics were last written, in seconds since 1970; 0 before the first.
@@ -36,10 +36,15 @@ class RunView:
     path: Path
     config: Config | None
     stats: list[dict[str, Any]]
-    metrics: list[dict[str, Any]]
+    records: list[dict[str, Any]]
     grids: dict[float, Path]
     log: list[str]
     written: float
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records that have a place in the run."""
+        return [record for record in self.records if isinstance(record.get("kimg"), int | float)]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def read_run(path: Path) -> RunView:
         path,
         read_options(path),
         stats,
-        [record for record in records if isinstance(record.get("kimg"), int | float)],
+        records,
         dict(sorted(grids.items())),
         _tail(path / "log.txt"),
         stats_file.stat().st_mtime if stats else 0.0,

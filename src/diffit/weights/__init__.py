@@ -7,6 +7,7 @@ from diffit.weights.file import (
     read_header,
     read_network_file,
     save_network,
+    snapshot_kimg,
     snapshots,
     state_hash,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "read_header",
     "read_network_file",
     "save_network",
+    "snapshot_kimg",
     "snapshots",
     "state_hash",
 ]

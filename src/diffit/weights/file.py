@@ -30,6 +30,7 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+SNAPSHOT, NUMBERED = "network-snapshot-", r"network-snapshot-\d+(\.\d+)?"
 PIECE = 1 << 24  # bytes that are hashed while they are still in a cache, and then written
 
 
@@ -140,11 +141,13 @@ def locate(path: str | Path) -> Path:
 
 def snapshots(run_dir: Path) -> list[Path]:
     """The snapshots of a run, by the kimg in their names, oldest first."""
-    found = {
-        path: path.stem.removeprefix("network-snapshot-") for path in run_dir.glob("network-snapshot-*.safetensors")
-    }
-    numbered = [(float(kimg), path) for path, kimg in found.items() if re.fullmatch(r"\d+(\.\d+)?", kimg)]
-    return [path for _, path in sorted(numbered)]
+    numbered = (path for path in run_dir.glob(f"{SNAPSHOT}*.safetensors") if re.fullmatch(NUMBERED, path.stem))
+    return sorted(numbered, key=lambda path: (snapshot_kimg(path), path))
+
+
+def snapshot_kimg(snapshot: Path) -> float:
+    """The thousands of images in the name of one of the :func:`snapshots`."""
+    return float(snapshot.stem.removeprefix(SNAPSHOT))
 
 
 def newest_snapshot(run_dir: Path) -> Path | None:
