@@ -122,7 +122,7 @@ def test_printed_commands_can_be_typed_where_names_have_spaces(raw):
     result = CliRunner().invoke(cli, ["data", "convert", "--source", "raw", "--dest", "my photos.zip"])
     assert "next       diffit data check 'my photos.zip' --cond" in result.output
     result = CliRunner().invoke(cli, ["data", "check", "my photos.zip", "--no-grid"])
-    assert "next       diffit train --outdir runs --data 'my photos.zip' --cond" in result.output
+    assert "next       diffit train --outdir 'runs/my photos' --data 'my photos.zip' --cond" in result.output
 
 
 def test_labels_that_no_one_asked_for_are_not_missed(raw):

@@ -69,3 +69,10 @@ def test_what_a_launcher_says_wrong_is_said(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(cli, ["info", "debug"])
     assert capsys.readouterr().err.startswith("error: WORLD_SIZE=two: set by torchrun, to a number;")
+
+
+def test_a_mistyped_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        run(cli, ["train", "--outdri", "runs"])
+    error = capsys.readouterr().err
+    assert "No such option '--outdri'. Did you mean '--outdir'?" in error

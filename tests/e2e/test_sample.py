@@ -1,6 +1,7 @@
 """Samples from a file, through the command line where that is what is promised."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -237,3 +238,13 @@ def test_a_damaged_network_is_refused_and_sampled_on_request(network, tmp_path):
 def test_a_grid_says_how_many_images_there_are(network, tmp_path):
     out = sample(network, tmp_path / "out", "--grid", "3x2", "--steps", "2")
     assert len(pixels(out)) == 6
+
+
+def test_of_a_run_the_snapshot_that_is_sampled_is_said_and_kept(network, tmp_path, capsys):
+    newest = tmp_path / "runs/00000-pets/network-snapshot-000002.safetensors"
+    newest.parent.mkdir(parents=True)
+    for kimg in ("000001", "000002"):
+        shutil.copy(network, newest.with_name(f"network-snapshot-{kimg}.safetensors"))
+    sample(tmp_path / "runs", tmp_path / "out", "--seeds", "0", "--steps", 1)
+    assert f"network {newest}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/samples.json").read_text())["network"] == str(newest)

@@ -114,7 +114,7 @@ def test_many_grids_and_large_pictures_are_thinned_out(run):
 def test_a_run_that_has_nothing_yet_has_a_report(tmp_path):
     folder = tmp_path / "00000-new"
     folder.mkdir()
-    assert "0 images, 0 min 0 s of training" in Page(write_report(folder).read_text()).text
+    assert "0 images, 0 s of training" in Page(write_report(folder).read_text()).text
 
 
 def test_the_page_of_near_copies_begins_with_its_verdict_and_a_histogram(tmp_path):

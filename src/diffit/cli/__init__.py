@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from difflib import get_close_matches
 
 import click
 
@@ -83,6 +84,9 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         )
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "diffit"
+        if isinstance(error, click.NoSuchOption) and error.possibilities:  # the nearest alone, not the first by name
+            near = get_close_matches(error.option_name, error.possibilities, n=1, cutoff=0)
+            error = click.NoSuchOption(error.option_name, possibilities=near)
         message = " ".join(error.format_message().split())  # click lists choices on lines of their own
         fail(f"{message.rstrip('.')} (see {path} --help)", 2)
     except (UserError, click.ClickException) as error:

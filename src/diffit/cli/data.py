@@ -168,7 +168,7 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
         _line("problem", problem)
     if report.problems:
         ctx.exit(1)
-    _next("train --outdir runs --data", path, bool(report.labelled))
+    _next_training(path, bool(report.labelled))
 
 
 def _print_check(report: CheckReport) -> None:
@@ -202,7 +202,7 @@ def _check_latents(path: Path, cond: bool) -> None:
     _line("labels", labelled)
     if warning := scale_warning(mean, std, archive.header):
         _line("warning", warning)
-    _next("train --outdir runs --data", path, archive.has_labels)
+    _next_training(path, archive.has_labels)
 
 
 def _print_latents(header: Header) -> None:
@@ -213,6 +213,11 @@ def _print_latents(header: Header) -> None:
     _line("shape", f"{shape}, {header.dtype}, {header.num_shards} files")
     _line("mean", " ".join(f"{value:.3f}" for value in header.latent_mean or ()) + f"  (scaled by {header.scale:g})")
     _line("std", " ".join(f"{value:.3f}" for value in header.latent_std or ()))
+
+
+def _next_training(path: Path, labelled: bool) -> None:
+    outdir = shlex.quote(f"runs/{path.name.removesuffix('.zip')}")
+    _next(f"train --outdir {outdir} --data", path, labelled)
 
 
 def _next(command: str, path: Path, labelled: bool = False) -> None:

@@ -15,6 +15,7 @@ from diffit.training.plan import GIB, PROGRAM, SHARE, fit_batch
 from diffit.utils.distributed import Processes
 from diffit.utils.files import sha256_of
 from diffit.utils.precision import resolve_precision
+from diffit.utils.progress import minutes_text
 from diffit.weights.adapt import init_from
 from diffit.weights.file import locate, read_header
 from diffit.weights.header import verify
@@ -146,7 +147,7 @@ def describe_run(config: Config, procs: Processes, archive: Archive | None, plan
         data = f"{config.data.path} is not there: size and channels are the preset's"
     length = f"{training.kimg:,g} kimg, {training.steps:,} steps{epochs}"
     if training.clock_minutes is not None:
-        length = f"{training.clock_minutes:g} minutes; how many images that is, is measured first"
+        length = f"{minutes_text(training.clock_minutes)}; how many images that is, is measured first"
     few = None if archive is None else few_images(len(archive))
     here = [] if few is None else [f"note        {few}"]
     here += [] if refusal is None else [f"warning     not on this machine: {refusal}"]

@@ -114,14 +114,18 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     from diffit.sampling.labels import sampled_classes
     from diffit.sampling.model import beside
     from diffit.utils.distributed import processes
+    from diffit.weights import locate
 
     with processes() as procs:
-        model = load(network, device=procs.device, precision=own.precision, vae=own.vae, verify=not own.no_verify)
+        file = locate(network)
+        model = load(file, device=procs.device, precision=own.precision, vae=own.vae, verify=not own.no_verify)
         model = model.with_sampling(**settings)
         indices = [] if own.classes is None else find_classes(own.classes, model.config, "--class")
         if own.compile:
             model.net.compile()
         if procs.is_first:
+            if file != Path(network):  # the newest of a run, or from the Hub
+                click.echo(f"network {file}")
             click.echo(describe(model, len(chosen), indices))
         began = time.monotonic()
         if own.class_grid:
@@ -132,7 +136,7 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             labels = [indices[i % len(indices)] for i in range(len(chosen))] if indices else own.policy
             output = NpzFile(outdir) if own.format_ == "npz" else PngFolder(outdir, subdirs=bool(own.subdirs))
             grid = None if own.grid is None else (own.grid[1], own.grid[0])
-            path = model.save(output, chosen, labels, procs=procs, batch=own.batch, grid=grid, source=network)
+            path = model.save(output, chosen, labels, procs=procs, batch=own.batch, grid=grid, source=str(file))
             count = len(chosen)
             if own.trajectory and procs.is_first:
                 some = slice(TRAJECTORY_IMAGES)

@@ -22,18 +22,10 @@ from diffit.training.evaluator import sampled_for_metrics
 from diffit.training.run_dir import RunLog
 from diffit.training.step import Stepper
 from diffit.training.usual import usual_loss
+from diffit.utils.progress import duration, minutes_text
 
 GIB = 2**30
 MANY_EPOCHS, FEW_IMAGES = 200, 20_000
-
-
-def duration(seconds: float) -> str:
-    """Two units are enough: ``3 h 20 min``."""
-    seconds = round(seconds)
-    for unit, size, part, part_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            return f"{seconds // size} {unit} {seconds % size // part_size} {part}"
-    return f"{seconds} s"
 
 
 class _Terminal(rich.console.Console):
@@ -81,7 +73,7 @@ class Console:
         cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type, procs.count)
         images = self.total - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
-        length = "" if training.clock_minutes is None else f"{training.clock_minutes:g} minutes, at most "
+        length = "" if training.clock_minutes is None else f"{minutes_text(training.clock_minutes)}, at most "
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         student = config.distillation
         for line in (
@@ -182,6 +174,8 @@ class Console:
         at = f"{self.stepper.images_seen / 1000:g} kimg"
         if interrupted:
             self.say(f"stopped at {at}, everything saved; to go on, run the same command again")
+            if snapshot is not None:
+                self.say(f"what it has learnt so far: {sample_command(snapshot)}")
         else:
             self._tell_if_short()
             self.say(f"done at {at}; next: {sample_command(snapshot)}")
@@ -195,8 +189,8 @@ class Console:
         made, planned = (images // training.batch for images in (self.stepper.images_seen, self.total))
         if training.clock_minutes is not None and made < planned / 2:
             self.say(
-                f"note      {made} of {planned} steps in {training.clock_minutes:g} minutes: the machine was slower "
-                "than measured, or grids took the time (a smaller --grid takes less); more --minutes go on"
+                f"note      {made} of {planned} steps in {minutes_text(training.clock_minutes)}: the machine was "
+                "slower than measured, or grids took the time (a smaller --grid takes less); more --minutes go on"
             )
 
 

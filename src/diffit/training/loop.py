@@ -16,7 +16,7 @@ from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.training.batches import feed, fits, microbatches
 from diffit.training.checkpoint import read_progress
-from diffit.training.console import Console, duration
+from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
 from diffit.training.plan import plan
 from diffit.training.run import Outcome, Run, Stopped, is_complete
@@ -34,6 +34,7 @@ from diffit.training.step import Stepper, build_network
 from diffit.training.tracking import require_tracker
 from diffit.utils.distributed import Processes, alone
 from diffit.utils.precision import check_precision
+from diffit.utils.progress import duration
 from diffit.weights.adapt import init_from
 
 logger = logging.getLogger(__name__)

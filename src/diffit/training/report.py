@@ -17,6 +17,7 @@ from diffit.training.runs import RunView, read_run
 from diffit.training.usual import usual_loss
 from diffit.utils.files import whole_file
 from diffit.utils.html import Plot, details, page, picture, plots, slider
+from diffit.utils.progress import duration
 from diffit.weights import newest_snapshot
 
 GRIDS = 30  # of the slider
@@ -44,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
 def _summary(view: RunView) -> list[str]:
     """How far, how well, what is best, and the commands that come next."""
     seconds = sum(line["sec"] for line in view.stats if isinstance(line.get("sec"), int | float))
-    lines = [f"{view.kimg * 1000:,.0f} images, {_duration(seconds)} of training", *view.health()]
+    lines = [f"{view.kimg * 1000:,.0f} images, {duration(seconds)} of training", *view.health()]
     lines += [_best(view, name) for name in dict.fromkeys(record["metric"] for record in view.metrics)]
     if (newest := newest_snapshot(view.path)) is not None:
         lines.append(f"newest snapshot: {newest.name}")
@@ -122,11 +123,6 @@ def _level(name: str) -> str:
     """``loss_sigma_0.11_0.22`` as ``σ 0.11 to 0.22``."""
     kind, *bounds = name.removeprefix("loss_").split("_")
     return f"{'σ' if kind == 'sigma' else kind} {' to '.join(bounds)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s"
 
 
 def _table(records: Sequence[dict[str, Any]]) -> str:

@@ -12,10 +12,10 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError, printable
 from diffit.metrics.record import format_numbers, read_records
 from diffit.training.checkpoint import states
-from diffit.training.console import duration
 from diffit.training.run_dir import OPTIONS, read_options
 from diffit.training.usual import usual_loss
 from diffit.utils.files import read_jsonl
+from diffit.utils.progress import duration
 
 TAIL_LINES, TAIL_BYTES = 40, 16_384
 QUIET = 3  # times the usual interval between two lines of statistics, after which a run counts as standing still

@@ -10,6 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_A_LINE = 30
 
 
+def duration(seconds: float) -> str:
+    """Two units are enough: ``3 h 20 min``."""
+    seconds = round(seconds)
+    for unit, size, part, part_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // part_size} {part}"
+    return f"{seconds} s"
+
+
+def minutes_text(minutes: float) -> str:
+    return f"{minutes:g} minute{'' if minutes == 1 else 's'}"
+
+
 @contextmanager
 def progress(title: str, *, quiet: bool = False, lines: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Yields ``show(done, total)``, which draws a bar on stderr if that is a terminal.

@@ -3,6 +3,7 @@
 from diffit.weights.file import (
     load_into,
     load_network,
+    locate,
     newest_snapshot,
     read_header,
     read_network_file,
@@ -15,6 +16,7 @@ from diffit.weights.file import (
 __all__ = [
     "load_into",
     "load_network",
+    "locate",
     "newest_snapshot",
     "read_header",
     "read_network_file",
