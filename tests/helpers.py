@@ -44,7 +44,7 @@ if sys.platform == "linux":
     FORKS.set_forkserver_preload(["diffit.cli.train", "diffit.training", "diffit.metrics", "scipy.linalg"])
 
 
-def _be(program: str, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+def _be(program: str, arguments: list[str], output: Path, folder: Path | None, environment: dict[str, str]) -> None:
     """The program, a file or a module, as the interpreter would run it."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -53,6 +53,8 @@ def _be(program: str, arguments: list[str], output: Path, environment: dict[str,
     torch.set_num_threads(1)  # so that runs compare
     os.environ.clear()
     os.environ.update(environment)
+    if folder is not None:
+        os.chdir(folder)
     sys.argv = [program, *arguments]
     if program.endswith(".py"):
         runpy.run_path(program, run_name="__main__")
@@ -60,10 +62,12 @@ def _be(program: str, arguments: list[str], output: Path, environment: dict[str,
         runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
-def start(program: str, *arguments: object, output: Path, processes: int = 1, **environment: str) -> list[BaseProcess]:
+def start(
+    program: str, *arguments: object, output: Path, folder: Path | None = None, processes: int = 1, **environment: str
+) -> list[BaseProcess]:
     """Processes of a file or a module, with what torchrun tells its own where there are several.
 
-    What they print is appended to ``stdout`` and ``stderr`` in the folder ``output``.
+    What they print is appended to ``stdout`` and ``stderr`` in ``output``; they run in ``folder``, where one is given.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     if processes > 1:
@@ -75,7 +79,7 @@ def start(program: str, *arguments: object, output: Path, processes: int = 1, **
     started = []
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        words = (program, list(map(str, arguments)), output, environment | own)
+        words = (program, list(map(str, arguments)), output, folder, environment | own)
         started.append(FORKS.Process(target=_be, args=words))
         started[-1].start()
     return started

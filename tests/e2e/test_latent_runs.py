@@ -311,11 +311,11 @@ def test_an_unknown_hub_id_without_network_is_one_line(tmp_path):
 
 
 def test_metrics_of_a_run_on_latents_compare_with_the_images_that_are_named(latents, vae, tmp_path):
-    how = ("--kimg", 0.016, "--metrics", "fd308_full:pixels")
+    how = ("--kimg", 0.016, "--metrics", "kid16_full:pixels")
     with pytest.raises(UserError, match=r"holds latents; give the images.*--metrics-ref"):
         train(tmp_path / "refused", latents, vae, *how)
     assert not (tmp_path / "refused").exists()
-    reals = write_archive(tmp_path / "reals.zip", 310, side=32)
+    reals = write_archive(tmp_path / "reals.zip", 24, side=32)
     run = train(tmp_path / "run", latents, vae, *how, "--metrics-ref", reals)
-    (card,) = (run / "metric-fd308_full-pixels.jsonl").read_text().splitlines()
+    (card,) = (run / "metric-kd16_full-pixels.jsonl").read_text().splitlines()
     assert json.loads(card)["vae_sha256"] == load_autoencoder(vae).sha256

@@ -69,7 +69,7 @@ def test_a_run_leaves_records_a_report_and_its_best_weights(pets, tmp_path):
 
 
 def test_stopped_and_resumed_the_records_are_those_of_a_run_through(pets, tmp_path):
-    how = {"metrics": ("fd80_full:pixels",), "metrics_ticks": 1}
+    how = {"metrics": ("fd80_full:pixels",), "metrics_ticks": 1, "metrics_steps": 3}
     through = run(pets, tmp_path / "through", kimg=0.16, **how)
     run(pets, tmp_path / "parts", kimg=0.08, **how)
     parts = run(pets, tmp_path / "parts", kimg=0.16, **how)
@@ -78,7 +78,7 @@ def test_stopped_and_resumed_the_records_are_those_of_a_run_through(pets, tmp_pa
 
 
 def test_a_metric_that_a_kill_cut_off_is_made_up_for(pets, tmp_path):
-    how = {"metrics": ("fd80_full:pixels",), "metrics_ticks": 1, "kimg": 0.08}
+    how = {"metrics": ("fd80_full:pixels",), "metrics_ticks": 1, "metrics_steps": 3, "kimg": 0.08}
     first = run(pets, tmp_path, **how)
     path = first.run_dir / "metric-fd80_full-pixels.jsonl"
     expected, lines = curve(first.run_dir), path.read_text().splitlines(keepends=True)
@@ -297,7 +297,8 @@ def test_killed_in_the_middle_a_run_of_digits_goes_on_with_one_curve(tmp_path):
     """SIGKILL leaves no time to save anything."""
     data = write_archive(tmp_path / "digits.zip", 300, side=8, channels=1)
     words = ["train", "--preset", "digits", "--data", data, "--outdir", tmp_path / "runs", "--kimg", "3", "--tick", "1",
-             "--metrics=fd100_full:pixels", "--metrics-ticks=1", "--grid", "1x1", "--snap", "0"]  # fmt: skip
+             "--metrics=fd100_full:pixels", "--metrics-ticks=1", "--metrics-steps=6",
+             "--grid", "1x1", "--snap", "0"]  # fmt: skip
     (process,) = start("diffit", *words, output=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -85,10 +85,10 @@ def test_images_do_not_depend_on_the_number_of_processes(network, tmp_path, form
 
 @pytest.mark.slow
 def test_a_killed_run_is_continued_by_the_same_command(network, tmp_path):
-    words = ["sample", "--network", network, "--outdir", tmp_path / "out", "--seeds", "0-199", "--format", "npz"]
+    words = ["sample", "--network", network, "--outdir", tmp_path / "out", "--seeds", "0-99", "--format", "npz"]
     words += ["--batch", 2]
     (process,) = start("diffit", *words, output=tmp_path)
-    marks = tmp_path / "out/.samples_200x16x16x3.npz.marks"
+    marks = tmp_path / "out/.samples_100x16x16x3.npz.marks"
     deadline = time.monotonic() + 60
     # The record is written when the arrays are there.
     while (
@@ -98,13 +98,13 @@ def test_a_killed_run_is_continued_by_the_same_command(network, tmp_path):
         time.sleep(0.01)
     process.kill()
     assert wait([process]) == -signal.SIGKILL
-    assert not (tmp_path / "out/samples_200x16x16x3.npz").exists()
+    assert not (tmp_path / "out/samples_100x16x16x3.npz").exists()
     finished = np.load(marks)
-    assert 0 < finished.sum() < 200
+    assert 0 < finished.sum() < 100
     command(*words)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["samples.json", "samples_200x16x16x3.npz"]
-    whole = np.load(sample(network, tmp_path / "whole", "--seeds", "0-199", "--format", "npz") / names[1])["arr_0"]
+    assert names == ["samples.json", "samples_100x16x16x3.npz"]
+    whole = np.load(sample(network, tmp_path / "whole", "--seeds", "0-99", "--format", "npz") / names[1])["arr_0"]
     assert_same_images(np.load(tmp_path / "out" / names[1])["arr_0"].astype(int), whole.astype(int))
 
 

@@ -29,7 +29,7 @@ from diffit.training.pictures import save_fakes
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.weights.file import load_network, save_network
-from helpers import command, write_archive
+from helpers import command, start, wait, write_archive
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -389,32 +389,17 @@ def test_two_processes_learn_what_one_does(pets, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_everything_and_the_same_command_goes_on(pets, tmp_path, number):
-    words = [
-        "-m",
-        "diffit",
-        "train",
-        "--outdir",
-        tmp_path / "r",
-        "--data",
-        pets,
-        *ARGUMENTS,
-        "--kimg",
-        "50",
-        "--tick",
-        "0.04",
-    ]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True, env=environment)
+    words = ["train", "--outdir", tmp_path / "r", "--data", pets, *ARGUMENTS, "--kimg", "50", "--tick", "0.04"]
+    (process,) = start("diffit", *words, output=tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("r/*/stats.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "run the same command again" in output
+    os.kill(process.pid, number)
+    assert wait([process], timeout=60) == 128 + number
+    assert "run the same command again" in (tmp_path / "stdout").read_text()
     (run_dir,) = (tmp_path / "r").iterdir()
     seen = json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["images"]
     words[words.index("50")] = str((seen + 80) / 1000)
-    resumed = command(*words[2:])
+    resumed = command(*words)
     assert f"resumed at {seen / 1000:g} kimg" in resumed.stdout
     assert json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["images"] == seen + 80

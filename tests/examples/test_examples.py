@@ -1,10 +1,7 @@
 """Each example runs as its first lines say, and does what it says there."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +10,13 @@ import torch
 from PIL import Image
 from scipy.integrate import solve_ivp
 
-from helpers import command, write_archive
+from helpers import command, run, write_archive
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str, *arguments: object, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
-        cwd=folder, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    done = run(str(EXAMPLES / name), *arguments, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
