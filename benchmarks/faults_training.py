@@ -290,6 +290,8 @@ def lost_rank(number: int, timeout_minutes: float) -> Row:
     took = time.monotonic() - began
     if survivor.is_running():
         failures.append("the other rank is still there")
+    if took > (15 if number == signal.SIGKILL else 60 * timeout_minutes):
+        failures.append("too late")
     # torchrun asks the others to stop when it sees a dead one, which may be before they miss it.
     words = ("everything up to", "everything saved") if number == signal.SIGKILL else ("everything up to",)
     said = [line for line in place.log("run").splitlines() if any(word in line for word in words)]

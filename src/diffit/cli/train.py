@@ -144,7 +144,7 @@ OPTIONS: Options = {
         switch("--shard", help="Spread weights, average and moments over the processes (FSDP2).  [default: no]"),
         switch("--compile", help="torch.compile the network.  [default: no]"),
         click.option("--timeout-minutes", type=float,
-                     help="Minutes that one process waits for another in a step.  [default: 10]"),
+                     help="Minutes after which, where a process hangs, the others have saved and gone.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),
         click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and what it takes."),
         click.option("--processes", type=click.IntRange(min=1),

@@ -36,10 +36,14 @@ class Processes:
     """A group to ask who is still there."""
 
     def impatient(self, minutes: float) -> "Processes":
-        """The same processes, which wait so long for one another in training steps. All call this together."""
+        """The same processes, of which those left have saved and gone when one hangs in a training step for so long.
+
+        All call this together.
+        """
         if self.count == 1:
             return self
         limit = timedelta(minutes=minutes)
+        limit -= min(2 * ANSWER, limit / 2)  # in which they ask who it is, and save
         return replace(self, steps=dist.new_group(timeout=limit), watch=dist.new_group(backend="gloo", timeout=limit))
 
     @property
