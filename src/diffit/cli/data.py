@@ -79,12 +79,13 @@ def convert(source: Path, dest: Path, resolution: tuple[int, int] | None, **opti
     size = resolution and (resolution[1], resolution[0])
     with exclusive(dest, "use another --dest", beside=True), progress("converting") as show:
         report = convert_source(source, dest, progress=show, resolution=size, **options)
-    _print_conversion(source, report)
+    how = "" if size is None else f" ({options['transform'] or 'resize: proportions may change'})"
+    _print_conversion(source, report, how)
     _line("wrote", f"{dest} in {time.monotonic() - started:.1f} s")
     _next("data check", dest, report.labelled)
 
 
-def _print_conversion(source: Path, report: ConvertReport) -> None:
+def _print_conversion(source: Path, report: ConvertReport, how: str) -> None:
     _line("read", f"{source}: {report.kind}, {report.found} images")
     for text in unread(report.ignored):
         _line("not read", text)
@@ -97,7 +98,7 @@ def _print_conversion(source: Path, report: ConvertReport) -> None:
         _line("skipped", f"{len(report.skipped)} broken images in all")
     for text in report.notes:
         _line("note", text)
-    _line("converted", f"{report.written} images of {describe_shape(report.image_shape)}")
+    _line("converted", f"{report.written} images of {describe_shape(report.image_shape)}{how}")
     names = report.class_names or [str(i) for i in range(report.num_classes)]
     _line("classes", f"{report.num_classes}: {_some(names)}" if report.labelled else "none")
 

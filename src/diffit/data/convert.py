@@ -175,7 +175,10 @@ def convert(
 
 def _differ(name: str, shape: tuple[int, int, int], first: str, expected: tuple[int, int, int]) -> str:
     one, other = f"{shape[2]}x{shape[1]}", f"{expected[2]}x{expected[1]}"
-    return f"'{name}' is {one} but '{first}' is {other}: pass --resolution WxH to make them equal"
+    return (
+        f"'{name}' is {one} but '{first}' is {other}: pass --resolution WxH to make them equal "
+        "(--transform center-crop keeps proportions)"
+    )
 
 
 def _metadata(labels: list[tuple[str, int | None]], raw: Source, report: ConvertReport) -> dict[str, object]:
