@@ -303,7 +303,7 @@ def test_an_error_of_the_service_is_not_taken_for_a_damaged_zip(signed):
     assert FileTree(signed).images
 
 
-OPTIONS = ["--preset", "debug", "--cond", "--grid", "2x2", "--batch-gpu", "4", "--kimg", "0.4", "--tick", "0.04",
+OPTIONS = ["--preset", "debug", "--cond", "--grid", "2x2", "--batch-gpu", "4", "--kimg", "0.24", "--tick", "0.04",
            "--dump", "1", "--snap", "0"]  # fmt: skip
 
 

@@ -300,10 +300,10 @@ def test_a_changed_option_is_named_with_the_way_to_go_on(pets, tmp_path, caplog)
 
 
 def test_two_newest_states_are_kept(pets, tmp_path):
-    outcome = run(pets, tmp_path, kimg=4.0, tick=1.0, snap=0, dump=1, batch=250, batch_gpu=250, base_dim=4)
+    outcome = run(pets, tmp_path, kimg=0.16, tick=0.04, snap=0, dump=1)
     assert sorted(p.name for p in outcome.run_dir.glob("training-state-*")) == [
-        "training-state-000003",
-        "training-state-000004",
+        "training-state-000000.120",
+        "training-state-000000.160",
     ]
 
 
