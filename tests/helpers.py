@@ -1,5 +1,6 @@
 """What several test files need: a small archive, and the command line as a user runs it."""
 
+import atexit
 import io
 import json
 import multiprocessing
@@ -82,6 +83,7 @@ def start(
         words = (program, list(map(str, arguments)), output, folder, environment | own)
         started.append(FORKS.Process(target=_be, args=words))
         started[-1].start()
+        atexit.register(started[-1].kill)  # a test that fails before it waits for them must not leave them
     return started
 
 

@@ -340,3 +340,10 @@ def test_noise_distribution_patches_and_mlps_can_be_chosen():
         resolve("cifar10", {"patch_size": 2})
     with pytest.raises(UserError, match=r"--P_mean -1: of EDM's noise distribution"):
         resolve("latent-s", {"P_mean": -1.0})
+
+
+def test_a_grid_too_large_to_be_read_again_is_refused_with_one_that_is_not():
+    facts = DataFacts(channels=3, image_size=(512, 512))
+    with pytest.raises(UserError, match=r"^--grid 32x16: 134 million pixels; at 512x512 use at most 13x13$"):
+        resolve("cifar10", {"resolution": (512, 512), "grid": (32, 16)}, facts)
+    assert resolve("cifar10", {"resolution": (512, 512), "grid": (13, 13)}, facts).training.grid == (13, 13)

@@ -1,6 +1,7 @@
 """Interpolation: its ends are plain samples, and what lies between is what noise and embeddings say."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -70,3 +71,20 @@ def test_a_grid_has_a_row_per_class_and_a_column_per_seed():
 def test_one_frame_is_refused():
     with pytest.raises(UserError, match="frames 1"):
         interpolate(image_model(), (0, 1), frames=1)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_who_samples_from_the_same_network_meanwhile_gets_plain_images(make):
+    """As the page does when a request is cancelled and its last step is still computed."""
+    model = make()
+    expected = model.sample(range(4), 1)
+    found = []
+
+    def look(*_):
+        if not found:
+            other = threading.Thread(target=lambda: found.append(model.sample(range(4), 1)))
+            other.start()
+            other.join()
+
+    interpolate(model, (3, 7), (0, 2), frames=4, callback=look)
+    assert_close(found[0], expected, rtol=0, atol=0)

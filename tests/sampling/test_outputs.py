@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -370,3 +371,29 @@ def test_processes_that_do_not_see_the_same_folder_are_refused_at_the_start(tmp_
     said = run_processes(APART, tmp_path)
     assert said.count("does not see what process 0 writes there; use a folder as --outdir that all nodes share") == 2
     assert "[]" in said
+
+
+OTHER_WEIGHTS = """
+import torch
+from diffit.errors import UserError
+from diffit.sampling.outputs import require_same_weights
+from diffit.utils.distributed import processes
+with processes() as procs:
+    for value in (1.0, float(procs.rank)):
+        net = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(net.weight, value)
+        torch.nn.init.zeros_(net.bias)
+        try:
+            require_same_weights(net, "runs/mine", procs)
+            print("<the same>")
+        except UserError as error:
+            print(f"<{error}>")
+"""
+
+
+def test_processes_that_have_read_other_weights_are_told(tmp_path):
+    said = re.findall("<(.*?)>", run_processes(OTHER_WEIGHTS, tmp_path))
+    assert said.count("the same") == 2
+    others = [line for line in said if line != "the same"]
+    assert len(others) == 2
+    assert all("has other weights there than process 0; name one file" in line for line in others)

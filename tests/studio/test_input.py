@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffit.cli import cli
 from diffit.errors import UserError
 from diffit.sampling import load
+from diffit.training.runs import RunView
 from diffit.utils.images import to_uint8
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio: extra studio")
@@ -287,3 +289,19 @@ def test_the_command_says_what_it_cannot_show_before_it_serves(tmp_path):
     ):
         with pytest.raises(UserError, match=text):
             studio.main(words, standalone_mode=False)
+
+
+def test_a_long_run_keeps_every_curve_when_it_is_thinned(tmp_path):
+    stats = [{"images": 1000 * i, "loss": 1.0, "val_loss": 2.0} for i in range(1300)]
+    view = RunView(tmp_path, None, stats, [], {}, [], 0.0)
+    table = runs_tab.curves(view, "loss", "val_loss")
+    assert sorted(set(table["which"])) == ["loss", "val_loss"]
+    assert table["kimg"].is_monotonic_increasing
+    assert len(table) <= 4 * runs_tab.POINTS
+
+
+@pytest.mark.parametrize("line", ["secret", "user:", ":secret"])
+def test_a_password_that_cannot_be_one_is_refused_rather_than_left_out(shelf, line, monkeypatch):
+    monkeypatch.setenv("DIFFIT_STUDIO_AUTH", line)
+    with pytest.raises(UserError, match=r"^DIFFIT_STUDIO_AUTH: expected USER:PASSWORD"):
+        cli(["studio", "--runs", str(shelf.runs_dir)], standalone_mode=False)

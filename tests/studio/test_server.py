@@ -103,14 +103,24 @@ def test_the_server_fetches_nothing_for_a_visitor(served, client, monkeypatch):
     )
     address = "http://images.invalid/a.png"
     assert httpx.get(f"{served}gradio_api/file={address}").status_code == 403
+    assert httpx.get(f"{served}gradio_api/file/{address}").status_code == 403
     assert httpx.get(f"{served}gradio_api/proxy={address}").status_code == 403
     for name, values in (
         ("upload", (NETWORK, taken(address))),
         ("inpaint", (drawn(address), 1, NETWORK, RANDOM, 0, 1)),
+        ("sample", (NETWORK, taken(address), 0, 1, *OWN)),  # in the place of a class
     ):
         with pytest.raises(AppError, match="an address is no file"):
             client.predict(*values, api_name=f"/{name}")
     assert {host for host in map(str, asked) if host not in ("127.0.0.1", "localhost")} == set()
+
+
+def test_the_page_answers_only_under_the_names_of_this_machine(served):
+    """Else another site's name that is made to mean this machine would let that site's scripts read it."""
+    port = httpx.URL(served).port
+    assert httpx.get(served, headers={"host": f"localhost:{port}"}).status_code == 200
+    refused = httpx.get(served, headers={"host": f"elsewhere.example:{port}"})
+    assert (refused.status_code, refused.text) == (403, "open the page at the address that it listens at")
 
 
 def taken(path: str) -> dict[str, object]:

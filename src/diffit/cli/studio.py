@@ -53,12 +53,16 @@ def studio(networks: tuple[str, ...], runs: Path | None, data: Path | None, vae:
     from diffit.weights import read_header
 
     auth = None if options["auth_file"] is None else read_auth(options["auth_file"])
-    if auth is None and os.environ.get(AUTH, "").count(":"):
-        user, _, password = os.environ[AUTH].partition(":")
+    if auth is None and (line := os.environ.get(AUTH)):
+        user, _, password = line.partition(":")
+        if not (user and password):
+            raise UserError(f"{AUTH}: expected USER:PASSWORD; set it so, or unset it")
         auth = [(user, password)]
     for network in networks:
         read_header(network)  # a mistyped name is said here, not in the page
     shelf = Shelf(networks, runs, data, vae, keep=options["keep"])
     host, port = options["host"], options["port"]
-    click.echo(f"diffit studio: http://{host}:{port} on {shelf.device} (Ctrl-C ends it)")
+    click.echo(
+        f"diffit studio: http://{f'[{host}]' if ':' in host else host}:{port} on {shelf.device} (Ctrl-C ends it)"
+    )
     serve(shelf, host=host, port=port, share=options["share"], auth=auth)

@@ -238,7 +238,7 @@ def train(**options: Any) -> None:
         val = None if config.data.val is None else open_val(config.data.val, archive, config)
         autoencoder = open_autoencoder(config, [archive, val], procs.device)
         outcome = run_training(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
-        if outcome.snapshot is None and procs.is_first:
+        if outcome.snapshot is None and not outcome.interrupted and procs.is_first:
             click.echo(
                 f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg or --minutes goes "
                 "on, --resume none begins again"

@@ -1,5 +1,6 @@
 """``diffit tune-schedule``."""
 
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,4 +54,4 @@ def tune_schedule(
             f"heun, by levels: {by}" + ("" if fit.is_better else "; not kept, use more --seeds")
         )
     kept = max(len(fit.levels.sigmas) for fit in fits if fit.is_better)
-    click.echo(f"wrote {path}; next: diffit sample --network {path} --steps {kept} --outdir samples")
+    click.echo(f"wrote {path}; next: diffit sample --network {shlex.quote(str(path))} --steps {kept} --outdir samples")

@@ -28,6 +28,7 @@ NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "w
 NOISE = ("P_mean", "P_std", "sigma_data")
 OTHER = ("diffusion", "vae", "data", "val", "cond")
 SHARE = 0.05  # of a run that is shorter than its preset's: the learning-rate ramp, and the EMA half-life
+GRID_PIXELS = 45_000_000  # of a grid of samples
 LINES = 50  # a run prints so many ticks
 
 
@@ -90,9 +91,21 @@ def resolve(
         _change_latent_model(changed, base, options, size or base.image_shape[1:], facts)
     _change_classes(changed, options, facts, cond)
     try:
-        return Config.model_validate(changed)
+        config = Config.model_validate(changed)
     except ValidationError as error:
         raise UserError(f"the options do not fit together: {explain(error)}") from None
+    _check_grid(config)
+    return config
+
+
+def _check_grid(config: Config) -> None:
+    """UserError for pictures that those who read them refuse: the page, the report, TensorBoard's events."""
+    (columns, rows), (height, width) = config.training.grid, config.image_shape[1:]
+    if columns * rows * height * width > GRID_PIXELS:
+        side, millions = math.isqrt(GRID_PIXELS // (height * width)), columns * rows * height * width / 1e6
+        raise UserError(
+            f"--grid {columns}x{rows}: {millions:,.0f} million pixels; at {width}x{height} use at most {side}x{side}"
+        )
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

@@ -291,7 +291,7 @@ class Training(Frozen):
     max_skipped: Count = 20
     """Skipped steps in a row after which the run stops, or goes back to its newest state (rollback)."""
     timeout_minutes: Positive = 10.0
-    """That one process waits for another in a step."""
+    """Within which, where a process hangs in a step, the others have saved and gone."""
     workers: Annotated[int, Field(ge=0, le=1000)] = 2
     tick: Positive = 50.0
     """kimg between lines of statistics."""

@@ -5,6 +5,7 @@ more for the tokens that are asked about, in float32 (float64 for a float64 laye
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,9 +76,12 @@ def record_attention(
         if not (0 <= down < 1 and 0 <= across < 1):
             raise UserError(f"place ({down:g}, {across:g}): give shares of the height and width, each in [0, 1)")
     found: dict[str, list[Tensor]] = {name: [] for name in (blocks or layers)}
+    owner = threading.get_ident()
 
     def hook(name: str) -> Any:
         def record(layer: TMSA, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+            if threading.get_ident() != owner:  # another thread samples from the same network
+                return
             x, cond = inputs
             H, W = x.shape[1:3]
             tokens = [(int(down * H), int(across * W)) for down, across in places]
@@ -194,12 +198,14 @@ def time_norms(model: Model, sigmas: Sequence[float] | Tensor, label: int | str 
         attention_layers(model.net),
         dict[str, Tensor](),
     )
-    config = model.config
+    config, owner = model.config, threading.get_ident()
     if label is None and config.model.num_classes:
         label = config.model.num_classes if config.training.label_drop > 0 else 0
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if threading.get_ident() != owner:
+                return
             found[name] = output.float().unflatten(-1, (3, layers[name].num_heads, -1)).norm(dim=-1).cpu()
 
         return record

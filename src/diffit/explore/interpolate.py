@@ -1,5 +1,6 @@
 """Between two samples: their noise on the sphere, their classes in the space of embeddings."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +51,11 @@ def _classes_between(model: Model, ends: Tensor | None, share: Tensor) -> Iterat
     first, second = embedder.embedding_table(ends.to(model.device))
     mixed = torch.lerp(first, second, share.to(first)[:, None])
 
-    def answer(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    owner = threading.get_ident()
+
+    def answer(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if threading.get_ident() != owner:  # another thread samples from the same network
+            return None
         is_null = (inputs[0] == model.config.model.num_classes)[:, None]
         return torch.where(is_null, output, mixed.to(output.dtype))
 

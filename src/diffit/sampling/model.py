@@ -20,7 +20,7 @@ from diffit.models.autoencoder import Autoencoder, autoencoder_of
 from diffit.models.latent import LatentDiffiT
 from diffit.sampling.labels import Labels, choose_labels, class_names, class_title
 from diffit.sampling.levels import noise_levels, solver_of
-from diffit.sampling.outputs import Job, Output, SamplingBar
+from diffit.sampling.outputs import Job, Output, SamplingBar, require_same_weights
 from diffit.sampling.settings import with_sampling
 from diffit.utils.distributed import Processes, pick_device
 from diffit.utils.images import make_grid, save_gif, save_grid, to_uint8
@@ -186,6 +186,7 @@ class Model:
         if grid is not None and grid[0] * grid[1] > len(seeds):
             raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
         procs = procs or Processes(0, 1, self.device)
+        require_same_weights(self.net, source, procs)
         classes = choose_labels(self.config, seeds, labels)
         vae = None if self.autoencoder is None else self.autoencoder.sha256
         job = Job(seeds, classes, self.net, self.config, {"network": source, "precision": self.precision, "vae": vae})

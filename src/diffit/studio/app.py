@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from diffit.errors import UserError
 from diffit.studio import compare_tab, data_tab, explore_tab, inside_tab, runs_tab, sample_tab
 from diffit.studio.common import Scratch
-from diffit.studio.gate import Gate
+from diffit.studio.gate import LOOPBACK, Gate
 from diffit.studio.shelf import Shelf
 from diffit.studio.uploads import UPLOAD_BYTES
 
@@ -78,12 +78,17 @@ def serve(
             "--share: the page is on the internet, through a server of Gradio's makers; whoever has the address "
             "uses this machine%s", "" if auth else ", and nobody is asked for a password (--auth-file)",
         )  # fmt: skip
+    elif host not in LOOPBACK and not auth:
+        logger.warning(
+            "--host %s: whoever reaches this machine can use the page (--auth-file asks for a password)", host
+        )
     page = build(shelf)
+    gate = Middleware(Gate, hosts=LOOPBACK if host in LOOPBACK and not share else None)
     _, address, _ = page.launch(
         server_name=host, server_port=port, share=share, auth=auth, prevent_thread_lock=True, quiet=True,
         theme=gr.themes.Default(font=FONT, font_mono=MONO), css=CSS, footer_links=[], run_history=False,
         max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, state_session_capacity=SESSIONS, pwa=False,
-        strict_cors=True, mcp_server=False, app_kwargs={"middleware": [Middleware(Gate)]},
+        strict_cors=True, mcp_server=False, app_kwargs={"middleware": [gate]},
     )  # fmt: skip
     if block:
         try:

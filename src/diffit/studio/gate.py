@@ -1,22 +1,31 @@
 """What stands before the page's server: bodies of a bounded size, and nothing fetched from elsewhere for a visitor."""
 
+import re
+from collections.abc import Set
+
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from diffit.studio.uploads import UPLOAD_BYTES, is_address
+from diffit.studio.uploads import UPLOAD_BYTES
 
+FETCHED = re.compile(r"/(?:file|proxy)[=/]\s*https?:", re.IGNORECASE)
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "::1"})
 BODY_BYTES = UPLOAD_BYTES + (1 << 20)  # an upload, and what is around it
 
 
 class Gate:
-    """ASGI middleware. Gradio bounds each file, but reads a body to its end, and follows addresses given as paths."""
+    """ASGI middleware. Gradio bounds each file, but reads a body to its end, and follows addresses given as paths.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    ``hosts`` are the names under which the page may be opened, None is any: another site's name that is made to mean
+    this machine (DNS rebinding) would else have its scripts read the page.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Set[str] | None = None) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = _refusal(scope) if scope["type"] == "http" else None
+        refusal = _refusal(scope, self.hosts) if scope["type"] == "http" else None
         if refusal is None:
             await self.app(scope, receive, send)
         else:
@@ -24,9 +33,11 @@ class Gate:
             await PlainTextResponse(text, code, {"Connection": "close"})(scope, receive, send)
 
 
-def _refusal(scope: Scope) -> tuple[int, str] | None:
+def _refusal(scope: Scope, hosts: Set[str] | None) -> tuple[int, str] | None:
     headers, path = Headers(scope=scope), scope["path"]
-    if any(f"/{room}=" in path and is_address(path.split("=", 1)[1]) for room in ("file", "proxy")):
+    if hosts is not None and re.sub(r":\d+$", "", headers.get("host", "")) not in hosts:
+        return 403, "open the page at the address that it listens at"
+    if FETCHED.search(path):
         return 403, "this page fetches nothing from elsewhere"
     if "transfer-encoding" in headers:
         return 411, "say how long the body is"

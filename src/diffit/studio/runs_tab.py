@@ -1,5 +1,6 @@
 """Runs: every run below a folder as it is now, refreshed while another process writes it."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,13 @@ SETTINGS = [
 
 def curves(view: RunView, *names: str) -> pd.DataFrame:
     """(kimg, which, value) of statistics, thinned to what a plot can show."""
-    rows = view.series(*names)
-    rows = rows[:: max(len(rows) // (POINTS * max(len(names), 1)), 1)]
+    rows = replace(view, stats=view.stats[:: max(len(view.stats) // POINTS, 1)]).series(*names)
     return pd.DataFrame([(kimg, _short(name), value) for kimg, name, value in rows], columns=["kimg", "which", "value"])
 
 
 def _short(name: str) -> str:
     """``loss_sigma_0.11_0.22`` as ``0.11 to 0.22``."""
-    if not name.startswith(("loss_sigma_", "loss_t_")):
+    if not name.startswith(("loss_sigma_", "loss_t_", "loss_step_")):
         return name
     low, high = name.rsplit("_", 2)[1:]
     return f"{low} to {high}"

@@ -8,6 +8,7 @@ import gradio as gr
 import numpy as np
 import numpy.typing as npt
 import torch
+from gradio.blocks import Block
 from PIL import Image
 from torch import Tensor
 
@@ -50,25 +51,21 @@ def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def is_address(path: str) -> bool:
-    return path.lower().startswith(("http:", "https:"))
+_keep_file = Block.async_move_resource_to_block_cache
 
 
-def without_addresses(component: Any) -> Any:
-    """The component takes no address in the place of a file, which Gradio would fetch."""
-    keep = component.async_move_resource_to_block_cache
+async def _keep_local_file(self: Any, path: Any) -> Any:
+    if str(path).strip().lower().startswith(("http:", "https:")):
+        raise message("an address is no file: upload the image itself")
+    return await _keep_file(self, path)
 
-    async def keep_file(path: Any) -> Any:
-        if is_address(str(path)):
-            raise message("an address is no file: upload the image itself")
-        return await keep(path)
 
-    component.async_move_resource_to_block_cache = keep_file
-    return component
+# For every component: Gradio would fetch an address that a visitor sends in the place of a file, as any input.
+Block.async_move_resource_to_block_cache = _keep_local_file
 
 
 def upload_button(title: str, **how: Any) -> gr.UploadButton:
-    return without_addresses(gr.UploadButton(title, file_count="single", type="filepath", **how))
+    return gr.UploadButton(title, file_count="single", type="filepath", **how)
 
 
 def canvas(**how: Any) -> gr.ImageEditor:
@@ -76,7 +73,7 @@ def canvas(**how: Any) -> gr.ImageEditor:
 
     The methods are set on the component: a class of our own would make Gradio write a stub file next to its source.
     """
-    made = without_addresses(gr.ImageEditor(type="numpy", **how))
+    made = gr.ImageEditor(type="numpy", **how)
     made.convert_and_format_image = _read_drawing
     made.blob_storage = _Few()
     return made

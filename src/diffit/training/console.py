@@ -44,6 +44,7 @@ class Console:
         self.live = self.console.is_terminal
         self.interval = 1.0 if self.live else 15.0
         self.first, self.steps = stepper.images_seen, 0
+        self.saved = "everything saved"
         self.began = self.updated = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.fields[kimg]} kimg"), BarColumn(), TextColumn("{task.fields[note]}"),
@@ -173,7 +174,7 @@ class Console:
             self.bar.stop()
         at = f"{self.stepper.images_seen / 1000:g} kimg"
         if interrupted:
-            self.say(f"stopped at {at}, everything saved; to go on, run the same command again")
+            self.say(f"stopped at {at}, {self.saved}; to go on, run the same command again")
             if snapshot is not None:
                 self.say(f"what it has learnt so far: {sample_command(snapshot)}")
         else:

@@ -16,6 +16,7 @@ from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.suite import better, headline
 from diffit.models.autoencoder import Autoencoder
 from diffit.sampling.model import load
+from diffit.sampling.outputs import require_shared
 from diffit.sampling.settings import with_sampling
 from diffit.training.evaluator import Evaluator, best_file
 from diffit.training.loop import train
@@ -195,14 +196,18 @@ def distill(
     check_steps(order.method, order.steps)
     facts, students = facts_of(archive), list[Path]()
     assert facts is not None
+    with procs.together():
+        if procs.is_first:
+            Path(outdir).mkdir(parents=True, exist_ok=True)
+    require_shared(Path(outdir), procs)
     for steps in order.runs:
-        config = order.config(Teacher.read(order.network), steps, facts)
+        config = order.config(_same_teacher(order.network, procs), steps, facts)
         outcome = train(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
         if outcome.interrupted:
             break
         precision = check_precision(config.training.precision, procs.device)
         judge = Evaluator(config, archive, procs, autoencoder, batch=BATCH, precision=precision)
-        newest = newest_snapshot(outcome.run_dir)
+        newest = procs.broadcast(newest_snapshot(outcome.run_dir))
         assert newest is not None
         kept = newest if judge.suite is None else best_file(outcome.run_dir, judge.suite.names[0])
         for count in (steps,) if order.method == "progressive" else order.steps:
@@ -216,6 +221,16 @@ def distill(
         # The next teacher has the guidance built in.
         order = replace(order, network=newest, options={**order.options, "cfg_scale": None})
     return outcome, students
+
+
+def _same_teacher(source: str | Path, procs: Processes) -> Teacher:
+    """That of all processes: UserError where they have read other weights, as of a run that is still training."""
+    teacher = Teacher.read(source)
+    first = procs.broadcast(teacher.sha256)
+    with procs.together():
+        if teacher.sha256 != first:
+            raise UserError(f"{source}: process {procs.rank} has read other weights than process 0; name one file")
+    return teacher
 
 
 def find_sigma_mid(student: Path, judge: Evaluator) -> float:

@@ -1,6 +1,7 @@
 """A training run from start-up line to the last snapshot. To resume, run the same command again."""
 
 import logging
+import os
 import socket
 import time
 from contextlib import ExitStack
@@ -134,8 +135,10 @@ def load_resident(archive: Archive, procs: Processes, workers: int) -> tuple[Ten
     And what to say of it.
     """
     need = len(archive) * archive[0].nbytes
+    free, here = psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", procs.count))
     on_device = procs.device.type == "cuda" and fits(need, torch.cuda.mem_get_info(procs.device)[0])
-    if not on_device and not fits(need, psutil.virtual_memory().available, procs.count):
+    on_device = on_device and need * here < free  # by way of the machine's own memory, all processes at once
+    if not on_device and not fits(need, free, procs.count):
         return None, f"streamed by {workers} workers: {need / 2**30:.1f} GiB do not fit"
     began = time.monotonic()
     images = archive.load_all()

@@ -161,7 +161,7 @@ class Run:
             if stepper.empty is None:
                 self.write_state(wait=True)
             else:  # without the others this one has a part alone
-                saved = "what the newest state has is saved"
+                saved = self.console.saved = "what the newest state has is saved"
             if why is None:
                 raise
             if self.signals.requested:  # by a signal that reached the others, or a loader process, too

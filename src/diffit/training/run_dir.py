@@ -135,11 +135,12 @@ def create_run(outdir: Path, config: Config, processes: int) -> Path:
 def remove_stillborn(outdir: Path) -> None:
     """Remove the folders of runs that ended before anything was trained, next to those that may be starting."""
     for run_dir in runs(outdir):
-        trained = any(run_dir.glob(f"*{PREFIX}*")) or snapshots(run_dir)
+        # Whatever is left of them, under whatever name: somebody may have kept the best weights alone.
+        trained = any(run_dir.glob(f"*{PREFIX}*")) or any(run_dir.glob("*.safetensors"))
         if trained or not (run_dir / OPTIONS).exists() or time.time() - run_dir.stat().st_mtime < STARTING:
             continue
         if is_free(run_dir):
-            logger.info("%s: removed; it ended before its first save", run_dir)
+            logger.warning("%s: removed; it ended before its first save", run_dir)
             shutil.rmtree(run_dir, ignore_errors=True)
 
 

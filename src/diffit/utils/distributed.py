@@ -65,7 +65,9 @@ class Processes:
     def wait_for_first(self) -> None:
         """Until the first process, which may work alone for long, comes here too; then for each other as in a step."""
         if self.count > 1:
-            dist.broadcast(torch.zeros(1, device=self.device), src=0)
+            token = torch.zeros(1, device=self.device)
+            dist.broadcast(token, src=0)
+            token.item()  # NCCL's call returns at once: the steps' limit must not run while the first is at work
             dist.barrier(group=self.steps)
 
     def maxima(self, values: Sequence[int]) -> list[int]:
