@@ -164,6 +164,7 @@ def test_networks_of_two_sizes_are_not_compared(shelf):
 
 def test_a_comparison_has_both_pictures_and_numbers(shelf, model):
     a, b, gray, table, status = last(compare_tab.compare(shelf, "0", 3, 2, NETWORK, *OWN, SECOND, *OWN))
+    assert table[0] == ["class", "ant", "ant"]
     assert a.size == b.size == gray.size
     numbers = {row[0]: row[1:] for row in table}
     assert numbers["evaluations per image"] == [7, 7]

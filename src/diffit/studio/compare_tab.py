@@ -13,6 +13,7 @@ from diffit.diffusion.samplers import Callback
 from diffit.errors import UserError
 from diffit.explore.pictures import difference, numbers_of_difference
 from diffit.sampling.cost import count_evaluations
+from diffit.sampling.labels import class_title
 from diffit.sampling.model import Model
 from diffit.studio.common import DEVICE, PRIVATE, checked, grid_picture
 from diffit.studio.controls import ask, class_list, network_list, solver_controls
@@ -43,7 +44,8 @@ def compare(shelf: Shelf, label: str, first: Any, count: Any, *sides: Any) -> It
             else:
                 found.append(images.cpu())
                 seconds.append(time.monotonic() - began)
-    table, gray = table_of(models, seconds, found), grid_picture(difference(*found))
+    classes = [class_of(model, request) for request, model in asked]
+    table, gray = [["class", *classes], *table_of(models, seconds, found)], grid_picture(difference(*found))
     yield pictures[0], pictures[1], gray, table, apart(*found)
 
 
@@ -54,6 +56,11 @@ def require_one_size(first: Model, second: Model) -> None:
         raise UserError(
             f"images of {texts[0]} and of {texts[1]} (C×H×W) cannot be compared; choose networks of one size"
         )
+
+
+def class_of(model: Model, request: Request) -> str:
+    """By the model's own names: the number of a class may be another animal in the other network."""
+    return "by the seed" if request.label is None else class_title(model.config, int(request.label))
 
 
 def sampled(model: Model, request: Request, callback: Callback) -> Tensor:
