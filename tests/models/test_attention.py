@@ -396,3 +396,8 @@ def test_padding_is_never_attended_to_in_half_precision_either():
     module, (x, cond) = tmsa((5, 5), 4), inputs((5, 5))
     half = tmsa((5, 5), 4, dtype=torch.bfloat16)(x.bfloat16(), cond.bfloat16())
     assert_close(half, F.hardtanh(module(x, cond), -1e9, 1e9), rtol=0, atol=0.15, check_dtype=False)
+
+
+def test_the_kernel_of_the_library_is_used_unless_told_otherwise():
+    assert TMSA(8, 8, 2, grid_size=4).attention is fused_attention
+    assert TMSA(8, 8, 2, grid_size=4, fused=False).attention is plain_attention
