@@ -205,3 +205,12 @@ def test_a_complaint_while_tidying_up_after_an_interruption_is_no_error(capsys, 
         run(interrupted, [])
     assert stop.value.code == status
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_number_that_no_header_can_hold_is_refused_in_one_line(capsys):
+    """Found by `make faults`."""
+    words = ["data", "encode", "--source", "pets.zip", "--dest", "latents", "--vae", "vae", "--shard-size", "9" * 30]
+    with pytest.raises(SystemExit):
+        run(cli, words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Invalid value for '--shard-size'")

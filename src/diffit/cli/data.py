@@ -118,7 +118,7 @@ def _some(names: Sequence[str]) -> str:
     help="Precision of the latents on disk.",
 )  # fmt: skip
 @click.option("--tiling", is_flag=True, help="Encode large images in parts: less memory, slightly other numbers.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Images a file.")
+@click.option("--shard-size", type=click.IntRange(1, 2**31 - 1), default=1024, show_default=True, help="Images a file.")
 def encode(source: Path, dest: Path, vae: str, scale: float, tiling: bool, **options: Any) -> None:
     """Encode an archive's images, and their mirror images, as latents to train on.
 
