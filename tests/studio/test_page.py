@@ -190,11 +190,13 @@ def test_a_click_shows_where_a_place_attends(page):
 
 def test_two_snapshots_are_compared(page):
     tab(page, "Compare")
+    choose(page, ".class", "bee (1)")
     choose(page, ".network", FIRST, which=0)
     choose(page, ".network", NETWORK, which=1)
     page.locator("#compare").click()
     assert "PSNR" in text_of(page, "#compare-status", "Gray is where both are equal")
     text_of(page, "#numbers", "evaluations per image")
+    assert page.locator(".class:visible input").input_value() == "bee (1)"  # which both networks have
     assert picture_of(page, "#first").shape == picture_of(page, "#difference").shape
 
 
