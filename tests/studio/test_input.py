@@ -255,6 +255,14 @@ def test_a_run_that_is_deleted_while_it_is_shown_is_said(tmp_path):
         runs_tab.read_run(run)
 
 
+def test_the_first_run_to_begin_is_shown_of_itself(tmp_path):
+    shelf = Shelf(runs=tmp_path)
+    assert "value" not in runs_tab.first_of(shelf, None)
+    run = write_run(tmp_path)
+    assert runs_tab.first_of(shelf, None)["value"] == run.name
+    assert "value" not in runs_tab.first_of(shelf, "another")
+
+
 def test_a_port_that_is_taken_is_said(shelf, served):
     port = int(served.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=rf"--port {port}: .* use another --port"):

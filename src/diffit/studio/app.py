@@ -30,6 +30,7 @@ MONO = ["ui-monospace", "monospace"]
 CSS = """
 .gradio-container img { image-rendering: pixelated; }
 #samples img, #frame img, #edited img { max-height: 70vh; object-fit: contain; }
+.gradio-container .secondary-wrap input { margin-right: 28px; text-overflow: ellipsis; }
 .block > label.float { position: static; width: max-content; }
 .gallery .caption-label { max-width: 100%; font-size: 11px; padding: 1px 4px; }
 .gallery .grid-wrap { max-height: none; overflow: visible; min-height: 0; }

@@ -112,7 +112,10 @@ def build(shelf: Shelf) -> None:
             )
             for name in ("First", "Second", "Difference")
         ]
-    table = gr.Dataframe(headers=["", "first", "second"], interactive=False, elem_id="numbers", wrap=True)
+    table = gr.Dataframe(
+        headers=["", "first", "second"], interactive=False, elem_id="numbers", wrap=True,
+        column_widths=["50%", "25%", "25%"],
+    )  # fmt: skip
     inputs = [label, first, count, networks[0], *solvers[0], networks[1], *solvers[1]]
     event = go.click(
         checked(partial(compare, shelf)), inputs, [*pictures, table, status],

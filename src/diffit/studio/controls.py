@@ -43,18 +43,20 @@ def network_list(shelf: Shelf, title: str = "Network") -> gr.Dropdown:
 
 
 def class_list(shelf: Shelf, network: gr.Dropdown, title: str = "Class") -> gr.Dropdown:
-    """The classes of the network that is chosen."""
+    """The classes of the network that is chosen; a class that it has too stays chosen."""
 
-    def shown(name: str | None) -> dict[str, Any]:
+    def shown(name: str | None, chosen: str | None) -> dict[str, Any]:
         config = config_of(shelf, name)
         known = config is not None and config.model.num_classes > 0
         choices = class_choices(config) if config is not None and known else [("the model has none", RANDOM)]
-        return {"choices": choices, "value": RANDOM, "interactive": known}
+        update = {"choices": choices, "interactive": known}
+        # Not sent again where it stays: what is chosen while this is on its way would be lost.
+        return update if chosen in [value for _, value in choices] else update | {"value": RANDOM}
 
     label = gr.Dropdown(
-        label=title, allow_custom_value=True, elem_classes="class", min_width=150, **shown(network.value)
+        label=title, allow_custom_value=True, elem_classes="class", min_width=150, **shown(network.value, None)
     )
-    network.input(checked(lambda name: gr.update(**shown(name))), network, label, **PRIVATE)
+    network.input(checked(lambda *now: gr.update(**shown(*now))), [network, label], label, **PRIVATE)
     return label
 
 

@@ -33,11 +33,9 @@ def curves(view: RunView, *names: str) -> pd.DataFrame:
 
 
 def _short(name: str) -> str:
-    """``loss_sigma_0.11_0.22`` as ``0.11 to 0.22``."""
-    if not name.startswith(("loss_sigma_", "loss_t_", "loss_step_")):
-        return name
-    low, high = name.rsplit("_", 2)[1:]
-    return f"{low} to {high}"
+    """``loss_sigma_0.11_0.22`` as ``0.11``: a legend of longer names does not fit on a telephone."""
+    by_level = name.startswith(("loss_sigma_", "loss_t_", "loss_step_"))
+    return name.rsplit("_", 2)[1] if by_level else name
 
 
 def metric_table(view: RunView) -> Any:
@@ -101,6 +99,12 @@ def tick(shelf: Shelf, name: str | None, seen: Seen, index: float) -> list[Any]:
     return shown
 
 
+def first_of(shelf: Shelf, name: str | None) -> Any:
+    """The newest run where none is chosen, for there was none when the page was made."""
+    names = [] if name else list(shelf.runs())
+    return gr.update(choices=names, value=names[0]) if names else gr.skip()
+
+
 def side_by_side(shelf: Shelf, settings: list[str]) -> pd.DataFrame:
     """A table of all runs."""
     for setting in settings:
@@ -122,7 +126,7 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
             run = gr.Dropdown(
                 names, value=names[0] if names else None, label="Run", allow_custom_value=True, elem_id="run"
             )
-            health = gr.Markdown("" if names else "No run yet: once one has begun, choose it above.", elem_id="health")
+            health = gr.Markdown("" if names else "No run yet: the first to begin is shown here.", elem_id="health")
             grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="run-grid", buttons=["download"])
             when = gr.Slider(0, 1, 0, step=1, label="Grid, from the first to the newest", elem_id="when")
             resume = gr.Code(
@@ -132,7 +136,7 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
         with gr.Column(scale=3, min_width=300):
             plots = [
                 _plot("Loss", "loss"),
-                _plot("Loss by noise level", "loss"),
+                _plot("Loss by noise level (lower end of each range)", "loss"),
                 _plot("Images per second", "images per second", lines=False),
             ]
             metrics = gr.Dataframe(
@@ -153,7 +157,10 @@ def build(page: gr.Blocks, shelf: Shelf) -> None:
     run.focus(lambda: gr.update(choices=list(shelf.runs())), None, run, **PRIVATE)
     when.input(checked(partial(grid_at, shelf)), [run, when], grid, **PRIVATE)
     gr.on([page.load, chosen.change], checked(partial(side_by_side, shelf)), chosen, table, **PRIVATE)
-    gr.on([page.load, gr.Timer(SECONDS).tick], checked(partial(tick, shelf)), [run, seen, when], shown, **PRIVATE)
+    timer = gr.Timer(SECONDS)
+    if not names:
+        timer.tick(checked(partial(first_of, shelf)), run, run, **PRIVATE)
+    gr.on([page.load, timer.tick], checked(partial(tick, shelf)), [run, seen, when], shown, **PRIVATE)
 
 
 def grid_at(shelf: Shelf, name: str | None, index: float) -> Any:
