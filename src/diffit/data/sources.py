@@ -6,6 +6,8 @@ import math
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import zlib
@@ -360,6 +362,21 @@ def _check_idx(path: Path, shape: tuple[int, ...], packed: bool) -> None:
         )
 
 
+TOUCH = """
+import lmdb, sys
+with lmdb.open(sys.argv[1], readonly=True, lock=False, readahead=False).begin(buffers=True) as txn:
+    for _, value in txn.cursor():
+        value[:1], value[-1:]
+"""
+
+
+def _require_readable(path: Path) -> None:
+    """UserError for pages that lie outside of the file: LMDB maps it, and who reads there dies of it."""
+    died = subprocess.run([sys.executable, "-c", TOUCH, str(path)], stderr=subprocess.DEVNULL).returncode
+    if died not in (0, 1):  # 1 is an exception, which comes here again
+        raise UserError(f"{path / 'data.mdb'}: damaged, some of it lies behind the end of the file; copy it again")
+
+
 def _lmdb(path: Path) -> Source:
     try:
         import lmdb
@@ -370,6 +387,7 @@ def _lmdb(path: Path) -> Source:
         needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         if (path / "data.mdb").stat().st_size < needed:  # LMDB itself would die of a bus error
             raise UserError(f"{path / 'data.mdb'}: cut short, {needed} bytes are needed; copy it again")
+        _require_readable(path)
         with env.begin() as txn:
             keys = [bytes(key) for key in txn.cursor().iternext(keys=True, values=False)]
     except lmdb.Error as error:
