@@ -37,6 +37,7 @@ mutants: $(READY)
 
 faults: $(READY)
 	$(BIN)/python -m benchmarks.faults_training
+	$(BIN)/python -m benchmarks.faults_hostile
 	$(BIN)/python -m benchmarks.faults_files 5000
 	$(BIN)/python -m benchmarks.faults_options --count 1500
 

@@ -164,7 +164,7 @@ def make_inputs(folder: Path) -> None:
         (folder / device).symlink_to(f"/dev/{device}")
     (folder / "loop").symlink_to("loop")
     (folder / "name\nwith line").write_text("x")
-    status, _, error = _run(
+    status, _, error = execute(
         ["data", "encode", "--source", "pets.zip", "--dest", "latents", "--vae", "vae"], folder, {}
     )[:3]
     assert status == 0, error
@@ -251,11 +251,11 @@ def outcomes(count: int, seed: int = 0) -> Iterator[Outcome]:
             shutil.copytree(inputs, place, symlinks=True)
             (place / "unreadable").touch(mode=0)  # not for an administrator, nor is the other
             (place / "read-only").mkdir(mode=0o555)
-            yield Outcome(words, environment, *_run(words, place, environment))
+            yield Outcome(words, environment, *execute(words, place, environment))
             shutil.rmtree(place)
 
 
-def _run(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str, float]:
+def execute(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str, float]:
     """Status, output and seconds of a command in a fork of this process."""
     texts = [folder.parent / "stdout", folder.parent / "stderr"]
     sys.stdout.flush()

@@ -62,3 +62,11 @@ b &  \\
     assert text == expected
     if name == "csv":
         assert list(csv.reader(io.StringIO(text))) == [header, *rows]
+
+
+def test_what_a_terminal_obeys_is_not_passed_on():
+    """Records come from anywhere. Found by `make faults`."""
+    record = {"metric": "a\nerror: all is well", "results": {"\x1b[2J": 3.0}}
+    header, rows = compare({"run": [record]})
+    assert header == ["metric", "\\x1b[2J"]
+    assert rows == [["a\\nerror: all is well", "3"]]

@@ -5,10 +5,12 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from diffit.errors import printable
 from diffit.metrics.record import own_numbers
 
 # What differs by nature, has a column of its own, or explains another value.
 LEFT_OUT = {"metric", "results", "kimg", "notes", "seconds", "seconds_per_image", "date", "repeats", "weights_sha256"}
+LONGEST = 1000  # characters in a cell
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "±": r"$\pm$"})
 
 Table = tuple[list[str], list[list[str]]]
@@ -32,7 +34,9 @@ def compare(sources: Mapping[str, Sequence[dict[str, Any]]], *, exact: bool = Fa
     known = ["run"] * (len(sources) > 1) + ["metric"] + ["kimg"] * any(row["kimg"] for row in rows)
     last = [key.removeprefix("sampling.") for key in differing]
     header = list(dict.fromkeys([*known, *(key for key in numbers if key not in last), *last]))
-    return header, [[row.get(key, "") for key in header] for row in rows]
+    cells = [header, *([row.get(key, "") for key in header] for row in rows)]
+    first, *others = ([printable(cell, LONGEST) for cell in line] for line in cells)  # records come from anywhere
+    return first, others
 
 
 def _rounded(numbers: dict[str, float]) -> dict[str, str]:

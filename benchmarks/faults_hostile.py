@@ -1,0 +1,242 @@
+"""Hostile files: nothing in a file runs, writes outside of the destination, or speaks to the terminal.
+
+Each is what somebody may have downloaded: pickles in every place where a file is read, names that lead out of a folder,
+and texts that a terminal, a page or a shell obeys. Every command that reads such a file is run on it, in a process of
+its own; what it printed and every file that is new afterwards is looked at.
+
+    python -m benchmarks.faults_hostile
+
+prints what was wrong, then a table. Linux only.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.faults_options import execute, make_inputs
+from diffit.weights.file import CONFIG_KEY
+
+Attack = tuple[str, str, Callable[[Path], None], list[str]]
+"""Kind, what it is, how its files get into a folder, and the words of the command that reads them."""
+
+MARK = "executed"
+
+
+class Payload:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+PAYLOADS: dict[str, Callable[[], bytes]] = {
+    "os.system": lambda: pickle.dumps(Payload(os.system, f"touch {MARK}")),
+    "eval, protocol 0": lambda: pickle.dumps(Payload(eval, f"open('{MARK}', 'w')"), 0),
+    "exec in a dictionary": lambda: pickle.dumps({"model": Payload(exec, f"open('{MARK}', 'w')")}),
+    "torch.save": lambda: _torch_saved(Payload(os.system, f"touch {MARK}")),
+    "NumPy objects": lambda: _npy(np.array([Payload(os.system, f"touch {MARK}")], dtype=object)),
+}
+PATHS = ["../evil.png", "../../evil.png", "/tmp/diffit-evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png",
+         "~/evil.png", "\x1b[2Jevil.png", "evil\nerror: all is well.png", "\u202egnp.evil.png",
+         "e" * 240 + ".png"]  # fmt: skip
+TEXTS = ["\x1b[2J\x1b[H", "\x1b]0;title\x07", "\x9b31m", "\rerror: all is well", "a\nerror: all is well", "\u202eevil",
+         "<script>alert(1)</script>", "[free](https://example.org)", f"$(touch {MARK})", f"`touch {MARK}`",
+         f"; touch {MARK}", "[bold red]markup[/]", "%s%n{0}", "A" * 50_000]  # fmt: skip
+
+
+def _torch_saved(value: object) -> bytes:
+    held = io.BytesIO()
+    torch.save(value, held)
+    return held.getvalue()
+
+
+def _npy(array: Any) -> bytes:
+    held = io.BytesIO()
+    np.save(held, array, allow_pickle=True)
+    return held.getvalue()
+
+
+def _png() -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(held, "PNG")
+    return held.getvalue()
+
+
+def _write(name: str, data: bytes, folder: Path) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+
+
+def _tar(name: str, members: dict[str, bytes], folder: Path) -> None:
+    with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as archive:
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def _zip(name: str, members: dict[str, bytes], folder: Path) -> None:
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for member, data in members.items():
+            archive.writestr(member, data)
+
+
+def pickles() -> Iterator[Attack]:
+    """In the place of networks, detectors, statistics, data, latents and autoencoders."""
+    places: dict[str, list[str]] = {
+        "evil.pt": ["info evil.pt", "sample --network evil.pt --outdir out --seeds 0",
+                    "train --data pets.zip --outdir runs --preset debug --kimg 0.004 --init-from evil.pt --dry-run",
+                    "metrics calc --images pets.zip --ref pets.zip --metrics kd8 --detector evil.pt",
+                    "metrics calc --images pets.zip --ref evil.pt --metrics kd8:pixels"],
+        "evil.safetensors": ["info evil.safetensors", "export --network evil.safetensors --to official --dest o.pt"],
+        "evil.pkl": ["metrics calc --images pets.zip --ref evil.pkl --metrics fd8:pixels", "data check evil.pkl"],
+        "latents/header.json": ["data check latents"],
+        "latents/shard-00000.safetensors": ["train --data latents --outdir runs --preset latent-debug --kimg 0.004"],
+        "vae/diffusion_pytorch_model.bin": ["data encode --source pets.zip --dest l --vae vae"],
+        "hub/diffit_256.pth": ["info hub/diffit_256.pth"],
+        "raw/a/evil.png": ["data convert --source raw --dest new.zip --resolution 8"],
+    }  # fmt: skip
+    for name, make in PAYLOADS.items():
+        data = make()
+        for place, lines in places.items():
+            for line in lines:
+                yield "pickle", f"{name} as {place}", partial(_write, place, data), line.split()
+        batches = {f"cifar-10-batches-py/data_batch_{i}": data for i in range(1, 6)}
+        line = "data convert --source cifar-10-python.tar.gz --dest new.zip"
+        yield "pickle", f"{name} in CIFAR's tar", partial(_tar, "cifar-10-python.tar.gz", batches), line.split()
+        for member, line in (
+            ("arr_0.npy", "metrics calc --images evil.npz --ref pets.zip --metrics kd4:pixels"),
+            ("mu.npy", "metrics calc --images pets.zip --ref evil.npz --metrics fd8:pixels"),
+        ):
+            held = data
+            yield "pickle", f"{name} in an npz", partial(_zip, "evil.npz", {member: held}), line.split()
+
+
+def paths() -> Iterator[Attack]:
+    """Names of members that lead elsewhere."""
+    png = _png()
+    for name in PATHS:
+        shown = ascii(name)[:60]
+        for line in ("data check evil.zip", "data convert --source evil.zip --dest new"):
+            yield "path", f"{shown} in a zip", partial(_zip, "evil.zip", {name: png, "b.png": png}), line.split()
+        members = {name: png, "b.png": png, "b.cls": b"1"}
+        yield "path", f"{shown} in a tar", partial(_tar, "evil.tar", members), (
+            ["data", "convert", "--source", "evil.tar", "--dest", "new"]
+        )  # fmt: skip
+        labels = json.dumps({"labels": [[name, 0]], "class_names": [name]}).encode()
+        yield "path", f"{shown} in labels", partial(_zip, "evil.zip", {"a.png": png, "dataset.json": labels}), (
+            ["data", "check", "evil.zip", "--cond"]
+        )  # fmt: skip
+    for target in ("/etc/hostname", "../../.."):
+        yield (
+            "path",
+            f"a link to {target}",
+            partial(_link, target),
+            ["data", "convert", "--source", "raw", "--dest", "new"],
+        )
+
+
+def _link(target: str, folder: Path) -> None:
+    (folder / "raw/a/link.png").symlink_to(target)
+
+
+def texts() -> Iterator[Attack]:
+    """In headers, class names, records and logs."""
+    for text in TEXTS:
+        shown = ascii(text)[:40]
+        for line in ("info net.safetensors", "sample --network net.safetensors --outdir out --seeds 0 --steps 1"):
+            yield "text", f"{shown} in a header", partial(_rename_classes, text), line.split()
+        record = json.dumps({"metric": text, "results": {text: 3.0}, "network": text, "images": 4}) + "\n"
+        yield "text", f"{shown} in a record", partial(_write, "metric-fid.jsonl", record.encode()), (
+            ["metrics", "show", "metric-fid.jsonl"]
+        )  # fmt: skip
+        names = json.dumps({"labels": [["a.png", 0]], "class_names": [text]}).encode()
+        yield "text", f"{shown} as a class", partial(_zip, "evil.zip", {"a.png": _png(), "dataset.json": names}), (
+            ["data", "check", "evil.zip", "--cond"]
+        )  # fmt: skip
+
+
+def _rename_classes(text: str, folder: Path) -> None:
+    """``text`` for every text of the network's header that is free to be anything; its checksum says nothing then."""
+    path = folder / "net.safetensors"
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    config = json.loads(header["__metadata__"][CONFIG_KEY])
+    config["data"]["class_names"] = [text] * 3
+    config["preset"] = text
+    header["__metadata__"] = {CONFIG_KEY: json.dumps(config)}
+    new = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + size :])
+
+
+def outside(place: Path, before: set[Path]) -> list[str]:
+    """What is new and not where the commands were told to write."""
+    told = {"new", "new.zip", "out", "runs", "o.pt", "l", "cache", "latents", "evil-grid.png"}
+    found = [path for path in place.parent.rglob("*") if path not in before and path.name not in ("stdout", "stderr")]
+    return [str(path) for path in found if place not in path.parents or path.relative_to(place).parts[0] not in told]
+
+
+def faults_of(attack: Attack, inputs: Path, place: Path) -> list[str]:
+    shutil.copytree(inputs, place, symlinks=True)
+    attack[2](place)
+    before = set(place.parent.rglob("*"))
+    status, said, error, _ = execute(attack[3], place, {})
+    faults = []
+    if "Traceback (most recent" in error or not 0 <= status < 128:
+        faults.append(f"traceback: {error.strip().splitlines()[-1][:200]}")
+    if any(not (c.isprintable() or c == "\n") for c in said + error):
+        faults.append("speaks to the terminal")
+    if any(line.startswith("error: all is well") for line in (said + error).splitlines()):
+        faults.append("pretends to be us")
+    if new := outside(place, before):
+        faults.append(f"wrote {new[0]}")
+    if list(place.parent.rglob(MARK)) or Path("/tmp/diffit-evil.png").exists():
+        faults.append("executed")
+    shutil.rmtree(place)
+    return faults
+
+
+def main() -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before its client reads it
+    import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401  # before the forks: it takes seconds
+
+    import diffit.sampling
+    import diffit.training  # noqa: F401
+
+    tried, wrong = Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory() as name:
+        inputs, place = Path(name) / "inputs", Path(name) / "box" / "place"
+        make_inputs(inputs)
+        place.parent.mkdir()
+        for attack in (*pickles(), *paths(), *texts()):
+            tried[attack[0]] += 1
+            if faults := faults_of(attack, inputs, place):
+                wrong[attack[0]] += 1
+                print(f"{attack[0]}, {attack[1]}: {' '.join(attack[3])}: {'; '.join(faults)}", flush=True)
+    for kind, count in tried.items():
+        print(f"{kind:8}{count:5} tried {wrong[kind]:5} wrong")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
