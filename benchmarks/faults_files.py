@@ -35,6 +35,9 @@ from diffit.metrics.images import NpzImages
 from diffit.metrics.reference import read_arrays
 from diffit.models import build
 from diffit.models.autoencoder import Autoencoder
+from diffit.training.checkpoint import load_state, verify_state
+from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import alone
 from diffit.weights import load_network, save_network, state_hash
 
 SECONDS = 20  # what one file may take
@@ -132,6 +135,18 @@ def _read_header(folder: Path) -> object:
     return state_hash(net.state_dict()), config
 
 
+def _state(folder: Path) -> None:
+    config = get_preset("debug")
+    (folder / "state").mkdir()
+    Stepper(config, alone("cpu"), build_network(config), "fp32").save(folder / "state")
+
+
+def _read_state(folder: Path) -> object:
+    verify_state(folder / "state")
+    tensors, about = load_state(folder / "state")
+    return [state_hash(group) for group in tensors.values()], about
+
+
 class _Latents:
     """In place of a VAE, whose kind of numbers does not matter here."""
 
@@ -211,6 +226,7 @@ def _read_npz(folder: Path) -> object:
 KINDS = {
     "network": Kind(_network, _read_network, whole=True),
     "network header": Kind(_network, _read_header),
+    "state": Kind(_state, _read_state, whole=True),
     "folder": Kind(lambda f: _converted(f, "pets"), lambda f: _read_archive(f / "pets"), whole=True),
     "zip": Kind(lambda f: _converted(f, "pets.zip"), lambda f: _read_archive(f / "pets.zip"), whole=True),
     "latents": Kind(_latents, _read_latents, whole=True),
