@@ -1,14 +1,15 @@
-"""Hostile files: nothing in a file runs, writes outside of the destination, or speaks to the terminal.
+"""Hostile files: nothing in one runs, writes outside of the destination, obeys the terminal or fills the memory.
 
 Each is what somebody may have downloaded: pickles in every place where a file is read, names that lead out of a folder,
-and texts that a terminal, a page or a shell obeys. Every command that reads such a file is run on it, in a process of
-its own; what it printed and every file that is new afterwards is looked at.
+texts that a terminal, a page or a shell obeys, and small files that unfold to large ones. Every command that reads such
+a file is run on it, in a process of its own; what it printed, what it took and every file that is new is looked at.
 
     python -m benchmarks.faults_hostile
 
 prints what was wrong, then a table. Linux only.
 """
 
+import gzip
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +38,7 @@ Attack = tuple[str, str, Callable[[Path], None], list[str]]
 """Kind, what it is, how its files get into a folder, and the words of the command that reads them."""
 
 MARK = "executed"
+SECONDS, MEMORY = 5.0, 64 << 20  # that a bomb may cost
 
 
 class Payload:
@@ -189,6 +192,88 @@ def _rename_classes(text: str, folder: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + size :])
 
 
+def bombs() -> Iterator[Attack]:
+    """Small files that claim, or unfold to, more than the memory."""
+    claims = {"gif": _gif, "bmp": _bmp, "png": _claiming_png, "webp": _webp, "tiff": _tiff}
+    for form, make in claims.items():
+        for width, height in ((11_000, 8_000), (16_000, 16_000), (65_000, 65_000)):
+            data, title = make(width, height), f"a {form} of {width}×{height}"
+            yield "bomb", title, partial(_zip, "evil.zip", {f"a.{form}": data}), ["data", "check", "evil.zip"]
+            words = ["data", "convert", "--source", "evil.zip", "--dest", "new", "--resolution", "8"]
+            yield "bomb", title, partial(_zip, "evil.zip", {f"a.{form}": data}), words
+    for shape in ((60_000, 250, 240), (1, 2**31, 2**31), (2**32 - 1, 1, 1), (2**20, 2**10, 2**10)):
+        data = gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape) + bytes(100))
+        words = ["data", "convert", "--source", "train-images-idx3-ubyte.gz", "--dest", "new"]
+        yield "bomb", f"an idx of {shape}", partial(_write, words[3], data), words
+    for title, meta in (("brackets", b"[" * 4_000_000), ("entries", b'["a.png", 0],' * 400_000 + b'["a.png", 0]]}')):
+        files = {"a.png": _png(), "dataset.json": b'{"labels": [' + meta}
+        yield "bomb", f"{title} in labels", partial(_zip, "evil.zip", files), ["data", "check", "evil.zip", "--cond"]
+    for shape in ((10**6, 1000, 1000, 3), (2**31, 2**31), (300_000, 32, 32, 3)):
+        files, words = {"arr_0.npy": _header(shape)}, ["metrics", "calc", "--images", "evil.npz", "--ref", "pets.zip"]
+        words += ["--metrics", "kd8:pixels"]
+        yield "bomb", f"an npz of {shape}", partial(_deflated, "evil.npz", files), words
+    for size in (2**63 - 1, 2**40, 200_000_000):
+        data = struct.pack("<Q", size) + b"{" + b" " * 1000
+        yield (
+            "bomb",
+            f"a header of {size} bytes",
+            partial(_write, "evil.safetensors", data),
+            ["info", "evil.safetensors"],
+        )
+
+
+def _claiming_png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def _gif(width: int, height: int) -> bytes:
+    image = b"," + struct.pack("<4HB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
+    return b"GIF89a" + struct.pack("<2H", width, height) + b"\x80\0\0" + bytes(6) + image
+
+
+def _bmp(width: int, height: int) -> bytes:
+    return (
+        b"BM"
+        + struct.pack("<I2HI", 1000, 0, 0, 54)
+        + struct.pack("<I2i2H6I", 40, width, height, 1, 24, *[0] * 6)
+        + bytes(99)
+    )
+
+
+def _webp(width: int, height: int) -> bytes:
+    """Its sides are of 14 bits."""
+    bits = 0x2F | (min(width, 16_383) - 1) << 8 | (min(height, 16_383) - 1) << 22
+    data = struct.pack("<Q", bits)[:5] + bytes(50)
+    return b"RIFF" + struct.pack("<I", 12 + len(data)) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
+
+
+def _tiff(width: int, height: int) -> bytes:
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: height, 279: 100}
+    table = b"".join(struct.pack("<2H2I", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + bytes(300)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    held = io.BytesIO()
+    np.lib.format.write_array_header_1_0(held, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return held.getvalue()
+
+
+def _deflated(name: str, members: dict[str, bytes], folder: Path) -> None:
+    """Each member is followed by 300 MB of zeros."""
+    with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, data in members.items():
+            with archive.open(member, "w", force_zip64=True) as file:
+                file.write(data)
+                for _ in range(300):
+                    file.write(bytes(1 << 20))
+
+
 def outside(place: Path, before: set[Path]) -> list[str]:
     """What is new and not where the commands were told to write."""
     told = {"new", "new.zip", "out", "runs", "o.pt", "l", "cache", "latents", "evil-grid.png"}
@@ -196,16 +281,22 @@ def outside(place: Path, before: set[Path]) -> list[str]:
     return [str(path) for path in found if place not in path.parents or path.relative_to(place).parts[0] not in told]
 
 
-def faults_of(attack: Attack, inputs: Path, place: Path) -> list[str]:
+def faults_of(attack: Attack, inputs: Path, place: Path, usual: int) -> list[str]:
+    """``usual`` bytes of memory are those of a command on good files."""
     shutil.copytree(inputs, place, symlinks=True)
     attack[2](place)
     before = set(place.parent.rglob("*"))
-    status, said, error, _ = execute(attack[3], place, {})
+    status, said, error, seconds, peak = execute(attack[3], place, {})
     faults = []
+    if attack[0] == "bomb":
+        if not status:
+            faults.append("not refused")
+        if seconds > SECONDS or peak - usual > MEMORY:
+            faults.append(f"{seconds:.1f} s, {(peak - usual) / 2**20:.0f} MiB")
     if "Traceback (most recent" in error or not 0 <= status < 128:
         faults.append(f"traceback: {error.strip().splitlines()[-1][:200]}")
     if any(not (c.isprintable() or c == "\n") for c in said + error):
-        faults.append("speaks to the terminal")
+        faults.append("commands the terminal")
     if any(line.startswith("error: all is well") for line in (said + error).splitlines()):
         faults.append("pretends to be us")
     if new := outside(place, before):
@@ -228,9 +319,12 @@ def main() -> int:
         inputs, place = Path(name) / "inputs", Path(name) / "box" / "place"
         make_inputs(inputs)
         place.parent.mkdir()
-        for attack in (*pickles(), *paths(), *texts()):
+        shutil.copytree(inputs, place, symlinks=True)
+        usual = max(execute(line.split(), place, {})[4] for line in ("data check pets.zip", "info net.safetensors"))
+        shutil.rmtree(place)
+        for attack in (*pickles(), *paths(), *texts(), *bombs()):
             tried[attack[0]] += 1
-            if faults := faults_of(attack, inputs, place):
+            if faults := faults_of(attack, inputs, place, usual):
                 wrong[attack[0]] += 1
                 print(f"{attack[0]}, {attack[1]}: {' '.join(attack[3])}: {'; '.join(faults)}", flush=True)
     for kind, count in tried.items():

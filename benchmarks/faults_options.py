@@ -106,6 +106,8 @@ class Outcome:
     stdout: str
     stderr: str
     seconds: float
+    peak: int
+    """Bytes of memory, those of the libraries included."""
 
     @property
     def kind(self) -> str:
@@ -255,8 +257,8 @@ def outcomes(count: int, seed: int = 0) -> Iterator[Outcome]:
             shutil.rmtree(place)
 
 
-def execute(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str, float]:
-    """Status, output and seconds of a command in a fork of this process."""
+def execute(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str, float, int]:
+    """Status, output, seconds and bytes of a command in a fork of this process."""
     texts = [folder.parent / "stdout", folder.parent / "stderr"]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -275,7 +277,7 @@ def execute(words: list[str], folder: Path, environment: dict[str, str]) -> tupl
         _, status = os.waitpid(child, 0)
         seconds = PATIENCE
     stdout, stderr = (path.read_text(encoding="utf-8", errors="replace") for path in texts)
-    return os.waitstatus_to_exitcode(status), stdout, stderr, seconds
+    return os.waitstatus_to_exitcode(status), stdout, stderr, seconds, usage.ru_maxrss << 10
 
 
 def _become(words: list[str], folder: Path, environment: dict[str, str], texts: list[Path]) -> None:
