@@ -74,7 +74,8 @@ class Console:
         cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type, procs.count)
         images = self.total - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
-        length = "" if training.clock_minutes is None else f"{minutes_text(training.clock_minutes)}, at most "
+        minutes = training.clock_minutes
+        length = "" if minutes is None else f"{minutes_text(minutes)} with all grids, at most "
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         student = config.distillation
         for line in (
