@@ -258,6 +258,21 @@ def test_a_signal_in_the_last_step_leaves_what_the_same_command_makes(pets, tmp_
     assert (cut.run_dir / "fakes000000.040.png").exists()
 
 
+def test_an_error_that_nobody_foresaw_leaves_what_was_learnt_until_then(pets, tmp_path, monkeypatch):
+    honest = Stepper.step
+
+    def fails(self, feed):
+        if self.images_seen == 40:
+            raise KeyError("a bug")
+        honest(self, feed)
+
+    monkeypatch.setattr(Stepper, "step", fails)
+    with pytest.raises(KeyError, match="a bug"):
+        run(pets, tmp_path, kimg=0.08)
+    (state,) = tmp_path.glob("*/training-state-*")
+    assert state.name.endswith("000000.040")
+
+
 def test_a_longer_run_goes_on_with_the_ramp_that_it_began_with(pets, tmp_path):
     """Also where the longer one has the preset's own length."""
     first = run(pets, tmp_path, kimg=0.064, lr_rampup_kimg=0.02)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
-from diffit.training.batches import feed, fits, image_indices, microbatches
+from diffit.training.batches import _loaded, feed, fits, image_indices, microbatches
 from helpers import write_archive
 
 
@@ -77,3 +77,33 @@ def test_order_does_not_touch_ambient_randomness():
     image_indices(10, 0, 0, 10)
     assert torch.equal(before, torch.get_rng_state())
     assert (before_numpy == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+)
+def test_however_a_loader_process_dies_it_is_said_in_one_line(error):
+    """By torch's word for it, or by the end of the pipe through which a batch was to come. Found by `make faults`."""
+
+    def images():
+        yield 1
+        raise error
+
+    found = _loaded(images())
+    assert next(found) == 1
+    with pytest.raises(UserError, match="a process that reads images has died"):
+        next(found)
+
+
+def test_what_a_loader_process_raises_is_not_taken_for_its_death():
+    def images():
+        yield 1
+        raise ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.")
+
+    with pytest.raises(ConnectionResetError):
+        list(_loaded(images()))

@@ -129,8 +129,10 @@ def _loaded(loader: Any) -> Iterator[Any]:
     signal.signal(signal.SIGCHLD, before)
     try:
         yield from found
-    except RuntimeError as error:
-        if "worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Torch's own word for it, or the end of the pipe that a batch was to come through. What was raised in a worker
+        # comes as "Caught … in DataLoader worker".
+        if str(error).startswith("Caught") or (isinstance(error, RuntimeError) and "worker" not in str(error)):
             raise
         raise UserError(
             "a process that reads images has died, perhaps for want of memory (fewer --workers take less)"

@@ -154,7 +154,7 @@ class Run:
         stepper = self.stepper
         try:
             yield
-        except (UserError, RuntimeError) as error:
+        except Exception as error:
             why = explain(error, stepper.procs)
             self.writer.settle()  # what it raises is not what ends the run, and there may be room again
             saved = f"everything up to {stepper.images_seen / 1000:g} kimg is saved"
