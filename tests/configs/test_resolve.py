@@ -146,6 +146,11 @@ def test_pixels_train_on_a_discrete_schedule_when_asked():
     config = resolve("cifar10", {"diffusion": "cosine"})
     assert (config.diffusion.kind, config.diffusion.schedule, config.diffusion.clip) == ("adm", "cosine", True)
     assert config.sampling.sampler == "ddim"
+    assert config.diffusion.prediction == "epsilon"
+    assert resolve("cifar10", {"diffusion": "cosine", "prediction": "v"}).diffusion.prediction == "v"
+    assert resolve("imagenet256", {"prediction": "v"}).diffusion.prediction == "v"
+    with pytest.raises(UserError, match=r"--prediction v: .*use --diffusion cosine or linear"):
+        resolve("cifar10", {"prediction": "v"})
 
 
 @pytest.mark.parametrize(

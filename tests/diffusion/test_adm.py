@@ -486,6 +486,33 @@ def gaussian_eps(schedule: Schedule):
     return predict
 
 
+def test_a_network_that_predicts_v_is_seen_as_one_of_noise():
+    """v of the Gaussian, E[√ᾱ·ε − √(1 − ᾱ)·x₀ | x], at whole timesteps and between them; what follows it stays."""
+
+    def net(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        a = (1 / (1 + COSINE.sigma_of(t.double()) ** 2)).reshape(-1, 1).to(x)
+        mean = (a.sqrt() * S**2 * x + (1 - a) * MU) / (a * S**2 + 1 - a)  # of x₀
+        v = a.sqrt() * gaussian_eps(COSINE)(x, t.double()) - (1 - a).sqrt() * mean
+        return torch.cat([v, 7 * x], dim=1)
+
+    x, t = randn(4, 2), torch.tensor([0.0, 300.25, 900.0, 998.5])
+    found = predictor(net, dtype=torch.float64, v_on=COSINE)(x, t)
+    assert_close(found, torch.cat([gaussian_eps(COSINE)(x, t), 7 * x], dim=1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("prediction", "limit"), [("epsilon", 80), ("v", 1)])
+def test_an_error_in_v_is_no_larger_in_the_image(prediction, limit):
+    """At σ = 80 that of ε is 80 times as large: what progressive distillation to one step fails by."""
+    sigma, error = torch.tensor(80.0, dtype=torch.float64), 0.01
+    x0, noise = randn(1, 3, 4, 4), randn(1, 3, 4, 4)
+    alpha = 1 / math.sqrt(1 + 80**2)
+    exact = noise if prediction == "epsilon" else alpha * noise - 80 * alpha * x0
+    v_on = COSINE if prediction == "v" else None
+    predict = predictor(lambda *_: exact + error, dtype=torch.float64, v_on=v_on)
+    off = denoiser(predict, COSINE)(x0 + sigma * noise, sigma) - x0
+    assert limit / 2 * error < off.abs().max() < limit * error * 1.01
+
+
 def test_ddpm_over_all_steps_has_the_moments_of_the_data():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -718,6 +745,28 @@ def test_the_loss_is_its_formula_at_every_kind_of_timestep(schedule):
         for n, i in enumerate(levels)
     ]
     assert_close(loss.tolist(), expected, rtol=1e-7, atol=0)
+
+
+def test_the_loss_of_v_is_that_of_its_noise_with_its_own_error_squared():
+    """The error in v against a target written out, and the variances' term of the ε that v says, as tested above."""
+    x0, levels = randn(3, 1, 3, 3).clamp(-1, 1), torch.tensor([0, 400, 999])
+    noise, variance = drawn_noise(x0.shape, 4), randn(3, 1, 3, 3)
+    alpha = [math.sqrt(float(COSINE.alpha_bar[i])) for i in levels]
+    beta = [math.sqrt(1 - a * a) for a in alpha]
+    v = torch.stack([a * noise[n] - b * x0[n] for n, (a, b) in enumerate(zip(alpha, beta, strict=True))])
+    guess = v + 0.1 * torch.sin(5 * v)
+    # v = αε − βx₀ and x = αx₀ + βε are a rotation, whose inverse gives ε = αv + βx.
+    eps = torch.stack([a * guess[n] + b * (a * x0[n] + b * noise[n])
+                       for n, (a, b) in enumerate(zip(alpha, beta, strict=True))])  # fmt: skip
+
+    def loss(output: Tensor, prediction: str) -> Tensor:
+        found = ADMLoss(COSINE, prediction)
+        return found(lambda *_: output, x0, generator=torch.Generator().manual_seed(4), level=levels)
+
+    squared = (guess - v).square().flatten(1).mean(1)
+    assert_close(loss(guess, "v"), squared, rtol=1e-9, atol=0)
+    term = loss(torch.cat([eps, variance], 1), "epsilon") - loss(eps, "epsilon")
+    assert_close(loss(torch.cat([guess, variance], 1), "v"), squared + term, rtol=1e-6, atol=0)
 
 
 def test_a_network_without_variances_has_the_mean_squared_error_alone():

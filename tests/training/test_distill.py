@@ -242,6 +242,10 @@ def test_a_discrete_schedule_is_halved_and_its_student_sampled_by_ddim(pets, tmp
     # The last t of the cosine schedule with tan(π/2·((t + 1)/1000 + 0.008)/1.008) up to 80, and the one half way.
     highest = int(1000 * (math.atan(80) / (math.pi / 2) * 1.008 - 0.008))
     assert timesteps == [highest - 1, highest // 2 - 1]
+    assert (load(source, device="cpu").config.diffusion.prediction, model.config.diffusion.prediction) == (
+        "epsilon",
+        "v",
+    )
 
 
 def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_the_run():

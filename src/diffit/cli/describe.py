@@ -97,7 +97,7 @@ def _shape_of(config: Config) -> str:
 def _diffusion_of(config: Config) -> str:
     diffusion = config.diffusion
     if isinstance(diffusion, ADMDiffusion):
-        return f"{diffusion.schedule} schedule, {diffusion.timesteps} timesteps"
+        return f"{diffusion.schedule} schedule, {diffusion.timesteps} timesteps, predicts {diffusion.prediction}"
     return f"EDM, sigma_data {diffusion.sigma_data:g}, P_mean {diffusion.P_mean:g}, P_std {diffusion.P_std:g}"
 
 

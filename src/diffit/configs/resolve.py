@@ -26,7 +26,7 @@ NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "w
            "mlp_ratio")  # fmt: skip
 """Options that spell out a network: with one of them and no preset, the published recipe of that size is meant."""
 NOISE = ("P_mean", "P_std", "sigma_data")
-OTHER = ("diffusion", "vae", "data", "val", "cond")
+OTHER = ("diffusion", "prediction", "vae", "data", "val", "cond")
 SHARE = 0.05  # of a run that is shorter than its preset's: the learning-rate ramp, and the EMA half-life
 GRID_PIXELS = 45_000_000  # of a grid of samples
 LINES = 50  # a run prints so many ticks
@@ -64,9 +64,9 @@ def resolve(
     Keys are the fields of :class:`Training` and :class:`Sampling`, ``P_mean``, ``P_std``, ``sigma_data``, and
     ``resolution`` (H, W), ``base_dim``, ``hidden_dim``, ``num_heads``, ``num_blocks`` (a tuple, one per stage or one
     for all), ``window_size``, ``dropout``, ``patch_size``, ``mlp_ratio``, ``diffusion`` (edm, cosine or linear),
-    ``vae``, ``data``, ``val``, ``cond``. Without a preset, options that spell out a network choose the published recipe
-    for the size of the images, and the batch is ``batch_gpu`` × processes; without such options a small network of
-    ours is chosen. What follows from the length is put in proportion to it.
+    ``prediction`` (epsilon or v), ``vae``, ``data``, ``val``, ``cond``. Without a preset, options that spell out a
+    network choose the published recipe for the size of the images, and the batch is ``batch_gpu`` × processes; without
+    such options a small network of ours is chosen. What follows from the length is put in proportion to it.
 
     Raises :class:`UserError` for unknown keys, and for values that do not fit together.
     """
@@ -154,6 +154,8 @@ def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[
     if "ema_halflife_kimg" in options:
         training["ema_decay"] = options.get("ema_decay")  # one of the two
     chosen = ["kimg"] if timed else []
+    if timed and "grid" not in options:
+        chosen.append("grid")
     # A preset of less than 1 kimg tries the code, not learning.
     if preset.kimg >= 1 and (timed or training["kimg"] != preset.kimg):
         chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick") if name not in options]
@@ -203,6 +205,13 @@ def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> No
         changed["diffusion"] = ADMDiffusion(schedule=name, clip=was_edm).model_dump()
         if was_edm:
             changed["sampling"] |= {"sampler": "ddim", "steps": 50}
+    if "prediction" in options:
+        if changed["diffusion"]["kind"] == "edm":
+            raise UserError(
+                f"--prediction {options['prediction']}: of a discrete schedule, EDM's preconditioning decides it "
+                "here; use --diffusion cosine or linear, or leave it out"
+            )
+        changed["diffusion"]["prediction"] = options["prediction"]
     noise = {key: options[key] for key in NOISE if key in options}
     if noise and changed["diffusion"]["kind"] != "edm":
         given = ", ".join(f"--{key} {value:g}" for key, value in noise.items())

@@ -1,7 +1,8 @@
 """Discrete noise schedules, respacing, learned-range variance and the hybrid loss (ADM and improved DDPM).
 
 References: Ho et al., arXiv 2006.11239 (DDPM); Nichol & Dhariwal, arXiv 2102.09672 (iDDPM). All tables are float64.
-A network's output holds ε in its first C channels and, where it has 2C, the variance's place in its range after them.
+A network's output holds ε, or v (Salimans & Ho, arXiv 2202.00512, Appendix D), in its first C channels and, where it
+has 2C, the variance's place in its range after them.
 """
 
 import math
@@ -18,6 +19,7 @@ from diffit.configs.schema import ADMDiffusion
 from diffit.diffusion.guidance import Denoiser, like
 
 Spacing = Literal["linspace", "leading", "trailing"]
+Prediction = Literal["epsilon", "v"]
 
 TRAILING_SIGMA = 80.0
 """As EDM's highest level. The cosine schedule goes on to 20,000, where x − σε has no digit of the image left."""
@@ -141,8 +143,8 @@ class Schedule:
         return interpolate(sigma.double().log().clamp(table[0], table[-1]), table, self.timesteps.to(table))
 
     def sigma_of(self, t: Tensor) -> Tensor:
-        """The inverse of :meth:`timestep_of`, on the CPU."""
-        return interpolate(t.double().cpu(), self.timesteps.double(), self.sigma.log()).exp()
+        """The inverse of :meth:`timestep_of`, float64 on the device of ``t``."""
+        return interpolate(t.double(), self.timesteps.to(t.device).double(), self.sigma.log().to(t.device)).exp()
 
     def posterior_mean(self, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
         """Mean of q(x₋₁ | x, x₀) at step ``i`` (DDPM, Eq. 7)."""
@@ -205,14 +207,26 @@ def predictor(
     class_labels: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    v_on: Schedule | None = None,
 ) -> Predictor:
-    """The network for given classes as ``predict(x, t)``, which sees ``dtype`` and answers in the dtype of x."""
+    """The network for given classes as ``predict(x, t)``, which sees ``dtype`` and answers in the dtype of x.
+
+    Of a network that predicts v on the schedule ``v_on`` the answer is its ε.
+    """
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        t = t.to(x.device, torch.float32, non_blocking=True)  # bfloat16 cannot tell 999 from 1000
-        return net(x.to(dtype), t, class_labels).to(x.dtype)
+        steps = t.to(x.device, torch.float32, non_blocking=True)  # bfloat16 cannot tell 999 from 1000
+        output = net(x.to(dtype), steps, class_labels).to(x.dtype)
+        return output if v_on is None else noise_of_v(output, x, v_on.sigma_of(t))
 
     return predict
+
+
+def noise_of_v(output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """ε = √ᾱ·(v + σx) in the place of v = √ᾱ·ε − √(1 − ᾱ)·x₀, with √ᾱ = 1/√(1 + σ²); a variance stays as it is."""
+    v, variance = split_output(output, x.shape[1])
+    eps = like((1 + sigma**2).rsqrt(), x) * (v + like(sigma, x) * x)
+    return eps if variance is None else torch.cat([eps, variance], dim=1)
 
 
 def denoiser(predict: Predictor, schedule: Schedule, *, clip: bool = False) -> Denoiser:
@@ -230,7 +244,7 @@ def denoiser(predict: Predictor, schedule: Schedule, *, clip: bool = False) -> D
 
 
 class ADMLoss:
-    """Mean squared error of ε and, for networks that learn their variance, the variational term.
+    """Mean squared error of ε or v and, for networks that learn their variance, the variational term.
 
     That term is in bits, and its mean is held fixed, so that it teaches the variance alone (iDDPM, Eq. 16).
     Timesteps are uniform.
@@ -238,8 +252,8 @@ class ADMLoss:
 
     level_name = "t"
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule, prediction: Prediction = "epsilon") -> None:
+        self.schedule, self.prediction = schedule, prediction
 
     def draw_level(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One timestep an image, ``(B,)`` int64."""
@@ -268,13 +282,18 @@ class ADMLoss:
         # All but the network in float64. In float32 1 − ᾱ is off by 6e-5 at t = 0, and β − β̃, which is all that the
         # variance's gradient has to go by, by a quarter at t = 999.
         x0 = images.double()
-        x = at(schedule.alpha_bar.sqrt(), i, x0) * x0 + at((1 - schedule.alpha_bar).sqrt(), i, x0) * noise
+        signal, level_of_noise = at(schedule.alpha_bar.sqrt(), i, x0), at((1 - schedule.alpha_bar).sqrt(), i, x0)
+        x = signal * x0 + level_of_noise * noise
         t = schedule.timesteps.to(i.device)[i].to(images.dtype)
         extra = () if augment_labels is None else (augment_labels,)
-        eps, v = split_output(net(x.to(images.dtype), t, labels, *extra).double(), images.shape[1])
-        loss = (eps - noise).square().flatten(1).mean(1)
-        if v is not None:
-            loss = loss + self.variational_term(eps.detach(), v, x0, x, i)
+        output = net(x.to(images.dtype), t, labels, *extra).double()
+        target = noise if self.prediction == "epsilon" else signal * noise - level_of_noise * x0
+        loss = (output[:, : images.shape[1]] - target).square().flatten(1).mean(1)
+        if self.prediction == "v":
+            output = noise_of_v(output, x, at(schedule.sigma, i, x0))
+        eps, variance = split_output(output, images.shape[1])
+        if variance is not None:
+            loss = loss + self.variational_term(eps.detach(), variance, x0, x, i)
         return loss.to(images.dtype)
 
     def variational_term(self, eps: Tensor, v: Tensor, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:

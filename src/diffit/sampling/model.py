@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffit.configs.schema import DISCRETE, ADMDiffusion, Config
 from diffit.diffusion import adm, edm
-from diffit.diffusion.adm import Schedule, schedule_of
+from diffit.diffusion.adm import Predictor, Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
 from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, keep
 from diffit.errors import UserError
@@ -20,7 +20,7 @@ from diffit.models.autoencoder import Autoencoder, autoencoder_of
 from diffit.models.latent import LatentDiffiT
 from diffit.sampling.labels import Labels, choose_labels, class_names, class_title
 from diffit.sampling.levels import noise_levels, solver_of
-from diffit.sampling.outputs import Job, Output, SamplingBar, require_same_weights
+from diffit.sampling.outputs import Job, Output, SamplingBar, fingerprint
 from diffit.sampling.settings import with_sampling
 from diffit.utils.distributed import Processes, pick_device
 from diffit.utils.images import make_grid, save_gif, save_grid, to_uint8
@@ -62,9 +62,11 @@ class Model:
         if diffusion.kind == "edm":
             return self._guide(partial(edm.denoiser, self.net, sigma_data=diffusion.sigma_data), labels)
         schedule = schedule_of(diffusion)
-        return adm.denoiser(
-            self._guide(partial(adm.predictor, self.net), labels, schedule), schedule, clip=diffusion.clip
-        )
+        return adm.denoiser(self._guide(self._predictor(diffusion), labels, schedule), schedule, clip=diffusion.clip)
+
+    def _predictor(self, diffusion: ADMDiffusion) -> Callable[[Tensor | None], Predictor]:
+        v_on = schedule_of(diffusion) if diffusion.prediction == "v" else None
+        return partial(adm.predictor, self.net, v_on=v_on)
 
     @torch.no_grad()
     def sample(
@@ -186,7 +188,7 @@ class Model:
         if grid is not None and grid[0] * grid[1] > len(seeds):
             raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
         procs = procs or Processes(0, 1, self.device)
-        require_same_weights(self.net, source, procs)
+        procs.require_same(fingerprint(self.net), source, "weights", "name one file")  # a run that trains writes newer
         classes = choose_labels(self.config, seeds, labels)
         vae = None if self.autoencoder is None else self.autoencoder.sha256
         job = Job(seeds, classes, self.net, self.config, {"network": source, "precision": self.precision, "vae": vae})
@@ -227,7 +229,7 @@ class Model:
         diffusion, sampling = self.config.diffusion, self.config.sampling
         if isinstance(diffusion, ADMDiffusion) and sampling.sampler in DISCRETE:
             schedule = schedule_of(diffusion)
-            predict = self._guide(partial(adm.predictor, self.net), labels, schedule)
+            predict = self._guide(self._predictor(diffusion), labels, schedule)
             respaced = schedule.respace(sampling.steps, sampling.spacing)
             extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
             solver: Callable[..., Tensor] = ddim if sampling.sampler == "ddim" else ddpm

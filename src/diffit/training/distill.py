@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
-from diffit.configs.schema import Config, Distillation, Sampling
+from diffit.configs.schema import ADMDiffusion, Config, Distillation, Sampling
 from diffit.data.open import Archive, facts_of
 from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network
@@ -85,6 +85,9 @@ class Teacher:
                 recipe["metrics"] = (JUDGE,)
         training = own.model_copy(update=recipe | RECIPES[method])
         base = teacher.model_copy(update={"training": training, "sampling": sampling, "distillation": spec})
+        if isinstance(teacher.diffusion, ADMDiffusion):  # from ε an image cannot be had in a step
+            diffusion = teacher.diffusion.model_copy(update={"prediction": "v"})
+            base = base.model_copy(update={"diffusion": diffusion})
         # `resolve` adds the data, the length and what follows from it.
         return resolve(base, {"cond": teacher.model.num_classes > 0, "desc": f"{method}-{steps}"} | options, facts)
 
@@ -201,7 +204,9 @@ def distill(
             Path(outdir).mkdir(parents=True, exist_ok=True)
     require_shared(Path(outdir), procs)
     for steps in order.runs:
-        config = order.config(_same_teacher(order.network, procs), steps, facts)
+        teacher = Teacher.read(order.network)
+        procs.require_same(teacher.sha256, order.network, "weights", "name one file")  # a run that trains writes newer
+        config = order.config(teacher, steps, facts)
         outcome = train(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
         if outcome.interrupted:
             break
@@ -221,16 +226,6 @@ def distill(
         # The next teacher has the guidance built in.
         order = replace(order, network=newest, options={**order.options, "cfg_scale": None})
     return outcome, students
-
-
-def _same_teacher(source: str | Path, procs: Processes) -> Teacher:
-    """That of all processes: UserError where they have read other weights, as of a run that is still training."""
-    teacher = Teacher.read(source)
-    first = procs.broadcast(teacher.sha256)
-    with procs.together():
-        if teacher.sha256 != first:
-            raise UserError(f"{source}: process {procs.rank} has read other weights than process 0; name one file")
-    return teacher
 
 
 def find_sigma_mid(student: Path, judge: Evaluator) -> float:

@@ -31,7 +31,7 @@ def build_loss(
     if student is not None and student.method == "progressive":
         return _progressive(config, device, precision)
     if isinstance(diffusion, ADMDiffusion):
-        return ADMLoss(schedule_of(diffusion).to(device))
+        return ADMLoss(schedule_of(diffusion).to(device), diffusion.prediction)
     if student is not None:
         return ConsistencyLoss(sigma_data=diffusion.sigma_data, progress=progress)
     return EDMLoss(diffusion.P_mean, diffusion.P_std, diffusion.sigma_data)

@@ -73,8 +73,8 @@ def write_official(net: DiffiT, config: Config, dest: Path) -> None:
     assert published.autoencoder is not None
     if (config.diffusion, config.autoencoder.scale) != (published.diffusion, published.autoencoder.scale):
         raise UserError(
-            "--to official: the layout cannot say that the model has another noise schedule or scale of latents than "
-            "the official ones, and its samples would be noise; use --to hub-folder"
+            "--to official: the layout cannot say that the model has another noise schedule, prediction or scale of "
+            "latents than the official ones, and its samples would be noise; use --to hub-folder"
         )
     with whole_file(dest) as part:
         save_tensors(to_official(net.state_dict(), model), part, {"format": "pt"})
