@@ -87,6 +87,21 @@ def test_the_length_by_the_clock_is_the_rate_times_the_minutes(monkeypatch, tmp_
     assert spelled.training.kimg == 3.0
 
 
+@pytest.mark.parametrize(("rate", "grid"), [(50.0, (8, 8)), (12.0, (5, 5)), (5.0, (3, 3)), (0.1, (2, 2))])
+def test_a_grid_takes_at_most_a_twentieth_of_the_minutes(rate, grid, monkeypatch, tmp_path):
+    """Heun's 18 steps are 35 evaluations, of which there are three in the time of a training step."""
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: rate)
+    assert plan(resolve("small16", {"minutes": 10.0}, FACTS), archive, ONE).training.grid == grid
+    if grid != (2, 2):
+        assert grid[0] * grid[1] * 35 / (3 * rate) <= 30
+        assert (grid[0] + 1) ** 2 * 35 / (3 * rate) > 30 or grid == (8, 8)
+    asked = plan(resolve("small16", {"minutes": 10.0, "grid": (7, 4)}, FACTS), archive, ONE)
+    assert asked.training.grid == (7, 4)
+    by_length = plan(resolve("small16", {"kimg": 3.0}, FACTS), archive, ONE)
+    assert by_length.training.grid == (8, 8)
+
+
 def test_a_resumed_run_keeps_what_was_not_asked_for(monkeypatch, tmp_path):
     archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
     monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)

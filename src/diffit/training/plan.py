@@ -1,6 +1,7 @@
 """What a run takes on this machine, found out before it begins: the microbatch that fits, and a length by the clock."""
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,8 @@ from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.models.cost import estimate
+from diffit.sampling.cost import count_evaluations
+from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.utils.precision import check_precision, resolve_precision
@@ -25,6 +28,8 @@ SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
 PROGRAM = int(0.5 * GIB)  # torch itself
 MARGIN = 1.1  # on the length by the clock
 MEASURED_SECONDS = 8.0  # of steps, for the rate
+FORWARDS = 3  # evaluations in the time of a training step's forward and backward passes
+GRID_SHARE = 1 / 20  # of the minutes that a grid of samples may take where nobody asked for its size
 
 
 def plan(
@@ -61,9 +66,21 @@ def plan(
             # More than fits: the clock ends the run, and a machine that gets faster does not idle.
             kimg = float(f"{MARGIN * images / 1000:.3g}")
             if recorded is None:
-                return with_length(config, kimg)
+                return fit_grid(with_length(config, kimg), FORWARDS * rate / procs.count)
             return config.model_copy(update={"training": config.training.model_copy(update={"kimg": kimg})})
     return config
+
+
+def fit_grid(config: Config, evaluations: float) -> Config:
+    """Fewer images in a grid where nobody said how many and it would take long at so many ``evaluations`` a second."""
+    training = config.training
+    if "grid" not in training.chosen or training.minutes is None:
+        return config
+    each = sum(count_evaluations(config.model_copy(update={"sampling": preview_sampling(config.sampling)})))
+    affordable = GRID_SHARE * training.minutes * 60 * evaluations / each
+    side = max(min(int(math.sqrt(affordable)), max(training.grid)), 2)
+    columns, rows = (min(size, side) for size in training.grid)
+    return config.model_copy(update={"training": training.model_copy(update={"grid": (columns, rows)})})
 
 
 def available_memory(device: torch.device) -> int:

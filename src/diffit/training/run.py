@@ -89,7 +89,10 @@ class Run:
         """``reals.png`` and ``fakes_init.png``."""
         ema = self.stepper.whole(self.stepper.ema)
         if self.log is not None:
-            self.console.say("grids     of training images and of the untrained network, for comparison")
+            columns, rows = self.stepper.config.training.grid
+            self.console.say(
+                f"grids     {columns}x{rows} training images and samples of the untrained network, to compare"
+            )
             self.signals.unless_in_haste(lambda: save_reals(self.stepper, archive, self.run_dir / "reals.png"))
             began = time.monotonic()
             fakes = self.run_dir / "fakes_init.png"
