@@ -1,3 +1,5 @@
+from multiprocessing import reduction
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,16 @@ def test_a_faulty_streamed_image_is_named_in_one_line(tmp_path, workers):
     with pytest.raises(UserError, match=r"b\.png' is 8x8") as caught:
         next(images)
     assert "\n" not in str(caught.value)
+
+
+def test_no_socket_of_this_process_serves_the_workers(tmp_path, monkeypatch):
+    """Its thread would print a traceback when a worker dies while it is served."""
+    honest, served = reduction.DupFd, []
+    monkeypatch.setattr(reduction, "DupFd", lambda descriptor: served.append(descriptor) or honest(descriptor))
+    archive = ImageArchive(write_archive(tmp_path / "a.zip", 12))
+    images = feed(archive, microbatches(12, 0, 0, 4, 4, 0, 1), torch.device("cpu"), resident=None, workers=1)
+    assert [next(images)[0].shape[0] for _ in range(3)] == [4, 4, 4]
+    assert served == []  # the worker, a fork, has a list of its own
 
 
 def test_images_fit_while_all_processes_of_the_machine_together_take_a_quarter():

@@ -69,9 +69,9 @@ class _Fetch(torch.utils.data.Dataset[Tensor | UserError]):
         self.archive = copy.copy(archive)
         self.archive.labels = None  # which would go to every worker
 
-    def __getitem__(self, indices: Tensor) -> Tensor | UserError:
+    def __getitem__(self, indices: list[int]) -> Tensor | UserError:
         try:
-            return torch.stack([self.archive[i] for i in indices.tolist()])
+            return torch.stack([self.archive[i] for i in indices])
         except UserError as error:
             return UserError(str(error))
 
@@ -99,10 +99,12 @@ def feed(
     # The loader runs ahead of the step, so the indices are remembered until their images come back, in order.
     sent: list[Tensor] = []
 
-    def remember() -> Iterator[Tensor]:
+    def remember() -> Iterator[list[int]]:
         for indices in order:
             sent.append(indices)
-            yield indices
+            # Not the tensor, which a thread of this process would hand over by a socket: it prints a traceback when the
+            # worker at the other end dies.
+            yield indices.tolist()
 
     loader = DataLoader(
         _Fetch(archive),
