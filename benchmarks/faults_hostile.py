@@ -20,7 +20,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,6 +32,7 @@ from PIL import Image
 
 from benchmarks.faults_options import execute, make_inputs
 from diffit.weights.file import CONFIG_KEY
+from helpers import png_claiming
 
 Attack = tuple[str, str, Callable[[Path], None], list[str]]
 """Kind, what it is, how its files get into a folder, and the words of the command that reads them."""
@@ -58,7 +58,8 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "torch.save": lambda: _torch_saved(Payload(os.system, f"touch {MARK}")),
     "NumPy objects": lambda: _npy(np.array([Payload(os.system, f"touch {MARK}")], dtype=object)),
 }
-PATHS = ["../evil.png", "../../evil.png", "/tmp/diffit-evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png",
+ABSOLUTE = Path(tempfile.gettempdir()) / "diffit-evil.png"
+PATHS = ["../evil.png", "../../evil.png", str(ABSOLUTE), "a/../../evil.png", "..\\evil.png", "C:/evil.png",
          "~/evil.png", "\x1b[2Jevil.png", "evil\nerror: all is well.png", "\u202egnp.evil.png",
          "e" * 240 + ".png"]  # fmt: skip
 TEXTS = ["\x1b[2J\x1b[H", "\x1b]0;title\x07", "\x9b31m", "\rerror: all is well", "a\nerror: all is well", "\u202eevil",
@@ -130,8 +131,7 @@ def pickles() -> Iterator[Attack]:
             ("arr_0.npy", "metrics calc --images evil.npz --ref pets.zip --metrics kd4:pixels"),
             ("mu.npy", "metrics calc --images pets.zip --ref evil.npz --metrics fd8:pixels"),
         ):
-            held = data
-            yield "pickle", f"{name} in an npz", partial(_zip, "evil.npz", {member: held}), line.split()
+            yield "pickle", f"{name} in an npz", partial(_zip, "evil.npz", {member: data}), line.split()
 
 
 def paths() -> Iterator[Attack]:
@@ -194,7 +194,7 @@ def _rename_classes(text: str, folder: Path) -> None:
 
 def bombs() -> Iterator[Attack]:
     """Small files that claim, or unfold to, more than the memory."""
-    claims = {"gif": _gif, "bmp": _bmp, "png": _claiming_png, "webp": _webp, "tiff": _tiff}
+    claims = {"gif": _gif, "bmp": _bmp, "png": png_claiming, "webp": _webp, "tiff": _tiff}
     for form, make in claims.items():
         for width, height in ((11_000, 8_000), (16_000, 16_000), (65_000, 65_000)):
             data, title = make(width, height), f"a {form} of {width}×{height}"
@@ -220,15 +220,6 @@ def bombs() -> Iterator[Attack]:
             partial(_write, "evil.safetensors", data),
             ["info", "evil.safetensors"],
         )
-
-
-def _claiming_png(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def _gif(width: int, height: int) -> bytes:
@@ -301,7 +292,7 @@ def faults_of(attack: Attack, inputs: Path, place: Path, usual: int) -> list[str
         faults.append("pretends to be us")
     if new := outside(place, before):
         faults.append(f"wrote {new[0]}")
-    if list(place.parent.rglob(MARK)) or Path("/tmp/diffit-evil.png").exists():
+    if list(place.parent.rglob(MARK)) or ABSOLUTE.exists():
         faults.append("executed")
     shutil.rmtree(place)
     return faults

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
+from helpers import write_archive
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from helpers import write_archive  # noqa: E402
 
 OPTIONS = [
     "--preset",

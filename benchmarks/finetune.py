@@ -14,10 +14,9 @@ from pathlib import Path
 import click
 
 from benchmarks.measure import machine
+from helpers import write_vae
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from helpers import write_vae  # noqa: E402
 
 FIRST = 0.128  # kimg whose loss is compared
 LATENT = ["--preset", "latent-debug", "--hidden-dim", "96", "--num-blocks", "4", "--batch", "16", "--lr", "1e-3"]

@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import runpy
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -146,3 +148,15 @@ def run_processes(code: str, folder: Path, processes: int = 2) -> str:
     done = run(str(script), processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header says so; its pixels are a few bytes of zeros."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )

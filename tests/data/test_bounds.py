@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +21,7 @@ from diffit.data.bounds import max_bytes, max_pixels
 from diffit.data.files import BrokenImageError
 from diffit.data.sources import open_source
 from diffit.errors import UserError
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    """A PNG whose header says so; its pixels are a few bytes of zeros."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+from helpers import png_claiming
 
 
 def png_archive(path: Path, meta: bytes | None = None, count: int = 3) -> Path:

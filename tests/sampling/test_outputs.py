@@ -376,7 +376,7 @@ def test_processes_that_do_not_see_the_same_folder_are_refused_at_the_start(tmp_
 OTHER_WEIGHTS = """
 import torch
 from diffit.errors import UserError
-from diffit.sampling.outputs import require_same_weights
+from diffit.sampling.outputs import fingerprint
 from diffit.utils.distributed import processes
 with processes() as procs:
     for value in (1.0, float(procs.rank)):
@@ -384,7 +384,7 @@ with processes() as procs:
         torch.nn.init.constant_(net.weight, value)
         torch.nn.init.zeros_(net.bias)
         try:
-            require_same_weights(net, "runs/mine", procs)
+            procs.require_same(fingerprint(net), "runs/mine", "weights", "name one file")
             print("<the same>")
         except UserError as error:
             print(f"<{error}>")

@@ -49,15 +49,12 @@ def studio(networks: tuple[str, ...], runs: Path | None, data: Path | None, vae:
     if importlib.util.find_spec("gradio") is None:
         raise UserError(f"the page needs gradio: {install_hint('studio')}")
     from diffit.studio import Shelf
-    from diffit.studio.app import read_auth, serve
+    from diffit.studio.app import parse_auth, read_auth, serve
     from diffit.weights import read_header
 
     auth = None if options["auth_file"] is None else read_auth(options["auth_file"])
     if auth is None and (line := os.environ.get(AUTH)):
-        user, _, password = line.partition(":")
-        if not (user and password):
-            raise UserError(f"{AUTH}: expected USER:PASSWORD; set it so, or unset it")
-        auth = [(user, password)]
+        auth = parse_auth([line], AUTH)
     for network in networks:
         read_header(network)  # a mistyped name is said here, not in the page
     shelf = Shelf(networks, runs, data, vae, keep=options["keep"])

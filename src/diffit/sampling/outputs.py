@@ -66,17 +66,6 @@ def fingerprint(net: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def require_same_weights(net: torch.nn.Module, source: str, procs: Processes) -> None:
-    """UserError unless all processes hold the same: while a run trains, one may have found a newer snapshot of it."""
-    if procs.count == 1:
-        return
-    mine = fingerprint(net)
-    first = procs.broadcast(mine)
-    with procs.together():
-        if mine != first:
-            raise UserError(f"{source}: {socket.gethostname()} has other weights there than process 0; name one file")
-
-
 class Output(Protocol):
     """Takes the images of a job in any order; what an interrupted one has finished is ``done`` the next time.
 

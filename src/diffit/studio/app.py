@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: no request leaves the machine
@@ -118,7 +119,12 @@ def read_auth(path: Path) -> list[tuple[str, str]]:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--auth-file {path}: cannot be read ({error})") from None
-    pairs = [tuple(line.split(":", 1)) for line in lines]
-    if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise UserError(f"--auth-file {path}: expected lines of USER:PASSWORD, and at least one")
-    return [(str(user), str(password)) for user, password in pairs]
+    return parse_auth(lines, f"--auth-file {path}")
+
+
+def parse_auth(lines: Sequence[str], origin: str) -> list[tuple[str, str]]:
+    """Each line's ``USER:PASSWORD``. Raises :class:`UserError`, which quotes none of them."""
+    found = [line.partition(":") for line in lines]
+    if not found or not all(user and password for user, _, password in found):
+        raise UserError(f"{origin}: expected lines of USER:PASSWORD, and at least one")
+    return [(user, password) for user, _, password in found]

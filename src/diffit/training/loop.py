@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from diffit.configs.schema import Config
 from diffit.data.open import Archive
-from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.training.batches import feed, fits, microbatches
 from diffit.training.checkpoint import read_progress
@@ -60,7 +58,7 @@ def train(
     began, procs = time.monotonic(), (procs or alone()).impatient(config.training.timeout_minutes)
     precision = check_precision(config.training.precision, procs.device)
     require_tracker(config.training.track)
-    require_same_data(config, archive, procs)
+    procs.require_same(config.data.content, archive.path, "images", "copy the archive again")
     with ExitStack() as held, torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
         with procs.together():
             state = find_state(config, Path(outdir), resume, held) if procs.is_first else None
@@ -104,16 +102,6 @@ def train(
             except Stopped:
                 interrupted = True
             return run.finish(interrupted)
-
-
-def require_same_data(config: Config, archive: Archive, procs: Processes) -> None:
-    """UserError unless all processes have opened the same images: nodes may each have a copy on a disk of their own."""
-    first = procs.broadcast(config.data.content)
-    with procs.together():
-        if config.data.content != first:
-            raise UserError(
-                f"{archive.path}: {socket.gethostname()} has other images there than process 0; copy the archive again"
-            )
 
 
 def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None, held: ExitStack) -> Path:

@@ -3,10 +3,12 @@
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,16 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
         return box[0]
+
+    def require_same(self, value: Any, place: str | Path, things: str, remedy: str) -> None:
+        """UserError on all unless each finds the ``value`` (JSON-like) of process 0 in the ``things`` at ``place``.
+
+        Nodes may each have a copy on a disk of their own, or read while another writes.
+        """
+        first = self.broadcast(value)
+        with self.together():
+            if value != first:
+                raise UserError(f"{place}: {socket.gethostname()} has other {things} there than process 0; {remedy}")
 
     def wait_for_first(self) -> None:
         """Until the first process, which may work alone for long, comes here too; then for each other as in a step."""
