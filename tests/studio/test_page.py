@@ -59,6 +59,11 @@ def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+def vary_and_inpaint(page) -> None:
+    tab(page, "Explore")
+    tab(page, "Vary and inpaint")
+
+
 def choose(page, place: str, value: str, which: int = 0) -> None:
     field = page.locator(f"{place}:visible input").nth(which)
     field.fill(value)
@@ -103,7 +108,7 @@ def test_a_class_is_sampled_watched_cancelled_and_remembered(page, shelf):
     page.wait_for_function("before => document.querySelector('#status').innerText !== before", arg=first)
     page.locator("#samples img").wait_for()  # it appears while it is denoised
     page.locator("#cancel").click()
-    text_of(page, "#status", "cancelled")
+    text_of(page, "#status", "not finished")
     fill(page, "Steps", 3)
     page.locator("#sample").click()  # the place of the cancelled one is free
     text_of(page, "#status", "5 evaluations each")
@@ -126,8 +131,7 @@ def test_a_slider_goes_from_one_sample_to_the_other(page):
 
 
 def test_an_image_is_changed_where_it_was_painted_on(page):
-    tab(page, "Explore")
-    tab(page, "Vary and inpaint")
+    vary_and_inpaint(page)
     page.locator("#take").click()
     text_of(page, "#edit-status", "The sample of seed 0")
     paint(page)
@@ -160,8 +164,7 @@ def is_brushed(canvas) -> bool:
 
 
 def test_an_upload_that_is_no_image_is_said_in_one_line(page, tmp_path):
-    tab(page, "Explore")
-    tab(page, "Vary and inpaint")
+    vary_and_inpaint(page)
     (tmp_path / "a.png").write_text("just text")
     upload(page, tmp_path / "a.png")
     assert "not an image of a known format" in said(page)

@@ -25,7 +25,19 @@ DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 """Events that compute wait in one queue: the device does one thing at a time."""
 PRIVATE: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 """Events that only change what is shown: at once, and not for scripts."""
+UNFINISHED = "not finished"
 GRID_SIDE = 512  # pixels that a grid of small images is enlarged towards
+
+
+def let_cancel(button: gr.Button, status: gr.Markdown, *events: Any) -> None:
+    """``button`` cancels the ``events``; the status then says so, and does as well where one of them failed.
+
+    By an output of the button's own it would say so too early: Gradio drops a click that comes before it has taken back
+    the event.
+    """
+    button.click(None, cancels=list(events), **PRIVATE)
+    for event in events:
+        event.failure(lambda: UNFINISHED, None, status, **PRIVATE)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from diffit.explore.pictures import difference, numbers_of_difference
 from diffit.sampling.cost import count_evaluations
 from diffit.sampling.labels import class_title
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, PRIVATE, checked, grid_picture
+from diffit.studio.common import DEVICE, checked, grid_picture, let_cancel
 from diffit.studio.controls import ask, class_list, network_list, solver_controls
 from diffit.studio.request import Request
 from diffit.studio.shelf import MAX_IMAGES, Shelf
@@ -121,4 +121,4 @@ def build(shelf: Shelf) -> None:
         checked(partial(compare, shelf)), inputs, [*pictures, table, status],
         api_name="compare", show_progress="minimal", show_progress_on=status, **DEVICE,
     )  # fmt: skip
-    cancel.click(lambda: "cancelled", None, status, cancels=[event], **PRIVATE)
+    let_cancel(cancel, status, event)

@@ -15,7 +15,7 @@ from diffit.explore.edit import inpaint, noise_levels, vary
 from diffit.explore.interpolate import interpolate
 from diffit.explore.pictures import picture
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, PRIVATE, Scratch, checked, grid_picture
+from diffit.studio.common import DEVICE, PRIVATE, Scratch, checked, grid_picture, let_cancel
 from diffit.studio.controls import class_list, network_list, prepared, steps_field
 from diffit.studio.request import class_of, real, seed_of, whole
 from diffit.studio.shelf import Shelf
@@ -166,7 +166,7 @@ def _build_between(shelf: Shelf, scratch: Scratch, network: gr.Dropdown) -> None
         checked(run), [network, *ends, frames, steps], [strip, pictures, animation, status, frame, position],
         api_name="interpolate", show_progress="minimal", show_progress_on=status, **DEVICE,
     )  # fmt: skip
-    cancel.click(lambda: "cancelled", None, status, cancels=[event], **PRIVATE)
+    let_cancel(cancel, status, event)
     position.input(frame_at, [pictures, position], frame, **PRIVATE)
 
 
@@ -214,4 +214,4 @@ def _build_edit(shelf: Shelf, network: gr.Dropdown) -> None:
     take.click(checked(partial(take_sample, shelf)), [network, label, seed], start, api_name="take", **how)
     varied = change.click(checked(vary_it), [level, *asked], shown, api_name="vary", **how)
     inpainted = paint.click(checked(paint_it), [drawing, again, *asked], shown, api_name="inpaint", **how)
-    cancel.click(lambda: "cancelled", None, status, cancels=[varied, inpainted], **PRIVATE)
+    let_cancel(cancel, status, varied, inpainted)

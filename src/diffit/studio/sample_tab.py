@@ -16,7 +16,7 @@ from diffit.errors import UserError, printable
 from diffit.sampling.cost import count_evaluations
 from diffit.sampling.labels import class_title
 from diffit.sampling.model import Model
-from diffit.studio.common import DEVICE, PRIVATE, Scratch, checked, escape, grid_picture
+from diffit.studio.common import DEVICE, PRIVATE, Scratch, checked, escape, grid_picture, let_cancel
 from diffit.studio.controls import ask, chooser, config_of, solver_controls, solver_values
 from diffit.studio.request import RANDOM, Request
 from diffit.studio.shelf import MAX_IMAGES, Shelf
@@ -153,7 +153,7 @@ def build(page: gr.Blocks, shelf: Shelf, scratch: Scratch) -> None:
         api_name="sample", show_progress="minimal", show_progress_on=status, **DEVICE,
     )  # fmt: skip
     event.success(remember, [history, request], [history, past], **PRIVATE)
-    cancel.click(lambda: "cancelled", None, status, cancels=[event], **PRIVATE)
+    let_cancel(cancel, status, event)
     page.load(lambda saved: remember(saved, None), history, [history, past], **PRIVATE)
     past.input(checked(partial(recall, shelf)), [history, past], inputs, **PRIVATE)
 
