@@ -38,8 +38,8 @@ mutants: $(READY)
 faults: $(READY)
 	$(BIN)/python -m benchmarks.faults_training
 	$(BIN)/python -m benchmarks.faults_hostile
-	$(BIN)/python -m benchmarks.faults_files 5000
-	$(BIN)/python -m benchmarks.faults_options --count 1500
+	$(BIN)/python -m benchmarks.faults_files 5000 & \
+	$(BIN)/python -m benchmarks.faults_options --count 1500; options=$$?; wait $$! && exit $$options
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 …")'

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -223,9 +225,12 @@ def kills(count: int, seed: int) -> Row:
     return Row("SIGKILL at random moments", count, "the same bytes at the end, nothing left over", tuple(failures))
 
 
-CASES = [("step", ("--kimg", "50")), ("start-up", ("--kimg", "50")),
-         ("grid", ("--kimg", "50", "--grid", "48x48", "--snap", "1")),
-         ("metric", ("--kimg", "50", "--metrics", "kd20000_full:pixels", "--metrics-ticks", "1"))]  # fmt: skip
+CASES = {
+    "step": ("--kimg", "50"),
+    "start-up": ("--kimg", "50"),
+    "grid": ("--kimg", "50", "--grid", "48x48", "--snap", "1"),
+    "metric": ("--kimg", "50", "--metrics", "kd20000_full:pixels", "--metrics-ticks", "1"),
+}
 MARKS = {
     "step": "stats.jsonl",
     "start-up": "reals.png",
@@ -234,45 +239,43 @@ MARKS = {
 }
 
 
-def signals(processes: int, numbers: list[int], streamed: bool, phases: Sequence[str] = tuple(MARKS)) -> Iterator[Row]:
-    """Each signal in each phase, with steps of four seconds; the time until all processes are gone."""
-    for phase, options in [case for case in CASES if case[0] in phases]:
-        for number in numbers:
-            place, failures, name = Place(), [], "run"
-            process = place.start(
-                name, *options, processes=processes, seconds=4.0 if phase == "step" else 0.05, streamed=streamed
-            )
-            reached = place.wait_for(name, MARKS[phase], 120)
-            time.sleep(0.3)
-            below, began = family(process), time.monotonic()
-            process.send_signal(number)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                failures.append("still there after 60 s")
-                process.kill()
-            took = time.monotonic() - began
-            _, alive = psutil.wait_procs(below, timeout=6)  # loader processes look for their parent every five seconds
-            states = place.states(name)
-            if not reached:
-                failures.append(f"{phase} was not reached")
-            if took > 20:
-                failures.append(f"took {took:.0f} s")
-            if processes == 1 and process.returncode != 128 + number:
-                failures.append(f"exit status {process.returncode}")
-            if alive:
-                failures.append(f"{len(alive)} orphans")
-                for orphan in alive:
-                    orphan.kill()
-            if not states:
-                failures.append("no state")
-            if "Traceback" in place.log(name).split("torch/distributed/elastic")[0] and processes == 1:
-                failures.append("a traceback")
-            logged = place.log(name)[-1500:]
-            seen = f"gone in {took:.1f} s, {len(states)} states, exit {process.returncode}"
-            kind = f"{signal.Signals(number).name} in a {phase}, {processes} process{'es' if processes > 1 else ''}"
-            yield Row(kind + (", streamed" if streamed else ""), 1, seen, tuple(f"{f}\n{logged}" for f in failures))
-            place.close()
+def signalled(processes: int, number: int, streamed: bool, phase: str) -> Row:
+    """A signal in a phase, with steps of four seconds; the time until all processes are gone."""
+    options, place, failures, name = CASES[phase], Place(), list[str](), "run"
+    process = place.start(
+        name, *options, processes=processes, seconds=4.0 if phase == "step" else 0.05, streamed=streamed
+    )
+    reached = place.wait_for(name, MARKS[phase], 120)
+    time.sleep(0.3)
+    below, began = family(process), time.monotonic()
+    process.send_signal(number)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        failures.append("still there after 60 s")
+        process.kill()
+    took = time.monotonic() - began
+    _, alive = psutil.wait_procs(below, timeout=6)  # loader processes look for their parent every five seconds
+    states = place.states(name)
+    if not reached:
+        failures.append(f"{phase} was not reached")
+    if took > 20:
+        failures.append(f"took {took:.0f} s")
+    if processes == 1 and process.returncode != 128 + number:
+        failures.append(f"exit status {process.returncode}")
+    if alive:
+        failures.append(f"{len(alive)} orphans")
+        for orphan in alive:
+            orphan.kill()
+    if not states:
+        failures.append("no state")
+    if "Traceback" in place.log(name).split("torch/distributed/elastic")[0] and processes == 1:
+        failures.append("a traceback")
+    logged = place.log(name)[-1500:]
+    seen = f"gone in {took:.1f} s, {len(states)} states, exit {process.returncode}"
+    kind = f"{signal.Signals(number).name} in a {phase}, {processes} process{'es' if processes > 1 else ''}"
+    place.close()
+    return Row(kind + (", streamed" if streamed else ""), 1, seen, tuple(f"{f}\n{logged}" for f in failures))
 
 
 def lost_rank(number: int, timeout_minutes: float) -> Row:
@@ -379,12 +382,12 @@ def full_disk(sizes: list[int]) -> Row:
     return Row("a full disk", len(sizes), f"{full} times one line; the same bytes once there is room", tuple(failures))
 
 
-def broken_disk(calls: int) -> Row:
-    """EIO at every so-manieth fsync; then the disk is well again and the same command goes on."""
+def broken_disk(calls: Sequence[int]) -> Row:
+    """EIO at the fsync of each of these numbers; then the disk is well again and the same command goes on."""
     place, failures, said = Place(), [], 0
     place.start("whole", "--kimg", "0.16").wait()
     expected = content(place.run_dir("whole"))  # type: ignore[arg-type]
-    for call in range(1, calls + 1):
+    for call in calls:
         name = f"broken{call}"
         words = [sys.executable, "-c", BROKEN, call, "train", "--outdir", place.folder / name]
         words += ["--data", place.data, *OPTIONS, "--kimg", "0.16"]
@@ -395,7 +398,7 @@ def broken_disk(calls: int) -> Row:
         place.start(name, "--kimg", "0.16").wait()
         failures += [f"call {call}: {wrong}" for wrong in unlike(place, name, expected)]
     place.close()
-    return Row("a disk that breaks", calls, f"{said} times one line; the same bytes afterwards", tuple(failures))
+    return Row("a disk that breaks", len(calls), f"{said} times one line; the same bytes afterwards", tuple(failures))
 
 
 def writers() -> Row:
@@ -481,29 +484,40 @@ def pairs(count: int) -> Row:
     return Row("two of the same command at once", count, f"{told} times the second was told", tuple(failures))
 
 
-def run(*, whole: bool) -> Iterator[Row]:
+def rows(*, whole: bool) -> Iterator[Callable[[], Row]]:
     """All rows; not ``whole`` is a short form."""
-    yield kills(50 if whole else 3, 0)
+    # Ten at a time, each with a seed of its own, that no row takes much longer than the others.
+    yield from (partial(kills, 10 if whole else 3, seed) for seed in range(5 if whole else 1))
     one = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] if whole else [signal.SIGTERM]
     for processes, streamed in ((1, False), (1, True), (2, False), (2, True)) if whole else ((2, False),):
-        yield from signals(processes, one, streamed)
-    yield lost_rank(signal.SIGKILL, 0.5)
-    yield lost_rank(signal.SIGSTOP, 0.25)
+        yield from (partial(signalled, processes, number, streamed, phase) for phase in CASES for number in one)
+    yield partial(lost_rank, signal.SIGKILL, 0.5)
+    yield partial(lost_rank, signal.SIGSTOP, 0.25)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV) if whole else (signal.SIGKILL,):
-        yield lost_worker(number)
-    yield worlds()
+        yield partial(lost_worker, number)
+    yield worlds
     for factor in ("100", "1e30", "nan") if whole else ("1e30",):
-        for processes in (1, 2):
-            yield spikes(factor, processes)
-    yield broken_disk(30 if whole else 2)
-    yield pairs(16 if whole else 2)
+        yield from (partial(spikes, factor, processes) for processes in (1, 2))
+    yield from (
+        partial(broken_disk, range(first, first + 10 if whole else 3)) for first in ((1, 11, 21) if whole else (1,))
+    )
+    yield partial(pairs, 16 if whole else 2)
     if os.geteuid() == 0:
-        yield full_disk([64, *range(300, 3200, 100)] if whole else [64, 600])
-        yield writers()
+        sizes = [64, *range(300, 3200, 100)] if whole else [64, 600]
+        yield from (partial(full_disk, sizes[part::3]) for part in range(3))
+        yield writers
+
+
+def main() -> int:
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each row waits for processes of its own
+        for row in pool.map(lambda inject: inject(), rows(whole="--short" not in sys.argv)):
+            print(f"{'FAILED' if row.failures else 'ok':7}{row.fault:55}{row.tried:4}  {row.seen}", flush=True)
+            for failure in row.failures:
+                print(f"         {failure}")
+            failed += bool(row.failures)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    for row in run(whole="--short" not in sys.argv):
-        print(f"{'FAILED' if row.failures else 'ok':7}{row.fault:55}{row.tried:4}  {row.seen}", flush=True)
-        for failure in row.failures:
-            print(f"         {failure}")
+    sys.exit(main())

@@ -42,7 +42,7 @@ MAPS = (
 TOLERANCE = 4
 """On the errors of gradients, in multiples of those of plain matrix products in the same precision."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MANY = MAX_WINDOWS + 1000
+MANY = MAX_WINDOWS + 1000 if GPU else 1000
 BUCKET = 25_000_000 if GPU else 250_000  # numbers of an all-reduce
 
 
