@@ -42,7 +42,7 @@ class Console:
         self.log, self.stepper, self.total = log, stepper, total_images
         self.console = _Terminal(quiet=log is None, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
-        self.interval = 1.0 if self.live else 15.0
+        self.interval = 1.0 if self.live else 60.0
         self.first, self.steps = stepper.images_seen, 0
         self.saved = "everything saved"
         self.began = self.updated = time.monotonic()
@@ -141,12 +141,12 @@ class Console:
     def show(self, images_seen: int, loss: float, now: float) -> None:
         rate = (images_seen - self.first) / (now - self.began)
         left = duration(self._seconds_left(images_seen, rate))
-        note = f"loss {loss:.4f}   {rate:.1f} img/s   {left} left"
+        pace = f"{rate:.1f} img/s   {left} left"
         if self.live:
             kimg = f"{images_seen / 1000:.1f}/{self.total / 1000:g}"
-            self.bar.update(self.task, completed=images_seen, kimg=kimg, note=note)
-        else:
-            self.say(f"{images_seen / 1000:.2f} kimg   {note}")
+            self.bar.update(self.task, completed=images_seen, kimg=kimg, note=f"loss {loss:.4f}   {pace}")
+        else:  # the loss, a mean over many steps, is in the lines of ticks
+            self.say(f"{images_seen / 1000:.2f} of {self.total / 1000:g} kimg   {pace}")
 
     def _seconds_left(self, images_seen: int, rate: float) -> float:
         """Until the last image, or until the clock ends the run."""
