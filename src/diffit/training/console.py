@@ -25,7 +25,7 @@ from diffit.training.usual import usual_loss
 from diffit.utils.progress import duration, minutes_text
 
 GIB = 2**30
-MANY_EPOCHS, FEW_IMAGES = 200, 20_000
+MANY_EPOCHS, FEW_IMAGES = 100, 20_000
 
 
 class _Terminal(rich.console.Console):
