@@ -245,7 +245,7 @@ def signalled(processes: int, number: int, streamed: bool, phase: str) -> Row:
     process = place.start(
         name, *options, processes=processes, seconds=4.0 if phase == "step" else 0.05, streamed=streamed
     )
-    reached = place.wait_for(name, MARKS[phase], 120)
+    reached = place.wait_for(name, MARKS[phase], 300)
     time.sleep(0.3)
     below, began = family(process), time.monotonic()
     process.send_signal(number)
