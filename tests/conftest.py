@@ -9,12 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any client reads it: no test may de
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that each use all cores stand in line
     os.environ["OMP_NUM_THREADS"] = "1"
 
-
-def pytest_xdist_auto_num_workers(config):
-    """One more than cores: many tests wait for processes of their own, or for a browser."""
-    return os.cpu_count() + 1
-
-
 settings.register_profile("diffit", deadline=None, derandomize=True)
 settings.load_profile("diffit")
 
