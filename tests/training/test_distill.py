@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -12,9 +14,12 @@ from diffit.cli import cli
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data.archive import ImageArchive
+from diffit.data.encode import encode_archive
+from diffit.data.open import facts_of, open_data
 from diffit.diffusion.edm import edm_sigmas
 from diffit.errors import UserError
 from diffit.models import build
+from diffit.models.autoencoder import load_autoencoder
 from diffit.sampling import load
 from diffit.training import loop
 from diffit.training.checkpoint import states
@@ -23,7 +28,7 @@ from diffit.training.step import learning_rate
 from diffit.utils.distributed import Processes
 from diffit.weights import newest_snapshot, read_header, save_network
 from diffit.weights.file import state_hash
-from helpers import command, write_archive
+from helpers import command, write_archive, write_vae
 
 ONE = Processes(0, 1, torch.device("cpu"))
 SHORT = {"kimg": 0.048, "batch_gpu": 4, "grid": (2, 2), "metrics": ()}
@@ -246,6 +251,37 @@ def test_a_discrete_schedule_is_halved_and_its_student_sampled_by_ddim(pets, tmp
         "epsilon",
         "v",
     )
+
+
+@pytest.mark.slow
+def test_the_student_of_a_latent_model_is_nearer_to_its_trajectories_than_its_own_two_steps(tmp_path):
+    """Latents of a small VAE whose posterior is narrow, scaled to a deviation of one."""
+    folder, pets = write_vae(tmp_path / "vae"), write_archive(tmp_path / "pets.zip", 96, side=32)
+    vae = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] *= 0.1
+        vae.quant_conv.bias[4:] = -8
+        images = ImageArchive(pets).load_all().float() / 127.5 - 1
+        deviation = float(vae.encode(images).latent_dist.mean.std())
+    vae.save_pretrained(folder)
+    autoencoder, latents = load_autoencoder(folder, scale=1 / deviation), tmp_path / "latents"
+    encode_archive(pets, latents, autoencoder, shard_size=100)
+    data = open_data(latents, True, None)
+    options = {"data": str(latents), "vae": str(folder), "batch": 16, "grid": (2, 2), "lr": 2e-3, "lr_rampup_kimg": 0.1}
+    options |= {"ema_halflife_kimg": 0.2, "cond": True, "label_drop": 0.0, "metrics": ()}
+    config = resolve("latent-debug", {**options, "prediction": "v", "kimg": 8.0}, facts_of(data))
+    teacher = newest_snapshot(loop.train(config, data, tmp_path / "runs", ONE, autoencoder=autoencoder).run_dir)
+    order = Order(teacher, "progressive", (2,), {**options, "lr": 1e-3, "kimg": 4.0})
+    _, (student,) = distill(order, data, tmp_path / "students", ONE, autoencoder=autoencoder)
+
+    def sampled(network, **settings):
+        model = replace(load(network, device="cpu", vae=folder), autoencoder=None)
+        return model.sample(range(48), torch.arange(48) % 3, **settings)
+
+    how = {"sampler": "ddim", "spacing": "trailing"}
+    fine = sampled(teacher, steps=16, **how)
+    own, taught = ((x - fine).square().mean() for x in (sampled(teacher, steps=2, **how), sampled(student)))
+    assert taught < 0.7 * own
 
 
 def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_the_run():
