@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # whose helpers write the small archives here too
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose helpers write the small archives here too

@@ -498,13 +498,13 @@ def rows(*, whole: bool) -> Iterator[Callable[[], Row]]:
     yield worlds
     for factor in ("100", "1e30", "nan") if whole else ("1e30",):
         yield from (partial(spikes, factor, processes) for processes in (1, 2))
-    yield from (
-        partial(broken_disk, range(first, first + 10 if whole else 3)) for first in ((1, 11, 21) if whole else (1,))
-    )
+    calls = [range(1, 11), range(11, 21), range(21, 31)] if whole else [range(1, 3)]
+    yield from (partial(broken_disk, part) for part in calls)
     yield partial(pairs, 16 if whole else 2)
     if os.geteuid() == 0:
         sizes = [64, *range(300, 3200, 100)] if whole else [64, 600]
-        yield from (partial(full_disk, sizes[part::3]) for part in range(3))
+        parts = 3 if whole else 1
+        yield from (partial(full_disk, sizes[part::parts]) for part in range(parts))
         yield writers
 
 

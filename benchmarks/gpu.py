@@ -70,7 +70,7 @@ def gradients(layer: TMSA, x: torch.Tensor, cond: torch.Tensor, dtype: torch.dty
 def attention() -> dict[str, dict[str, float]]:
     """The largest error of a gradient, in multiples of its largest value, of each path and of plain products."""
     cases: list[tuple[int, int | None, int, int, int]] = [(side, window, 2, 64, 4) for side, window in MAPS]
-    cases.append((4, 2, MANY // 4 + 1, 8, 1))  # more windows than a kernel takes at a time
+    cases.append((4, 2, MANY // 4 + 1, 8, 1))  # on a GPU more windows than a kernel takes at a time
     found: dict[str, dict[str, float]] = {}
     for side, window, batch, dim, heads in cases:
         torch.manual_seed(0)

@@ -97,7 +97,7 @@ def test_a_discrete_schedule_for_pixels_brings_a_sampler_and_clips(name):
 
 
 def test_the_latent_model_has_no_edm():
-    with pytest.raises(UserError, match="--diffusion edm: the latent model predicts noise"):
+    with pytest.raises(UserError, match="--diffusion edm: the latent model has a discrete schedule"):
         resolve("latent-s", {"diffusion": "edm"})
     assert resolve("cifar10", {"diffusion": "edm"}) == resolve("cifar10", {})
 

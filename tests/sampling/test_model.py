@@ -6,12 +6,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffit.configs.presets import get_preset
+from diffit.configs.resolve import DataFacts, resolve
 from diffit.configs.schema import Config, Sampling
+from diffit.diffusion.adm import schedule_of
 from diffit.diffusion.edm import denoiser, edm_sigmas
 from diffit.diffusion.samplers import euler, heun
 from diffit.models.image import ImageDiffiT
 from diffit.sampling.labels import random_labels
-from diffit.sampling.model import sample
+from diffit.sampling.model import Model, sample
 from diffit.utils.images import to_float, to_uint8
 from diffit.utils.precision import resolve_precision
 from diffit.utils.randomness import PerSampleNoise
@@ -156,3 +158,29 @@ def test_floats_go_to_the_nearest_level(dtype):
     shifts = torch.tensor([-0.49, 0.49], dtype=dtype)[:, None]
     assert torch.equal(to_uint8((levels + shifts) / 127.5 - 1), levels.to(torch.uint8).expand(2, -1))
     assert to_uint8(torch.tensor([-7.0, 7.0, -1.01, 1.01], dtype=dtype)).tolist() == [0, 255, 0, 255]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_a_network_of_v_samples_as_the_network_of_its_noise(sampler):
+    """Of a Gaussian for each class, guided: v = (ε − √(1 − ᾱ)·x)/√ᾱ, which follows from ε = √ᾱ·v + √(1 − ᾱ)·x."""
+    config = resolve("debug", {"diffusion": "linear", "cond": True}, DataFacts(3, (16, 16), 3))
+    alpha_bar = schedule_of(config.diffusion).alpha_bar.float()
+
+    def noise_of(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        a = alpha_bar[t.long()].reshape(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (x - a.sqrt() * labels.reshape(-1, 1, 1, 1) / 8) / (a / 4 + 1 - a)
+
+    def v_of(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        a = alpha_bar[t.long()].reshape(-1, 1, 1, 1)
+        return (noise_of(x, t, labels) - (1 - a).sqrt() * x) / a.sqrt()
+
+    diffusion = config.diffusion.model_copy(update={"prediction": "v"})
+    found = []
+    for net, config_of_net in ((noise_of, config), (v_of, config.model_copy(update={"diffusion": diffusion}))):
+        model = Model(net, config_of_net).with_sampling(sampler=sampler, steps=20, cfg_scale=1.5)
+        found.append(
+            model.sample(
+                [0, 1, 2], [0, 1, 2], noise=torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+            )
+        )
+    assert_close(*found, rtol=0, atol=1e-4)

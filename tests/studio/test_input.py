@@ -312,5 +312,5 @@ def test_a_long_run_keeps_every_curve_when_it_is_thinned(tmp_path):
 @pytest.mark.parametrize("line", ["secret", "user:", ":secret"])
 def test_a_password_that_cannot_be_one_is_refused_rather_than_left_out(shelf, line, monkeypatch):
     monkeypatch.setenv("DIFFIT_STUDIO_AUTH", line)
-    with pytest.raises(UserError, match=r"^DIFFIT_STUDIO_AUTH: expected lines of USER:PASSWORD"):
+    with pytest.raises(UserError, match=r"^DIFFIT_STUDIO_AUTH: expected USER:PASSWORD"):
         cli(["studio", "--runs", str(shelf.runs_dir)], standalone_mode=False)

@@ -85,6 +85,14 @@ def test_position_biases_are_the_same_function_of_the_place_on_a_larger_map(tmp_
     assert "position biases resampled" in line
 
 
+def test_another_prediction_is_said(tmp_path):
+    source = resolve("debug", {"diffusion": "cosine"})
+    v = resolve("debug", {"diffusion": "cosine", "prediction": "v"})
+    assert "it predicted epsilon, this network predicts v" in begin(tmp_path, source, v)[2]
+    assert "predict" not in begin(tmp_path, source, source)[2]
+    assert "it predicted as EDM does, this network predicts v" in begin(tmp_path, resolve("debug", {}), v)[2]
+
+
 def test_one_stage_more_is_put_below_the_others(tmp_path):
     source, target = (resolve("small32", {"resolution": (side, side)}) for side in (32, 64))
     old, new, line = begin(tmp_path, source, target)

@@ -253,6 +253,14 @@ def test_a_model_without_a_trained_null_class_does_not_become_official(tmp_path)
     assert not (tmp_path / "official.safetensors").exists()
 
 
+def test_a_model_that_predicts_v_does_not_become_official(tmp_path):
+    config = config_of()
+    diffusion = config.diffusion.model_copy(update={"prediction": "v"})
+    network = write_network(tmp_path / "net.safetensors", config.model_copy(update={"diffusion": diffusion}))
+    with pytest.raises(UserError, match=r"another noise schedule, prediction or scale.*hub-folder"):
+        export(network, "official", tmp_path / "official.safetensors")
+
+
 def test_names_in_a_model_card_are_text_and_nothing_else(tmp_path):
     names = ("<script>alert(1)</script>", "[free](https://example.org)", "a\n# Licence\nfree\x1b[2J")
     data = Data(path="/home/alice/<img src=x>.zip", cond=True, class_names=names)

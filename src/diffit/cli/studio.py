@@ -54,7 +54,7 @@ def studio(networks: tuple[str, ...], runs: Path | None, data: Path | None, vae:
 
     auth = None if options["auth_file"] is None else read_auth(options["auth_file"])
     if auth is None and (line := os.environ.get(AUTH)):
-        auth = parse_auth([line], AUTH)
+        auth = parse_auth([line], f"{AUTH}: expected USER:PASSWORD; set it so, or unset it")
     for network in networks:
         read_header(network)  # a mistyped name is said here, not in the page
     shelf = Shelf(networks, runs, data, vae, keep=options["keep"])

@@ -126,7 +126,7 @@ OPTIONS: Options = {
         click.option("--diffusion", type=click.Choice(["edm", "cosine", "linear"]),
                      help="EDM, or a discrete schedule.  [default: the preset's]"),
         click.option("--prediction", type=click.Choice(["epsilon", "v"]),
-                     help="The network's target on a discrete schedule.  [default: the preset's, epsilon]"),
+                     help="Target on a discrete schedule: the noise, or v.  [default: the preset's, epsilon]"),
         click.option("--P-mean", "P_mean", type=float, help="Mean of ln sigma in training (EDM).  [default: -1.2]"),
         click.option("--P-std", "P_std", type=float, help="Standard deviation of ln sigma (EDM).  [default: 1.2]"),
         click.option("--cfg-scale", type=float, help="Guidance scale that the file will be sampled with by default."),

@@ -200,7 +200,7 @@ def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> No
     """Put the named diffusion in, and a sampler that suits it; or another noise distribution of EDM's."""
     name, was_edm = options.get("diffusion"), changed["diffusion"]["kind"] == "edm"
     if name == "edm" and not was_edm:
-        raise UserError("--diffusion edm: the latent model predicts noise on a discrete schedule; use linear or cosine")
+        raise UserError("--diffusion edm: the latent model has a discrete schedule; use linear or cosine")
     if name not in (None, "edm"):
         changed["diffusion"] = ADMDiffusion(schedule=name, clip=was_edm).model_dump()
         if was_edm:
@@ -208,8 +208,8 @@ def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> No
     if "prediction" in options:
         if changed["diffusion"]["kind"] == "edm":
             raise UserError(
-                f"--prediction {options['prediction']}: of a discrete schedule, EDM's preconditioning decides it "
-                "here; use --diffusion cosine or linear, or leave it out"
+                f"--prediction {options['prediction']}: only models on a discrete schedule have it, EDM's "
+                "preconditioning fixes the target; use --diffusion cosine or linear, or leave it out"
             )
         changed["diffusion"]["prediction"] = options["prediction"]
     noise = {key: options[key] for key in NOISE if key in options}

@@ -132,13 +132,16 @@ class EDMDiffusion(Frozen):
     P_std: Positive = 1.2
 
 
+Prediction = Literal["epsilon", "v"]
+
+
 class ADMDiffusion(Frozen):
     """Discrete noise schedule (arXiv 2102.09672)."""
 
     kind: Literal["adm"] = "adm"
     schedule: Literal["linear", "cosine"] = "linear"
     timesteps: Steps = 1000
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Prediction = "epsilon"
     """What the network predicts: the noise ε, or v = √ᾱ·ε − √(1 − ᾱ)·x₀ (arXiv 2202.00512, Appendix D).
 
     From ε alone x₀ is (x − √(1 − ᾱ)·ε)/√ᾱ, an error 80 times as large as that of ε at σ = 80, where a student of
@@ -418,7 +421,7 @@ class Config(Frozen):
         if (self.autoencoder is not None) != (self.model.family == "latent"):
             raise ValueError("a latent model needs an autoencoder, and only a latent model")
         if self.model.family == "latent" and self.diffusion.kind != "adm":
-            raise ValueError("a latent model predicts noise on a discrete schedule: diffusion must be of kind adm")
+            raise ValueError("a latent model has a discrete schedule: diffusion must be of kind adm")
         if self.model.family == "latent" and self.training.augment:
             raise ValueError("latents cannot be augmented: use --augment 0, and --mirror for mirror images")
         if self.diffusion.kind == "edm" and self.sampling.sampler in DISCRETE:

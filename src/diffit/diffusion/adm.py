@@ -15,11 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffit.configs.schema import ADMDiffusion
+from diffit.configs.schema import ADMDiffusion, Prediction
 from diffit.diffusion.guidance import Denoiser, like
 
 Spacing = Literal["linspace", "leading", "trailing"]
-Prediction = Literal["epsilon", "v"]
 
 TRAILING_SIGMA = 80.0
 """As EDM's highest level. The cosine schedule goes on to 20,000, where x − σε has no digit of the image left."""
@@ -211,7 +210,7 @@ def predictor(
 ) -> Predictor:
     """The network for given classes as ``predict(x, t)``, which sees ``dtype`` and answers in the dtype of x.
 
-    Of a network that predicts v on the schedule ``v_on`` the answer is its ε.
+    ``v_on`` is the schedule of a network that predicts v, whose output is turned into ε; None for one that predicts ε.
     """
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ def predictor(
 
 
 def noise_of_v(output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """ε = √ᾱ·(v + σx) in the place of v = √ᾱ·ε − √(1 − ᾱ)·x₀, with √ᾱ = 1/√(1 + σ²); a variance stays as it is."""
+    """The output with ε = √ᾱ·(v + σx), √ᾱ = 1/√(1 + σ²), in the place of v; a variance after it stays."""
     v, variance = split_output(output, x.shape[1])
     eps = like((1 + sigma**2).rsqrt(), x) * (v + like(sigma, x) * x)
     return eps if variance is None else torch.cat([eps, variance], dim=1)
@@ -282,12 +281,12 @@ class ADMLoss:
         # All but the network in float64. In float32 1 − ᾱ is off by 6e-5 at t = 0, and β − β̃, which is all that the
         # variance's gradient has to go by, by a quarter at t = 999.
         x0 = images.double()
-        signal, level_of_noise = at(schedule.alpha_bar.sqrt(), i, x0), at((1 - schedule.alpha_bar).sqrt(), i, x0)
-        x = signal * x0 + level_of_noise * noise
+        signal, spread = at(schedule.alpha_bar.sqrt(), i, x0), at((1 - schedule.alpha_bar).sqrt(), i, x0)
+        x = signal * x0 + spread * noise
         t = schedule.timesteps.to(i.device)[i].to(images.dtype)
         extra = () if augment_labels is None else (augment_labels,)
         output = net(x.to(images.dtype), t, labels, *extra).double()
-        target = noise if self.prediction == "epsilon" else signal * noise - level_of_noise * x0
+        target = noise if self.prediction == "epsilon" else signal * noise - spread * x0
         loss = (output[:, : images.shape[1]] - target).square().flatten(1).mean(1)
         if self.prediction == "v":
             output = noise_of_v(output, x, at(schedule.sigma, i, x0))

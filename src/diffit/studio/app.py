@@ -119,12 +119,12 @@ def read_auth(path: Path) -> list[tuple[str, str]]:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--auth-file {path}: cannot be read ({error})") from None
-    return parse_auth(lines, f"--auth-file {path}")
+    return parse_auth(lines, f"--auth-file {path}: expected lines of USER:PASSWORD, and at least one")
 
 
-def parse_auth(lines: Sequence[str], origin: str) -> list[tuple[str, str]]:
-    """Each line's ``USER:PASSWORD``. Raises :class:`UserError`, which quotes none of them."""
+def parse_auth(lines: Sequence[str], message: str) -> list[tuple[str, str]]:
+    """Each line's ``USER:PASSWORD``. Raises :class:`UserError` with the ``message``, which quotes none of them."""
     found = [line.partition(":") for line in lines]
     if not found or not all(user and password for user, _, password in found):
-        raise UserError(f"{origin}: expected lines of USER:PASSWORD, and at least one")
+        raise UserError(message)
     return [(user, password) for user, _, password in found]

@@ -65,7 +65,7 @@ class Processes:
         return box[0]
 
     def require_same(self, value: Any, place: str | Path, things: str, remedy: str) -> None:
-        """UserError on all unless each finds the ``value`` (JSON-like) of process 0 in the ``things`` at ``place``.
+        """UserError on all unless each has the ``value`` (JSON-like) of process 0 for the ``things`` at ``place``.
 
         Nodes may each have a copy on a disk of their own, or read while another writes.
         """

@@ -55,6 +55,9 @@ def init_from(net: DiffiT, config: Config, path: str | Path) -> str:
         notes.append("the null class is part of the time token now")
     if not carried or carried < len(own) / 4:
         raise UserError(f"--init-from {path}: {carried} of {len(own)} tensors fit; it is another network")
+    before, now = (getattr(each.diffusion, "prediction", "as EDM does") for each in (source, config))
+    if before != now:
+        notes.append(f"it predicted {before}, this network predicts {now}")
     line = f"{Path(path).name}: {carried} of {len(own) - (FIXED in own)} tensors carried over"
     if notes:
         line += f" ({'; '.join(dict.fromkeys(notes))})"
