@@ -23,7 +23,8 @@ def watched(model: Model, work: Callable[[Callback], Tensor], steps: int) -> Ite
     for progress in live(work):
         if progress.result is not None:
             yield progress.result, ""
-        elif progress.denoised is not None and time.monotonic() - shown >= every:
+        elif progress.denoised is not None and progress.step + 1 < steps and time.monotonic() - shown >= every:
+            # Not the last step, which may be the result: Gradio would write its file anew while a browser reads it.
             x = progress.denoised.float()
             yield (
                 x if model.autoencoder is None else model.autoencoder.decode(x),
