@@ -286,8 +286,10 @@ def test_the_student_of_a_latent_model_is_nearer_to_its_trajectories_than_its_ow
 
 def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_the_run():
     training = get_preset("debug").training.model_copy(update={"lr_decay": 0.5, "lr": 1.0, "kimg": 0.08, "batch": 8})
-    rates = [learning_rate(training, seen) for seen in range(8, 88, 8)]
+    rates = [learning_rate(training, seen, 80) for seen in range(8, 88, 8)]
     assert_close(rates, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])  # ramps up over 0.04 kimg
+    cut_short = [learning_rate(training, seen, 48) for seen in range(32, 72, 8)]
+    assert_close(cut_short, [0.8, 2 / 3, 1 / 3, 1 / 3, 1 / 3])  # and never to nothing before the run is over
 
 
 def test_the_command_line_makes_a_student_and_sample_needs_no_flag(teacher, pets, tmp_path, capsys):

@@ -184,3 +184,25 @@ def test_a_run_that_goes_on_keeps_its_microbatches_or_says_that_it_cannot(tmp_pa
     assert "microbatches of 8, with which the run began, do not divide among 4 processes" in caplog.text
     asked = resolve("debug", {"kimg": 2.0, "batch_gpu": 2}, FACTS)
     assert plan(asked, archive, ONE, recorded=began).training.batch_gpu == 2
+
+
+@pytest.mark.slow
+def test_what_falls_with_the_share_that_is_done_has_fallen_where_the_clock_ends_a_run(tmp_path, monkeypatch):
+    """The rate is overrated a hundredfold; the learning rate is to fall over the whole run."""
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr("diffit.training.plan.measure", lambda config, *rest: (config, 1e4))
+    options = {"minutes": 0.15, "grid": (2, 2), "data": str(archive.path), "batch": 8, "tick": 0.008, "lr": 1e-3}
+    config = resolve("debug", options | {"lr_rampup_kimg": 0.0}, FACTS)
+    training = config.training.model_copy(update={"lr_decay": 1.0})
+    outcome = train(config.model_copy(update={"training": training}), archive, tmp_path / "runs", ONE)
+    stats = [json.loads(line) for line in (outcome.run_dir / "stats.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in stats]
+    assert rates[0] > 0.9e-3
+    assert rates[-1] < 0.2e-3
+
+
+def test_lines_of_statistics_are_seconds_apart_on_a_fast_machine(monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 3000.0)
+    assert plan(resolve("small16", {"minutes": 10.0}, FACTS), archive, ONE).training.tick == 9.0
+    assert plan(resolve("small16", {"minutes": 10.0, "tick": 2.0}, FACTS), archive, ONE).training.tick == 2.0

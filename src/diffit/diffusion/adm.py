@@ -79,8 +79,19 @@ class Schedule:
         return cls(betas, torch.arange(steps))
 
     def to(self, device: torch.device) -> "Schedule":
-        """The same with its tables on ``device``: a look-up of timesteps there needs no host–device synchronisation."""
-        return Schedule(self.betas.to(device), self.timesteps.to(device))
+        """The same with its tables on ``device``: a look-up of timesteps there needs no host–device synchronisation.
+
+        It is made once for each device, so that no evaluation of a network waits for it.
+        """
+        if device == self.betas.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Schedule(self.betas.to(device), self.timesteps.to(device))
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, "Schedule"]:
+        return {}
 
     def respace(self, steps: int, spacing: Spacing = "linspace") -> "Schedule":
         """The schedule of fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`.
@@ -112,6 +123,11 @@ class Schedule:
         return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
     @cached_property
+    def log_sigma(self) -> Tensor:
+        """ln σ, ``(S,)``."""
+        return self.sigma.log()
+
+    @cached_property
     def posterior_variance(self) -> Tensor:
         """β̃ = β(1 − ᾱ₋₁)/(1 − ᾱ) (DDPM, Eq. 7), ``(S,)``."""
         return self.betas * (1 - self.alpha_bar_before) / (1 - self.alpha_bar)
@@ -138,12 +154,14 @@ class Schedule:
 
     def timestep_of(self, sigma: Tensor) -> Tensor:
         """The fractional original timestep of a noise level, by linear interpolation in ln σ; like ``sigma``."""
-        table = self.sigma.log().to(sigma.device)
-        return interpolate(sigma.double().log().clamp(table[0], table[-1]), table, self.timesteps.to(table))
+        there = self.to(sigma.device)
+        levels = there.log_sigma
+        return interpolate(sigma.double().log().clamp(levels[0], levels[-1]), levels, there.timesteps.double())
 
     def sigma_of(self, t: Tensor) -> Tensor:
         """The inverse of :meth:`timestep_of`, float64 on the device of ``t``."""
-        return interpolate(t.double(), self.timesteps.to(t.device).double(), self.sigma.log().to(t.device)).exp()
+        there = self.to(t.device)
+        return interpolate(t.double(), there.timesteps.double(), there.log_sigma).exp()
 
     def posterior_mean(self, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
         """Mean of q(x₋₁ | x, x₀) at step ``i`` (DDPM, Eq. 7)."""

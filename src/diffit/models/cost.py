@@ -51,6 +51,7 @@ def count_work(config: Config) -> Work:
 
 FLOAT = 4  # bytes
 STATE_COPIES = 5  # of the weights' size: weights, gradients, two moments, average
+FORWARDS = 3  # evaluations in the time of a training step's forward and backward passes
 OVERHEAD = {"cpu": 1.25, "cuda": 1.0}
 """What kernels and the allocator take on top of activations, measured on a CPU: ``python -m benchmarks.memory``."""
 

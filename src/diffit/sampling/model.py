@@ -62,10 +62,12 @@ class Model:
         if diffusion.kind == "edm":
             return self._guide(partial(edm.denoiser, self.net, sigma_data=diffusion.sigma_data), labels)
         schedule = schedule_of(diffusion)
-        return adm.denoiser(self._guide(self._predictor(diffusion), labels, schedule), schedule, clip=diffusion.clip)
+        return adm.denoiser(
+            self._guide(self._predictor(diffusion, schedule), labels, schedule), schedule, clip=diffusion.clip
+        )
 
-    def _predictor(self, diffusion: ADMDiffusion) -> Callable[[Tensor | None], Predictor]:
-        v_on = schedule_of(diffusion) if diffusion.prediction == "v" else None
+    def _predictor(self, diffusion: ADMDiffusion, schedule: Schedule) -> Callable[[Tensor | None], Predictor]:
+        v_on = schedule if diffusion.prediction == "v" else None
         return partial(adm.predictor, self.net, v_on=v_on)
 
     @torch.no_grad()
@@ -188,7 +190,8 @@ class Model:
         if grid is not None and grid[0] * grid[1] > len(seeds):
             raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
         procs = procs or Processes(0, 1, self.device)
-        procs.require_same(fingerprint(self.net), source, "weights", "name one file")  # a run that trains writes newer
+        if procs.count > 1:  # a run that trains writes newer ones
+            procs.require_same(fingerprint(self.net), source, "weights", "name one file")
         classes = choose_labels(self.config, seeds, labels)
         vae = None if self.autoencoder is None else self.autoencoder.sha256
         job = Job(seeds, classes, self.net, self.config, {"network": source, "precision": self.precision, "vae": vae})
@@ -229,7 +232,7 @@ class Model:
         diffusion, sampling = self.config.diffusion, self.config.sampling
         if isinstance(diffusion, ADMDiffusion) and sampling.sampler in DISCRETE:
             schedule = schedule_of(diffusion)
-            predict = self._guide(self._predictor(diffusion), labels, schedule)
+            predict = self._guide(self._predictor(diffusion, schedule), labels, schedule)
             respaced = schedule.respace(sampling.steps, sampling.spacing)
             extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
             solver: Callable[..., Tensor] = ddim if sampling.sampler == "ddim" else ddpm

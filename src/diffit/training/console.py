@@ -16,7 +16,7 @@ from diffit.configs.schema import student_title
 from diffit.data.open import Archive
 from diffit.metrics.record import format_numbers
 from diffit.metrics.suite import parse_metrics
-from diffit.models.cost import count_work, estimate
+from diffit.models.cost import FORWARDS, count_work, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.evaluator import sampled_for_metrics
 from diffit.training.run_dir import RunLog
@@ -109,7 +109,7 @@ class Console:
             samples = max(metric.samples for metric in parse_metrics(training.metrics))
             passes = sum(count_evaluations(sampled_for_metrics(config)))
             # Training takes about three forward passes an image.
-            share = samples * passes / (3 * 1000 * training.tick * training.metrics_ticks)
+            share = samples * passes / (FORWARDS * 1000 * training.tick * training.metrics_ticks)
             yield (
                 f"metrics   {samples:,} samples of {passes} passes every {training.metrics_ticks} ticks: about "
                 f"{share:.0%} of the training between them"

@@ -33,7 +33,7 @@ RECIPES: dict[Method, dict[str, Any]] = {
     "progressive": {"lr_decay": 1.0},
     "consistency": {"lr_decay": 0.5, "optimizer": "radam", "metrics_ticks": 5},
 }
-LR_SHARE = 0.5  # of the learning rate that the preset trains with
+LR_SHARE = 0.5  # of the learning rate that the first teacher was trained with
 JUDGE, MOST_VALUES = "fd1k_full:pixels", 1024  # small images are judged by their pixels where no metric is named
 SIGMA_MID = 0.8  # where no metric is named; ECT has 0.821 for CIFAR-10
 MIDDLE_LEVELS = [0.1 * 10 ** (k / 6) for k in range(13)]  # to choose from where one is
@@ -76,7 +76,8 @@ class Teacher:
             method=method, teacher=self.path, teacher_sha256=self.sha256, cfg_scale=guidance, teacher_sampling=taught
         )
         own = get_preset(teacher.preset).training
-        recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": LR_SHARE * own.lr}
+        lr = teacher.training.lr * (LR_SHARE if teacher.distillation is None else 1.0)
+        recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": lr}
         recipe |= {"augment": 0.0, "label_drop": 0.0}
         if teacher.autoencoder is None:
             recipe["metrics_ref"] = options.get("val")

@@ -14,7 +14,7 @@ from diffit.configs.schema import Config, Training
 from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
-from diffit.models.cost import estimate
+from diffit.models.cost import FORWARDS, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
@@ -27,8 +27,8 @@ GIB = 2**30
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
 PROGRAM = int(0.5 * GIB)  # torch itself
 MARGIN = 1.1  # on the length by the clock
+TICK_SECONDS = 3.0  # at least, between lines of statistics where nobody said how many images
 MEASURED_SECONDS = 8.0  # of steps, for the rate
-FORWARDS = 3  # evaluations in the time of a training step's forward and backward passes
 GRID_SHARE = 1 / 20  # of the minutes that a grid of samples may take where nobody asked for its size
 
 
@@ -66,7 +66,8 @@ def plan(
             # More than fits: the clock ends the run, and a machine that gets faster does not idle.
             kimg = float(f"{MARGIN * images / 1000:.3g}")
             if recorded is None:
-                return fit_grid(with_length(config, kimg), FORWARDS * rate / procs.count)
+                config = fit_tick(with_length(config, kimg), rate)
+                return fit_grid(config, FORWARDS * rate / procs.count)
             return config.model_copy(update={"training": config.training.model_copy(update={"kimg": kimg})})
     return config
 
@@ -81,6 +82,15 @@ def fit_grid(config: Config, evaluations: float) -> Config:
     side = max(min(int(math.sqrt(affordable)), max(training.grid)), 2)
     columns, rows = (min(size, side) for size in training.grid)
     return config.model_copy(update={"training": training.model_copy(update={"grid": (columns, rows)})})
+
+
+def fit_tick(config: Config, rate: float) -> Config:
+    """Fewer lines of statistics, and snapshots by their number, where they would come too fast at so many images/s."""
+    training = config.training
+    if "tick" not in training.chosen:
+        return config
+    tick = max(training.tick, float(f"{TICK_SECONDS * rate / 1000:.2g}"))
+    return config.model_copy(update={"training": training.model_copy(update={"tick": tick})})
 
 
 def available_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """The steps of a run between start-up and end, with what is saved, shown and judged on the way."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,6 +81,8 @@ class Run:
     """When the last state and snapshot were written."""
     asked: tuple[float, int] = (0.0, 0)
     """When the processes last agreed, and at how many images."""
+    began_steps: tuple[float, int] = (0.0, 0)
+    """When the first of these steps began, and at how many images."""
     steps_between: int = 1
     """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
     rollbacks: int = 0
@@ -109,7 +112,7 @@ class Run:
         if resumed and (done or self.crossed(training.metrics_ticks)):
             self.evaluate()  # unless that was done before the run was stopped
         began, seen = time.monotonic(), stepper.images_seen
-        self.saved, self.asked = {"state": began, "snapshot": began}, (began, seen)
+        self.saved, self.asked, self.began_steps = {"state": began, "snapshot": began}, (began, seen), (began, seen)
         while not (done or due.stop):
             self.step(images)
             due = self.agree()
@@ -211,9 +214,10 @@ class Run:
         milliseconds = int(1000 * (now - self.asked[0]) / steps)
         self.asked = (now, stepper.images_seen)
         number = (self.signals.number or 0) if self.signals.requested else 0
-        flags = (number, self.time_is_up(), self.overdue("state"), self.overdue("snapshot"))
+        flags = (number, self.seconds_left() <= 0, self.overdue("state"), self.overdue("snapshot"))
         with self.saved_on_failure():
-            *agreed, milliseconds = procs.maxima([*map(int, flags), milliseconds])
+            *agreed, end, milliseconds = procs.maxima([*map(int, flags), self.expected_end(now), milliseconds])
+        stepper.end = end
         self.signals.number = self.signals.number or agreed[0] or None  # of whichever process it reached
         if procs.count > 1 or procs.device.type == "cuda":
             self.steps_between = min(max(ASK_EVERY_MS // max(milliseconds, 1), 1), stepper.config.training.max_skipped)
@@ -242,13 +246,27 @@ class Run:
             f"--resume {self.run_dir}"
         )
 
-    def time_is_up(self) -> bool:
-        """Whether the minutes that are left are what the last grids and snapshot take, as the first process sees it."""
+    def seconds_left(self) -> float:
+        """For steps, before the last grids and snapshot take what is left of the minutes, as the first process sees it.
+
+        Infinite where there is no such limit, and on the other processes.
+        """
         minutes = self.stepper.config.training.clock_minutes
         if self.log is None or minutes is None:
-            return False
+            return math.inf
         grids = 2 if self.stepper.ema_warming_up else 1
-        return self.stepper.seconds + grids * self.grid_seconds + 2 >= minutes * 60
+        return minutes * 60 - self.stepper.seconds - grids * self.grid_seconds - 2
+
+    def expected_end(self, now: float) -> int:
+        """Images that will be seen at the end, at the rate since these steps began: 0 on all but the first process."""
+        if self.log is None:
+            return 0
+        stepper, (began, first), left = self.stepper, self.began_steps, self.seconds_left()
+        planned = stepper.config.training.steps * stepper.config.training.batch
+        if left == math.inf:
+            return planned
+        rate = (stepper.images_seen - first) / (now - began)
+        return min(planned, stepper.images_seen + max(int(rate * left), 0))
 
     def scalars(self, images: int, seconds: float) -> dict[str, Any]:
         """Statistics of the ``images`` and ``seconds`` since the last. All processes call this together."""

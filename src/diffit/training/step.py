@@ -47,13 +47,13 @@ def build_optimizer(net: DiffiT, training: Training) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)
 
 
-def learning_rate(training: Training, seen: int) -> float:
-    """Of the step after which ``seen`` images are seen: it ramps up linearly, stays, and at the end may fall to 0."""
+def learning_rate(training: Training, seen: int, end: float) -> float:
+    """Of the step after which ``seen`` of ``end`` images are seen: it rises linearly, stays, and may fall to 0."""
     rampup = training.lr_rampup_kimg * 1000
     rate = training.lr * min(seen / rampup, 1.0) if rampup else training.lr
     if training.lr_decay:
-        left = training.steps - (seen - training.batch) / training.batch
-        rate *= min(left / (training.lr_decay * training.steps), 1.0)
+        left = end - (seen - training.batch)
+        rate *= min(max(left, training.batch) / (training.lr_decay * end), 1.0)
     return rate
 
 
@@ -126,6 +126,9 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
         self.images_seen = 0
         self.seconds = 0.0  # that the run has taken, over all its parts
+        self.end: float = training.steps * training.batch
+        """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
+        learning rate and the loss may depend on the share that is done."""
 
         if training.compile:
             self.net.compile(fullgraph=not training.grad_ckpt)
@@ -134,7 +137,7 @@ class Stepper:
             self.ddp = DistributedDataParallel(
                 self.net, process_group=procs.steps, gradient_as_bucket_view=True, broadcast_buffers=False
             )
-        self.loss = build_loss(config, procs.device, precision, lambda: self.images_seen / 1000 / training.kimg)
+        self.loss = build_loss(config, procs.device, precision, lambda: self.images_seen / self.end)
         self.augment = Augment(training.augment) if training.augment else None
         self.generator = torch.Generator(procs.device)
         self.meter = Meter(self.loss, procs.device)
@@ -145,7 +148,7 @@ class Stepper:
         training = self.config.training
         seen = self.images_seen + training.batch
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(training, seen)
+            group["lr"] = group["scale"] * learning_rate(training, seen, self.end)
 
         for round_ in range(self.rounds):
             images, labels = next(feed)
