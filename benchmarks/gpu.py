@@ -1,8 +1,10 @@
 """All that only a GPU can show, in one go: ``make gpu``, or ``python -m benchmarks.gpu [--cifar10 ARCHIVE]``.
 
-Gradients of every attention path against float64, steps that nothing waits in, collectives, times, memory, a profile,
-and CIFAR-10 for some minutes where its archive is given. What is found goes to ``benchmarks/results/<machine>.json``,
-and whatever is wrong ends the command with status 1. On a machine without a GPU the same is done on small networks.
+Gradients of every attention path against float64, what the device reaches at most, steps that nothing waits in, with
+``torch.compile`` and in either memory format, guided denoising, the price of a bias in attention, collectives, memory,
+a profile, and CIFAR-10 for some minutes where its archive is given. What is found goes to
+``benchmarks/results/<machine>.json``, and whatever is wrong ends the command with status 1. On a machine without a GPU
+the same is done on small networks, and nothing is compiled.
 """
 
 import argparse
@@ -11,28 +13,44 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import DEVICE, in_turns, machine, peak_mib, reset_peak
 from benchmarks.memory import Same
 from diffit.configs.resolve import resolve
-from diffit.models.attention import MAX_WINDOWS, TMSA
+from diffit.models.attention import MAX_WINDOWS, TMSA, fused_attention, in_parts, plain_attention
 from diffit.models.cost import count_work, estimate
+from diffit.sampling import Model
+from diffit.sampling.settings import with_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes, alone, processes
+from diffit.utils.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
 GPU = DEVICE.type == "cuda"
 PRESETS = (
-    {"cifar10": 128, "ffhq64": 32, "imagenet256": 32, "imagenet512": 8} if GPU else {"debug": 8, "latent-debug": 8}
+    {"cifar10": 512, "ffhq64": 64, "imagenet256": 32, "imagenet512": 8} if GPU else {"debug": 8, "latent-debug": 8}
 )
+COMPILED = {"cifar10": ("default", "reduce-overhead"), "imagenet256": ("default",)} if GPU else {}
+"""Modes of torch.compile; each costs about a minute."""
+GUIDED = {"imagenet256": 32} if GPU else {"latent-s": 1}
+# Windows, heads, tokens and width of a head, as the presets have them.
+SHAPES = (
+    {"cifar10": (512 * 64, 4, 16, 32), "ffhq64": (64 * 64, 4, 64, 48), "imagenet256": (32, 16, 256, 72),
+     "imagenet512": (8, 16, 1024, 72)}
+    if GPU
+    else {"debug": (32, 2, 16, 8)}
+)  # fmt: skip
 # Map and window: windows, the whole map, lengths ≡ 64 mod 128 and odd ones, windows that are padded.
 MAPS = (
     [(32, 4), (64, 8), (8, None), (24, None), (16, None), (32, None), (7, None), (10, 4)]
@@ -102,13 +120,34 @@ def no_waiting() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def steps(preset: str, batch: int, precision: str) -> dict[str, float]:
-    """Time and memory of training steps, in which nothing waits."""
+@cache
+def ceiling(precision: str) -> float:
+    """TFLOPS of one large matrix product, as training has its float32: without TF32."""
+    side = 8192 if GPU else 512
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPES[precision]) for _ in range(2))
+    (seconds,) = in_turns(lambda: a @ b, rounds=10)
+    return 2 * side**3 / seconds / 1e12
+
+
+def copying() -> float:
+    """GB per second of a copy on the device, bytes read and written."""
+    source = torch.ones(2**28 if GPU else 2**22, device=DEVICE)
+    dest = torch.empty_like(source)
+    (seconds,) = in_turns(lambda: dest.copy_(source), rounds=10)
+    return 2 * source.nbytes / seconds / 1e9
+
+
+def steps(preset: str, batch: int, precision: str, mode: str | None = None, **options: Any) -> dict[str, float]:
+    """Time and memory of training steps, in which nothing waits; compiled in that mode, where one is given."""
     reset_peak()
     before = peak_mib()
-    stepper, data = stepper_of(preset, batch, precision, alone(DEVICE))
-    for _ in range(2):  # what is allocated once
+    stepper, data = stepper_of(preset, batch, precision, alone(DEVICE), **options)
+    if mode is not None:
+        stepper.net.compile(mode=mode)
+    began = time.perf_counter()
+    for _ in range(2 if mode is None else 4):  # what is allocated once, or compiled, or recorded
         stepper.step(data)
+    first = time.perf_counter() - began
     with no_waiting():
         for _ in range(3):
             stepper.step(data)
@@ -119,9 +158,63 @@ def steps(preset: str, batch: int, precision: str) -> dict[str, float]:
     return {
         "images per second": batch / seconds,
         "TFLOPS": work / seconds / 1e12,
+        "share of the ceiling": work / seconds / 1e12 / ceiling(precision),
         "peak MiB": used,
         "estimated MiB": estimated,
+        "seconds of the first ones": first,
     }
+
+
+def contiguous(preset: str, batch: int, precision: str) -> dict[str, float]:
+    """Images per second with weights in channels_last, as we have them, and in PyTorch's own memory format."""
+    ours, data = stepper_of(preset, batch, precision, alone(DEVICE))
+    theirs, _ = stepper_of(preset, batch, precision, alone(DEVICE))
+    theirs.net.to(memory_format=torch.contiguous_format)
+    times = in_turns(lambda: ours.step(data), lambda: theirs.step(data), rounds=5 if GPU else 2)
+    return {name: batch / seconds for name, seconds in zip(("channels_last", "contiguous"), times, strict=True)}
+
+
+def guided(preset: str, batch: int, *, compiled: bool) -> dict[str, float]:
+    """Guided evaluations of a network per second, both halves in one batch."""
+    config = with_sampling(resolve(preset, {}), guidance=2.0)
+    net = build_network(config).to(DEVICE).eval()
+    if compiled:
+        net.compile()
+    labels = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    denoise = Model(net, config, precision="bf16").denoiser(labels)
+    x = torch.randn(batch, *config.model.sample_shape, device=DEVICE)
+    sigma = torch.ones((), device=DEVICE)
+
+    def run() -> None:
+        with torch.no_grad(), autocast(DEVICE, "bf16"):
+            denoise(x, sigma)
+
+    (seconds,) = in_turns(run, rounds=5 if GPU else 2)
+    work = 2 * 2 * count_work(config).macs * batch
+    return {
+        "images per second": batch / seconds,
+        "TFLOPS": work / seconds / 1e12,
+        "share of the ceiling": work / seconds / 1e12 / ceiling("bf16"),
+    }
+
+
+def bias_price(windows: int, heads: int, tokens: int, width: int) -> dict[str, float]:
+    """Milliseconds of attention, forward and backward in bf16: as written, fused with a bias, fused without one."""
+    q, k, v = (torch.randn(windows, heads, tokens, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.randn(heads, tokens, tokens, device=DEVICE)
+    for tensor in (q, k, v, bias):
+        tensor.requires_grad_()
+
+    def timed(attention: Callable[..., torch.Tensor], *given: torch.Tensor) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attention(*given).float().sum(), given)
+
+    times = in_turns(
+        timed(plain_attention, q, k, v, bias),
+        timed(fused_attention, q, k, v, bias),
+        timed(lambda *given: in_parts(F.scaled_dot_product_attention, *given, limit=MAX_WINDOWS), q, k, v),
+        rounds=7 if GPU else 2,
+    )
+    return {name: 1000 * t for name, t in zip(("plain", "fused", "fused without bias"), times, strict=True)}
 
 
 def kernels(preset: str, batch: int, precision: str) -> list[dict[str, Any]]:
@@ -204,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10, help="to train on it (10)")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="of collectives (all GPUs)")
     parser.add_argument("--dest", type=Path, help="file of the results (benchmarks/results/<machine>.json)")
+    parser.add_argument("--sections", default="", metavar="REGEX", help="only those with such names")
     parser.add_argument("--collectives", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.collectives:
@@ -213,20 +307,35 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"machine": machine(), "cudnn": torch.backends.cudnn.version(), "nccl": _nccl()}
     dest = given.dest or RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine().lower()).strip('-')}.json"
     precisions = ("fp32", "bf16") if GPU else ("fp32",)
+    first = next(iter(PRESETS.items()))
     sections: dict[str, Callable[[], Any]] = {"attention": attention}
+    sections["ceilings, TFLOPS"] = lambda: {precision: ceiling(precision) for precision in precisions}
+    sections["copy, GB per second"] = copying
     for preset, batch in PRESETS.items():
         for precision in precisions:
-            sections[f"step, {preset}, {batch} images, {precision}"] = lambda case=(preset, batch, precision): steps(
-                *case
-            )
-    first = next(iter(PRESETS.items()))
-    sections["kernels"] = lambda: kernels(*first, precisions[-1])
+            sections[f"step, {preset}, {batch} images, {precision}"] = partial(steps, preset, batch, precision)
+    sections["kernels"] = partial(kernels, *first, precisions[-1])
+    sections["memory format"] = partial(contiguous, *first, precisions[-1])
+    for preset, shape in SHAPES.items():
+        sections[f"attention of {preset}, ms"] = partial(bias_price, *shape)
+    for preset, batch in GUIDED.items():
+        sections[f"guided, {preset}, {batch} images, bf16"] = partial(guided, preset, batch, compiled=False)
+    for preset, modes in COMPILED.items():
+        for mode in modes:
+            case = (preset, PRESETS[preset], "bf16", mode)
+            sections[f"step, {preset}, {PRESETS[preset]} images, bf16, compiled ({mode})"] = partial(steps, *case)
+    for preset, batch in GUIDED.items() if GPU else ():
+        sections[f"guided, {preset}, {batch} images, bf16, compiled"] = partial(guided, preset, batch, compiled=True)
     if given.processes > 1:
         sections["collectives"] = lambda: launched(given.processes)
     if given.cifar10 is not None:
         sections["cifar10"] = lambda: cifar10(given.cifar10, given.minutes)
     broken = []
     for name, section in sections.items():
+        if not re.search(given.sections, name):
+            continue
+        if GPU:
+            torch.cuda.empty_cache()
         try:
             found[name] = section()
             print(f"{name}: {json.dumps(found[name])}", flush=True)
