@@ -176,7 +176,9 @@ def contiguous(preset: str, batch: int, precision: str) -> dict[str, float]:
 
 def guided(preset: str, batch: int, *, compiled: bool) -> dict[str, float]:
     """Guided evaluations of a network per second, both halves in one batch."""
-    config = with_sampling(resolve(preset, {}), guidance=2.0)
+    config = resolve(preset, {})
+    model = config.model.model_copy(update={"num_classes": config.model.num_classes or 1000})
+    config = with_sampling(config.model_copy(update={"model": model}), guidance=2.0)
     net = build_network(config).to(DEVICE).eval()
     if compiled:
         net.compile()
