@@ -1,6 +1,7 @@
 """Faults of training runs: killed, signalled, a rank lost or hung, a loader process lost, other numbers of processes.
 
 Each row starts real commands and hurts them from outside; a wrapper only makes steps slow or switches residence off.
+Commands are forks of a process that has torch loaded, but for those that torchrun starts.
 """
 
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from helpers import write_archive
+from helpers import start, write_archive
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +95,7 @@ with processes() as procs:
 # The n-th time that something is brought to the disk fails as a broken disk does.
 BROKEN = """
 import errno, os, sys
+sys.argv[0] = "diffit"
 honest, left = os.fsync, [int(sys.argv.pop(1))]
 def failing(descriptor):
     left[0] -= 1
@@ -105,7 +108,47 @@ main()
 """
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
+LOCK = threading.Lock()
+
+
+class Forked:
+    """A command in a process of its own, by the part of :class:`subprocess.Popen`'s interface that is used here.
+
+    multiprocessing asks after all its processes whenever it starts one, which two threads must not do at a time.
+    """
+
+    def __init__(self, program: str, *words: object, output: Path) -> None:
+        output.mkdir(exist_ok=True)
+        self.output = output
+        with LOCK:
+            (self.process,) = start(program, *words, output=output, PYTHONPATH=str(ROOT / "src"))
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        with LOCK:
+            self.returncode = self.process.exitcode
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        ends = time.monotonic() + (3600 if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > ends:
+                raise subprocess.TimeoutExpired("diffit", ends)
+            time.sleep(0.02)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def said(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.output.glob("std*"), reverse=True))
 
 
 @dataclass(frozen=True)
@@ -124,23 +167,28 @@ class Place:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="diffit-faults-"))
         self.data = write_archive(self.folder / "pets.zip", 24)
-        self.wrapper = self.folder / "wrapper.py"
-        self.wrapper.write_text(WRAPPER)
+        for name, text in {"wrapper": WRAPPER, "spike": SPIKE, "broken": BROKEN}.items():
+            (self.folder / f"{name}.py").write_text(text)
+        self.runs = 0
 
     def start(
         self, outdir: str, *options: object, processes: int = 1, seconds: float = 0.0, streamed: bool = False
-    ) -> "subprocess.Popen[str]":
-        launcher = [sys.executable]
+    ) -> Forked:
+        program = [str(self.folder / "wrapper.py")]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]  # fmt: skip
-        words = [*launcher, self.wrapper, seconds, "streamed" if streamed else "resident", "train"]
-        words += ["--outdir", self.folder / outdir, "--data", self.data, *OPTIONS, *options]
-        output = (self.folder / f"{outdir}.log").open("a")
-        return subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, env=ENVIRONMENT, text=True)
+            program = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                       "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", *program]  # fmt: skip
+        words = [*program, seconds, "streamed" if streamed else "resident", "train", "--outdir", self.folder / outdir]
+        words += ["--data", self.data, *OPTIONS, *options]
+        return Forked(*words, output=self.folder / f"{outdir}.log")
+
+    def diffit(self, *words: object, program: str = "diffit") -> Forked:
+        """Any command, or a file in the place of ``diffit``."""
+        self.runs += 1
+        return Forked(program, *words, output=self.folder / f"command{self.runs}.log")
 
     def log(self, outdir: str) -> str:
-        return (self.folder / f"{outdir}.log").read_text()
+        return "".join(path.read_text() for path in sorted((self.folder / f"{outdir}.log").glob("std*"), reverse=True))
 
     def run_dir(self, outdir: str) -> Path | None:
         """The newest: a run that was killed before its first state is not taken up, and leaves its folder."""
@@ -164,14 +212,14 @@ class Place:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def family(process: Forked) -> list[psutil.Process]:
     try:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
 
-def ranks(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def ranks(process: Forked) -> list[psutil.Process]:
     """The training processes below torchrun, in the order of their ranks."""
     return [
         child for child in family(process) if child.ppid() == process.pid and "wrapper.py" in " ".join(child.cmdline())
@@ -211,7 +259,7 @@ def kills(count: int, seed: int) -> Row:
         while True:
             process = place.start(name, "--kimg", "0.8")
             try:
-                process.wait(rng.uniform(3, 12) if done < count else None)
+                process.wait(rng.uniform(0.3, 9) if done < count else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -228,7 +276,7 @@ def kills(count: int, seed: int) -> Row:
 CASES = {
     "step": ("--kimg", "50"),
     "start-up": ("--kimg", "50"),
-    "grid": ("--kimg", "50", "--grid", "48x48", "--snap", "1"),
+    "grid": ("--kimg", "50", "--grid", "24x24", "--snap", "1"),
     "metric": ("--kimg", "50", "--metrics", "kd20000_full:pixels", "--metrics-ticks", "1"),
 }
 MARKS = {
@@ -389,12 +437,12 @@ def broken_disk(calls: Sequence[int]) -> Row:
     expected = content(place.run_dir("whole"))  # type: ignore[arg-type]
     for call in calls:
         name = f"broken{call}"
-        words = [sys.executable, "-c", BROKEN, call, "train", "--outdir", place.folder / name]
-        words += ["--data", place.data, *OPTIONS, "--kimg", "0.16"]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=ENVIRONMENT)
-        said += done.returncode != 0
-        if done.returncode and ("the disk cannot be read or written" not in done.stderr or "Traceback" in done.stderr):
-            failures.append(f"call {call}: {done.stderr[-800:]}")
+        words = [call, "train", "--outdir", place.folder / name, "--data", place.data, *OPTIONS, "--kimg", "0.16"]
+        done = place.diffit(*words, program=str(place.folder / "broken.py"))
+        if done.wait():
+            said += 1
+            if "the disk cannot be read or written" not in done.said() or "Traceback" in done.said():
+                failures.append(f"call {call}: {done.said()[-800:]}")
         place.start(name, "--kimg", "0.16").wait()
         failures += [f"call {call}: {wrong}" for wrong in unlike(place, name, expected)]
     place.close()
@@ -426,13 +474,10 @@ def writers() -> Row:
                 for remedy in (None, "remount,rw,size=64m"):
                     if remedy:
                         subprocess.run(["mount", "-o", remedy, target], check=True)
-                    done = subprocess.run(
-                        [sys.executable, "-m", "diffit", *map(str, words)],
-                        capture_output=True, text=True, env=ENVIRONMENT,
-                    )  # fmt: skip
-                    right = done.returncode == 0 if remedy else expected in done.stderr and done.returncode == 1
-                    if not right or "Traceback" in done.stderr:
-                        failures.append(f"{name} on {remedy or options}: exit {done.returncode}: {done.stderr[-600:]}")
+                    done = place.diffit(*words)
+                    right = (done.wait() == 0) if remedy else (done.wait() == 1 and expected in done.said())
+                    if not right or "Traceback" in done.said():
+                        failures.append(f"{name} on {remedy or options}: exit {done.returncode}: {done.said()[-600:]}")
             finally:
                 subprocess.run(["umount", target], check=False)
     place.close()
@@ -443,13 +488,14 @@ def writers() -> Row:
 def spikes(factor: str, processes: int) -> Row:
     """A loss multiplied on the last of some processes, in one step."""
     place = Place()
-    script = place.folder / "spike.py"
-    script.write_text(SPIKE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    words = [sys.executable, *launcher, str(script), factor]
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    script = str(place.folder / "spike.py")
+    if processes > 1:
+        launcher = ("--standalone", f"--nproc_per_node={processes}", script)
+        done = place.diffit(*launcher, factor, program="torch.distributed.run")
+    else:
+        done = place.diffit(factor, program=script)
+    failures = (done.said()[-1500:],) if done.wait() else ()
     place.close()
-    failures = (done.stderr[-1500:],) if done.returncode else ()
     where = "on one of two processes" if processes > 1 else "on one process"
     return Row(f"loss × {factor} {where}", 1, "not a bit moved, moments finite afterwards", failures)
 
@@ -465,16 +511,10 @@ def pairs(count: int) -> Row:
             statuses = [process.wait() for process in both]
             text = place.log("run")
         else:
-            words = [sys.executable, "-m", "diffit", "sample", "--network", network, "--outdir", place.folder / f"s{i}",
-                     "--seeds", "0-199", "--steps", "6"]  # fmt: skip
-            both = [
-                subprocess.Popen(
-                    list(map(str, words)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
-                )
-                for _ in range(2)
-            ]
-            text = "".join("".join(process.communicate()) for process in both)
-            statuses = [process.returncode for process in both]
+            words = ["sample", "--network", network, "--outdir", place.folder / f"s{i}", "--seeds", "0-199"]
+            both = [place.diffit(*words, "--steps", "6") for _ in range(2)]
+            statuses = [process.wait() for process in both]
+            text = "".join(process.said() for process in both)
             if len(list((place.folder / f"s{i}").glob("*.png"))) != 200:
                 failures.append(f"pair {i}: not 200 images")
         told += sorted(map(bool, statuses)) == [False, True]

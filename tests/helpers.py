@@ -54,6 +54,7 @@ def _be(program: str, arguments: list[str], output: Path, folder: Path | None, e
     import torch
 
     torch.set_num_threads(1)  # so that runs compare
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default
     os.environ.clear()
     os.environ.update(environment)
     if folder is not None:
