@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffit.data import ImageArchive, convert
+from diffit.data import files as files_module
 from diffit.data import index as index_module
 from diffit.data import zips as zips_module
-from diffit.data.files import FileTree, natural_key
+from diffit.data.files import FileTree, are_plain, natural_key, natural_sorted, safe_name
 from diffit.data.index import open_index
 from diffit.data.sums import SUMS
 from diffit.data.zips import read_directory
@@ -155,6 +156,26 @@ def old_natural_key(name: str):
 @given(st.lists(st.text("a10/.-\x01\x02²٣", max_size=9)))
 def test_the_order_is_that_of_states_trained_so_far(names):
     assert sorted(names, key=natural_key) == sorted(names, key=old_natural_key)
+
+
+@given(
+    st.lists(st.from_regex(r"[01a]\d/[ab]\d\d?\.x", fullmatch=True), max_size=12),
+    st.lists(st.text("a10/.-²٣", max_size=6), max_size=2),
+)
+def test_very_many_names_are_in_the_same_order(usual, others):
+    """Of 300 names of one shape and some others; the shape may leave places that digits and letters share."""
+    many = [f"{n % 3}{n % 7}/b{n:02}.x" for n in range(100)] * 3
+    names = [*many[:150], *usual, *others, *many[150:]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files_module, "LARGE", 1)
+        assert natural_sorted(names) == sorted(names, key=natural_key)
+
+
+@given(st.lists(st.text("a1/.\\:\n\x00", max_size=5) | st.sampled_from(["__MACOSX/a", "a/__MACOSX", "b/a.png"])))
+def test_names_that_are_plain_together_are_plain_singly(names):
+    if are_plain(names):
+        assert all(safe_name(name, "it") == name and not files_module._HIDDEN.search(name) for name in names)
+    assert are_plain(["a/b1.png", *(name for name in names if name.isalnum())])
 
 
 def test_the_content_hash_is_that_of_states_trained_so_far(tmp_path):

@@ -155,7 +155,18 @@ def test_archives_without_sums_are_read_as_they_are(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a.png 0012ABCD\n", "a.png 12\n", "a.png 00000012", "a.png  0\n", "\xff\n", "a\n"]
+    "text",
+    [
+        "",
+        "a.png 0012ABCD\n",
+        "a.png 12\n",
+        "a.png 00000012",
+        "a.png  0\n",
+        "\xff\n",
+        "a\n",
+        "a 00000012\nb\n",
+        "a 00000012\n" * 2,
+    ],
 )
 def test_sums_that_convert_would_not_have_written_are_damage(text):
     if not text:

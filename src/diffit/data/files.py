@@ -7,11 +7,12 @@ import struct
 import time
 import zipfile
 import zlib
-from collections import deque
+from bisect import insort
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from diffit.data.bounds import require_bytes
 from diffit.data.formats import IMAGE_SUFFIXES, unread
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import REMEDY, SUMS, parse_sums
-from diffit.data.zips import OTHER, Directory, Member, member_of, read_directory, read_member
+from diffit.data.zips import LARGE, OTHER, Directory, Member, member_of, read_directory, read_member
 from diffit.errors import UserError
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of 
 _DIGITS = re.compile(r"\d+")
 _HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
 _SAFE = re.compile(r"[^\\/:\0.][^\\/:\0]*(?:/[^\\/:\0.][^\\/:\0]*)*")  # most names, as they are
+_ODD = "\\", ":", "\0", "//", "/.", "\n.", "\n/", "/\n", "\n\n", "__MACOSX"  # none of which is in a million such names
 # Kana, kanji and what goes with them, none of them next to a Latin letter.
 _JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
 # RuntimeError is an encrypted member, NotImplementedError an unknown compression, ValueError a name that is not UTF-8.
@@ -53,6 +55,28 @@ def _number(digits: re.Match[str]) -> str:
     """By length, then as text, rather than by ``int``: Python refuses to parse very long numbers."""
     text = digits[0].lstrip("0")
     return f"\0\1{chr(len(text))}{text}"
+
+
+def natural_sorted(names: Sequence[str]) -> list[str]:
+    """By :func:`natural_key`, which for a million names as ``diffit data convert`` gives them is the order of text.
+
+    It is where all digits and slashes stand at the same places.
+    """
+    if len(names) < LARGE or not all(map(str.isascii, names)):
+        return sorted(names, key=natural_key)
+    [(length, _)] = Counter(map(len, names)).most_common(1)
+    usual = [name for name in names if len(name) == length]
+    letters = np.frombuffer("".join(usual).encode(), np.uint8).reshape(-1, length)
+    marks = np.where((letters >= ord("0")) & (letters <= ord("9")), 1, np.where(letters == ord("/"), 2, 0))
+    alike = (marks == marks[0]).all(axis=1)
+    others = [name for name in names if len(name) != length]
+    others += [usual[row] for row in np.flatnonzero(~alike).tolist()]
+    if len(others) > len(names) // 100:
+        return sorted(names, key=natural_key)
+    ordered = sorted(usual if alike.all() else [usual[row] for row in np.flatnonzero(alike).tolist()])
+    for name in others:
+        insort(ordered, name, key=natural_key)
+    return ordered
 
 
 def name_some(names: Sequence[str], limit: int = 3) -> str:
@@ -115,6 +139,12 @@ def safe_name(raw: str, where: str) -> str:
     if name.startswith("/") or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name) or not parts:
         raise UserError(f"{where} holds the unsafe path {raw!r}, which points outside it: remove or rename that entry")
     return "/".join(parts)
+
+
+def are_plain(names: Sequence[str]) -> bool:
+    """Whether every name is what :func:`safe_name` makes of it and none is hidden, asked of all at once."""
+    text = "\n".join(["", *names, ""])
+    return text.count("\n") == len(names) + 1 and not any(odd in text for odd in _ODD)
 
 
 def readable(raw: Sequence[bytes], fallback: str) -> list[str]:
@@ -267,6 +297,8 @@ class FileTree:
 
     def _named(self, path: Path, stored: list[str], texts: dict[str, str]) -> list[str]:
         """The names that are shown, in order; ``texts`` has those whose encoding was guessed."""
+        if not texts and are_plain(stored):
+            return _ordered(stored)
         safe = [safe_name(texts.get(name, name), str(path)) for name in stored]
         changed = [(old, new) for old, new in zip(stored, safe, strict=True) if old != new]
         return _ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
@@ -296,10 +328,15 @@ class FileTree:
 
     def members(self, names: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Of files in zips: (N,) the zips, and (N, 5) the fields of :class:`Member`."""
-        parts = np.array([self._part.get(name, 0) for name in names], np.int32)
+        parts = np.zeros(len(names), np.int32)
+        if self._part:
+            parts[:] = [self._part.get(name, 0) for name in names]
         found: list[npt.NDArray[np.int64]] = []
-        for part, group in groupby(names, lambda name: self._part.get(name, 0)):
-            stored, directory = list(map(self.stored_name, group)), self._directories.get(part)
+        stops = np.flatnonzero(np.diff(parts)) + 1
+        for begin, end in pairwise([0, *stops.tolist(), len(names)]):
+            part, group = int(parts[begin]), names[begin:end]
+            stored = list(map(self.stored_name, group)) if self._stored else group
+            directory = self._directories.get(part)
             if directory is None:
                 known = self._zip(part)
                 found.append(np.array([member_of(known.getinfo(name)) for name in stored], np.int64))
@@ -349,11 +386,12 @@ class FileTree:
             "are not listed in it": [name for name in known if name not in self.sums],
         }
         if self.is_zip:
-            zipped = [name for name in known if self.zips == [self.path] or name in self._part]
+            zipped = known if self.zips == [self.path] else [name for name in known if name in self._part]
             crcs = self.members(zipped)[1][:, Member._fields.index("crc")].tolist()
-            kinds["have another CRC-32"] = [
-                name for name, crc in zip(zipped, crcs, strict=True) if self.sums.get(name, crc) != crc
-            ]
+            if list(map(self.sums.get, zipped)) != crcs:
+                kinds["have another CRC-32"] = [
+                    name for name, crc in zip(zipped, crcs, strict=True) if self.sums.get(name, crc) != crc
+                ]
         return [
             f"{self.path}: of its files and {SUMS}, {len(found)} {what} ({name_some(found)}): {REMEDY}"
             for what, found in kinds.items()
@@ -380,7 +418,8 @@ def require_images(files: FileTree) -> list[str]:
 
 def _ordered(names: Sequence[str]) -> list[str]:
     """Those that are not hidden, each once, in natural order."""
-    return sorted((name for name in dict.fromkeys(names) if not _HIDDEN.search(name)), key=natural_key)
+    names = list(dict.fromkeys(names))
+    return natural_sorted(names if are_plain(names) else [name for name in names if not _HIDDEN.search(name)])
 
 
 @contextmanager

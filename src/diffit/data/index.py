@@ -234,7 +234,9 @@ def _build(tree: FileTree) -> Index:
     if table is not None:
         labels = [table.get(name, -1) for name in names]
         top = max(labels)
-        arrays["label"] = np.array([min(label, 2**62) for label in labels], np.int64)  # refused where it is used
+        if top > 2**62:  # refused where it is used
+            labels = [min(label, 2**62) for label in labels]
+        arrays["label"] = np.array(labels, np.int64)
     if tree.is_zip:
         arrays["part"], fields = tree.members(names)
         arrays |= {key: fields[:, i].copy() for i, key in enumerate(Member._fields)}

@@ -6,6 +6,7 @@ It is ``{"labels": [["00000/img00000000.png", 6], ...] or null, "class_names": [
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffit.data.files import FileTree, convert_command, safe_name
 from diffit.errors import UserError, printable
@@ -42,7 +43,9 @@ def read_labels(files: FileTree, images: int | None = None) -> tuple[dict[str, i
         return None, class_names
     if not isinstance(entries, list):
         raise UserError(f"{where}: labels must be null or a list of [file name, class number] pairs")
-    table: dict[str, int] = {}
+    if (table := _plain(entries, files.names)) is not None:
+        return table, class_names
+    table = {}
     for entry in entries:
         if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)):
             raise UserError(f"{where}: {entry!r} is not a [file name, class number] pair")
@@ -51,6 +54,18 @@ def read_labels(files: FileTree, images: int | None = None) -> tuple[dict[str, i
             raise UserError(f"{where}: the label of '{name}' is {label!r}; labels are class numbers 0, 1, 2, ...")
         table[safe_name(name, where)] = label
     return table, class_names
+
+
+def _plain(entries: list[Any], names: Sequence[str]) -> dict[str, int] | None:
+    """The labels where all are as they should be, which of a million is found out faster together than singly."""
+    try:
+        table = dict(entries)
+    except (TypeError, ValueError):
+        return None
+    kinds = {*map(type, table)}, {*map(type, table.values())}
+    if kinds != ({str}, {int}) or min(table.values()) < 0 or not table.keys() <= {*names}:
+        return None
+    return table
 
 
 def count_classes(labels: Collection[int], class_names: Sequence[str] | None) -> int:

@@ -4,11 +4,13 @@ One line a file, its name and eight hexadecimal digits, as ``cksfv`` and ``rhash
 EDM layout pass over it. An archive without one is read as it is.
 """
 
+import re
 from collections.abc import Mapping
 
 from diffit.errors import UserError
 
 SUMS = "dataset.sfv"
+LINES = re.compile(rb"(?:[^\n]* [0-9a-f]{8}\n)*+")
 REMEDY = f"copy the archive again; if the change is meant, remove {SUMS} from it or write it again with `diffit data`"
 
 
@@ -20,10 +22,10 @@ def format_sums(sums: Mapping[str, int]) -> bytes:
 def parse_sums(data: bytes, where: str) -> dict[str, int]:
     """CRC-32 by name. UserError for anything that :func:`format_sums` would not have written: it may be damage too."""
     try:
-        pairs = (line.rsplit(" ", 1) for line in data.decode().split("\n")[:-1])
-        sums = {name: int(crc, 16) for name, crc in pairs}
+        lines = data.decode().split("\n")
+        sums = {line[:-9]: int(line[-8:], 16) for line in lines[:-1]}
     except ValueError:
-        sums = {}
-    if format_sums(sums) != data:
+        lines, sums = [], {}
+    if len(sums) != len(lines) - 1 or not LINES.fullmatch(data):
         raise UserError(f"{where} is damaged: {REMEDY}")
     return sums

@@ -77,7 +77,7 @@ class Directory:
 
     def several(self, names: Sequence[str]) -> Array:
         """int64 (N, 5): the fields of a member in each row."""
-        return self.members[[self._rows[name] for name in names]]
+        return self.members[list(map(self._rows.__getitem__, names))]
 
 
 def read_directory(path: Path) -> Directory | None:
@@ -124,8 +124,9 @@ def _parse(data: bytes, entries: int, before: int) -> Directory | None:
         for _ in range(entries):
             name, extra, comment = lengths(data, at + 28)
             places.append(at)
-            names.append(data[at + ENTRY_BYTES : at + ENTRY_BYTES + name])
-            at += ENTRY_BYTES + name + extra + comment
+            at += ENTRY_BYTES
+            names.append(data[at : at + name])
+            at += name + extra + comment
             extras += extra
     except struct.error:
         return None
