@@ -43,7 +43,7 @@ PRESETS = (
 )
 COMPILED = {"cifar10": ("default", "reduce-overhead"), "imagenet256": ("default",)} if GPU else {}
 """Modes of torch.compile; each costs about a minute."""
-GUIDED = {"imagenet256": 32} if GPU else {"latent-s": 1}
+GUIDED = {"imagenet256": 32} if GPU else {"latent-debug": 2}
 # Windows, heads, tokens and width of a head, as the presets have them.
 SHAPES = (
     {"cifar10": (512 * 64, 4, 16, 32), "ffhq64": (64 * 64, 4, 64, 48), "imagenet256": (32, 16, 256, 72),

@@ -73,7 +73,8 @@ def convert(source: Path, dest: Path, resolution: tuple[int, int] | None, **opti
     """Convert raw images into an archive to train on.
 
     The source is a folder or zip of images, where folders are classes; another archive with dataset.json;
-    cifar-10-python.tar.gz; WebDataset's tars, one or a folder of them; MNIST idx files; or an LMDB folder.
+    cifar-10-python.tar.gz; WebDataset's tars or the Hugging Face Hub's Parquet tables, one or a folder of them; MNIST
+    idx files; or an LMDB folder.
     """
     started = time.monotonic()
     size = resolution and (resolution[1], resolution[0])

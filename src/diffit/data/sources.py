@@ -27,6 +27,7 @@ from diffit.data.bounds import VARIABLE, max_bytes, max_pixels, require_size
 from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key, require_images
 from diffit.data.formats import suffix_of
 from diffit.data.labels import META, read_labels
+from diffit.data.parquet import Tables, tables_in
 from diffit.data.remote import url_of
 from diffit.data.sums import SUMS
 from diffit.data.tars import list_tars, read_place, tars_in
@@ -115,6 +116,9 @@ def open_source(path: str | Path, *, cond: bool = False, class_order: str = "nat
             return _idx(idx)
         if tars := tars_in(path):
             return _tars(tars)
+        tables, notes = tables_in(path)
+        if tables:
+            return _tables(tables, notes)
         return _tree(path, cond, class_order)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; check the spelling")
@@ -124,11 +128,13 @@ def open_source(path: str | Path, *, cond: bool = False, class_order: str = "nat
         return _idx(path)
     if path.name.endswith((".tar", ".tar.gz", ".tgz")):
         return _tars([path]) if path.suffix == ".tar" and not _is_cifar10(path) else _cifar10(path)
+    if start == b"PAR1":
+        return _tables([path], [])
     if path.suffix.lower() == ".zip" or start == b"PK\x03\x04":
         return _tree(path, cond, class_order)
     raise UserError(
         f"{path} is none of the known sources: a folder or zip of images, cifar-10-python.tar.gz, WebDataset's tars, "
-        "an MNIST idx file (train-images-idx3-ubyte.gz) or an LMDB folder"
+        "Parquet tables of the Hugging Face Hub, an MNIST idx file (train-images-idx3-ubyte.gz) or an LMDB folder"
     )
 
 
@@ -261,6 +267,12 @@ def _tars(paths: list[Path]) -> Source:
         raise UserError(f"{paths[0]} holds no images: found {name_some(ignored) or 'nothing'}; check the path")
     kind = f"WebDataset of {len(paths)} tars" if len(paths) > 1 else "WebDataset"
     return Source(kind, names, lambda i: read_place(places[i], names[i]), labels, ignored=ignored)
+
+
+def _tables(paths: list[Path], notes: list[str]) -> Source:
+    tables = Tables(paths)
+    kind = f"{len(paths)} Parquet tables" if len(paths) > 1 else "Parquet table"
+    return Source(kind, tables.names, tables.read, tables.labels, tables.class_names, notes=[*notes, *tables.notes])
 
 
 def _is_cifar10(path: Path) -> bool:

@@ -173,21 +173,21 @@ class Schedule:
         """x₀ = (x − √(1 − ᾱ)·ε)/√ᾱ."""
         return at((1 / self.alpha_bar).sqrt(), i, x) * x - at((1 / self.alpha_bar - 1).sqrt(), i, x) * eps
 
-    def log_variance(self, v: Tensor, i: Tensor) -> Tensor:
-        """ln Σ = f·ln β + (1 − f)·ln β̃ with f = (v + 1)/2 (iDDPM, Eq. 15)."""
-        f = (v + 1) / 2
-        return f * at(self.betas.log(), i, v) + (1 - f) * at(self.posterior_log_variance, i, v)
+    def log_variance(self, place: Tensor, i: Tensor) -> Tensor:
+        """ln Σ = f·ln β + (1 − f)·ln β̃ with f = (place + 1)/2 (iDDPM, Eq. 15, where f is v)."""
+        f = (place + 1) / 2
+        return f * at(self.betas.log(), i, place) + (1 - f) * at(self.posterior_log_variance, i, place)
 
     def p_step(self, output: Tensor, x: Tensor, i: Tensor, *, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, log variance and predicted x₀ of p(x₋₁ | x) for a network's ``output`` at step ``i``.
 
         Without learned variance it is β̃. ``clip`` clamps x₀ to [−1, 1].
         """
-        eps, v = split_output(output, x.shape[1])
+        eps, place = split_output(output, x.shape[1])
         x0 = self.predict_x0(eps, x, i)
         if clip:
             x0 = x0.clamp(-1, 1)
-        log_variance = at(self.posterior_log_variance, i, x) if v is None else self.log_variance(v, i)
+        log_variance = at(self.posterior_log_variance, i, x) if place is None else self.log_variance(place, i)
         return self.posterior_mean(x0, x, i), log_variance, x0
 
 
@@ -215,8 +215,8 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"a network for {channels} channels must give {channels} or {2 * channels}, not {output.shape[1]}"
         )
-    eps, v = output.split(channels, dim=1)
-    return eps, v
+    eps, place = output.split(channels, dim=1)
+    return eps, place
 
 
 def predictor(
@@ -313,10 +313,10 @@ class ADMLoss:
             loss = loss + self.variational_term(eps.detach(), variance, x0, x, i)
         return loss.to(images.dtype)
 
-    def variational_term(self, eps: Tensor, v: Tensor, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
+    def variational_term(self, eps: Tensor, place: Tensor, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
         """KL(q(x₋₁ | x, x₀) ‖ p(x₋₁ | x)) in bits a value, at the first timestep −log p(x₀ | x): ``(B,)``."""
         schedule = self.schedule
-        mean, log_variance, _ = schedule.p_step(torch.cat([eps, v], dim=1), x, i)
+        mean, log_variance, _ = schedule.p_step(torch.cat([eps, place], dim=1), x, i)
         true_mean, true_log_variance = schedule.posterior_mean(x0, x, i), at(schedule.posterior_log_variance, i, x)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nll = -discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)
