@@ -109,6 +109,7 @@ main()
 
 
 LOCK = threading.Lock()
+PATIENCE = 900  # seconds that any command may take
 
 
 class Forked:
@@ -132,10 +133,13 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        ends = time.monotonic() + (3600 if timeout is None else timeout)
+        """As :meth:`subprocess.Popen.wait`; what hangs is killed after :data:`PATIENCE`, which fails its row."""
+        ends = time.monotonic() + (PATIENCE if timeout is None else timeout)
         while self.poll() is None:
             if time.monotonic() > ends:
-                raise subprocess.TimeoutExpired("diffit", ends)
+                if timeout is not None:
+                    raise subprocess.TimeoutExpired("diffit", timeout)
+                self.kill()
             time.sleep(0.02)
         assert self.returncode is not None
         return self.returncode

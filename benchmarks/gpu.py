@@ -23,14 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import DEVICE, in_turns, machine, peak_mib, reset_peak
 from benchmarks.memory import Same
 from diffit.configs.resolve import resolve
-from diffit.models.attention import MAX_WINDOWS, TMSA, fused_attention, in_parts, plain_attention
+from diffit.models.attention import BACKENDS, MAX_WINDOWS, TMSA, fused_attention, in_parts, plain_attention
 from diffit.models.cost import count_work, estimate
-from diffit.sampling import Model
+from diffit.sampling import Model, prepare
 from diffit.sampling.settings import with_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes, alone, processes
@@ -122,7 +123,7 @@ def no_waiting() -> Iterator[None]:
 
 @cache
 def ceiling(precision: str) -> float:
-    """TFLOPS of one large matrix product, as training has its float32: without TF32."""
+    """TFLOPS of one large matrix product; of float32 without TF32, which only convolutions use by default."""
     side = 8192 if GPU else 512
     a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPES[precision]) for _ in range(2))
     (seconds,) = in_turns(lambda: a @ b, rounds=10)
@@ -137,16 +138,17 @@ def copying() -> float:
     return 2 * source.nbytes / seconds / 1e9
 
 
-def steps(preset: str, batch: int, precision: str, mode: str | None = None, **options: Any) -> dict[str, float]:
+def steps(preset: str, batch: int, precision: str, mode: str | None = None) -> dict[str, float]:
     """Time and memory of training steps, in which nothing waits; compiled in that mode, where one is given."""
     reset_peak()
     before = peak_mib()
-    stepper, data = stepper_of(preset, batch, precision, alone(DEVICE), **options)
+    stepper, data = stepper_of(preset, batch, precision, alone(DEVICE))
     if mode is not None:
         stepper.net.compile(mode=mode)
     began = time.perf_counter()
     for _ in range(2 if mode is None else 4):  # what is allocated once, or compiled, or recorded
         stepper.step(data)
+    float(stepper.meter.last_loss)  # waits
     first = time.perf_counter() - began
     with no_waiting():
         for _ in range(3):
@@ -161,7 +163,7 @@ def steps(preset: str, batch: int, precision: str, mode: str | None = None, **op
         "share of the ceiling": work / seconds / 1e12 / ceiling(precision),
         "peak MiB": used,
         "estimated MiB": estimated,
-        "seconds of the first ones": first,
+        "seconds to warm up": first,
     }
 
 
@@ -169,7 +171,8 @@ def contiguous(preset: str, batch: int, precision: str) -> dict[str, float]:
     """Images per second with weights in channels_last, as we have them, and in PyTorch's own memory format."""
     ours, data = stepper_of(preset, batch, precision, alone(DEVICE))
     theirs, _ = stepper_of(preset, batch, precision, alone(DEVICE))
-    theirs.net.to(memory_format=torch.contiguous_format)
+    for net in (theirs.net, theirs.ema):
+        net.to(memory_format=torch.contiguous_format)
     times = in_turns(lambda: ours.step(data), lambda: theirs.step(data), rounds=5 if GPU else 2)
     return {name: batch / seconds for name, seconds in zip(("channels_last", "contiguous"), times, strict=True)}
 
@@ -179,12 +182,12 @@ def guided(preset: str, batch: int, *, compiled: bool) -> dict[str, float]:
     config = resolve(preset, {})
     model = config.model.model_copy(update={"num_classes": config.model.num_classes or 1000})
     config = with_sampling(config.model_copy(update={"model": model}), guidance=2.0)
-    net = build_network(config).to(DEVICE).eval()
+    net = prepare(build_network(config).to(DEVICE), "bf16")
     if compiled:
         net.compile()
     labels = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     denoise = Model(net, config, precision="bf16").denoiser(labels)
-    x = torch.randn(batch, *config.model.sample_shape, device=DEVICE)
+    x = torch.randn(batch, *config.model.sample_shape, device=DEVICE, dtype=torch.float64)
     sigma = torch.ones((), device=DEVICE)
 
     def run() -> None:
@@ -207,13 +210,17 @@ def bias_price(windows: int, heads: int, tokens: int, width: int) -> dict[str, f
     for tensor in (q, k, v, bias):
         tensor.requires_grad_()
 
+    def unbiased(*given: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(BACKENDS):
+            return in_parts(F.scaled_dot_product_attention, *given, limit=MAX_WINDOWS)
+
     def timed(attention: Callable[..., torch.Tensor], *given: torch.Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attention(*given).float().sum(), given)
 
     times = in_turns(
         timed(plain_attention, q, k, v, bias),
         timed(fused_attention, q, k, v, bias),
-        timed(lambda *given: in_parts(F.scaled_dot_product_attention, *given, limit=MAX_WINDOWS), q, k, v),
+        timed(unbiased, q, k, v),
         rounds=7 if GPU else 2,
     )
     return {name: 1000 * t for name, t in zip(("plain", "fused", "fused without bias"), times, strict=True)}
@@ -225,9 +232,11 @@ def kernels(preset: str, batch: int, precision: str) -> list[dict[str, Any]]:
     stepper.step(data)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]) as seen:
         stepper.step(data)
-    time = "self_device_time_total" if GPU else "self_cpu_time_total"
-    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, time))[:15]
-    return [{"name": row.key[:120], "ms": getattr(row, time) / 1000, "calls": row.count} for row in rows]
+    spent = "self_device_time_total" if GPU else "self_cpu_time_total"
+    # On a GPU the kernels alone: what calls them has their time once more.
+    events = [row for row in seen.key_averages() if not GPU or row.device_type == torch.autograd.DeviceType.CUDA]
+    rows = sorted(events, key=lambda row: -getattr(row, spent))[:15]
+    return [{"name": row.key[:120], "ms": getattr(row, spent) / 1000, "calls": row.count} for row in rows]
 
 
 def collectives() -> dict[str, Any]:
@@ -332,10 +341,13 @@ def main(arguments: list[str] | None = None) -> int:
         sections["collectives"] = lambda: launched(given.processes)
     if given.cifar10 is not None:
         sections["cifar10"] = lambda: cifar10(given.cifar10, given.minutes)
+    chosen = {name: section for name, section in sections.items() if re.search(given.sections, name)}
+    if not chosen:
+        parser.error(f"--sections {given.sections}: none of {', '.join(sections)}")
+    if given.sections and dest.exists():  # the others stay
+        found = json.loads(dest.read_text()) | found
     broken = []
-    for name, section in sections.items():
-        if not re.search(given.sections, name):
-            continue
+    for name, section in chosen.items():
         if GPU:
             torch.cuda.empty_cache()
         try:

@@ -284,6 +284,14 @@ def test_the_student_of_a_latent_model_is_nearer_to_its_trajectories_than_its_ow
     assert taught < 0.7 * own
 
 
+def test_students_learn_at_half_the_rate_of_the_first_teacher_whatever_its_preset_has(tmp_path):
+    path, facts = write_network(tmp_path / "teacher.safetensors", lr=4e-3), DataFacts(3, (16, 16), 3)
+    student = Teacher.read(str(path)).student("progressive", 2, SHORT, facts)
+    assert student.training.lr == 2e-3
+    save_network(tmp_path / "student.safetensors", build(student.model).state_dict(), student)
+    assert Teacher.read(str(tmp_path / "student.safetensors")).student("progressive", 1, SHORT, facts).training.lr == 2e-3
+
+
 def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_the_run():
     training = get_preset("debug").training.model_copy(update={"lr_decay": 0.5, "lr": 1.0, "kimg": 0.08, "batch": 8})
     rates = [learning_rate(training, seen, 80) for seen in range(8, 88, 8)]

@@ -34,7 +34,10 @@ ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of 
 _DIGITS = re.compile(r"\d+")
 _HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
 _SAFE = re.compile(r"[^\\/:\0.][^\\/:\0]*(?:/[^\\/:\0.][^\\/:\0]*)*")  # most names, as they are
-_ODD = "\\", ":", "\0", "//", "/.", "\n.", "\n/", "/\n", "\n\n", "__MACOSX"  # none of which is in a million such names
+# Without any of these, a text of names has no name that is hidden or unsafe; with one, each is looked at.
+_ODD = "\\", ":", "\0", "//", "/.", "\n.", "\n/", "/\n", "\n\n", "__MACOSX"
+_MARKS = np.array([1 if chr(code).isdigit() else 2 if chr(code) == "/" else 0 for code in range(128)], np.uint8)
+FEW = 50  # names of another shape that are put into the order of a million one by one
 # Kana, kanji and what goes with them, none of them next to a Latin letter.
 _JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
 # RuntimeError is an encrypted member, NotImplementedError an unknown compression, ValueError a name that is not UTF-8.
@@ -66,12 +69,11 @@ def natural_sorted(names: Sequence[str]) -> list[str]:
         return sorted(names, key=natural_key)
     [(length, _)] = Counter(map(len, names)).most_common(1)
     usual = [name for name in names if len(name) == length]
-    letters = np.frombuffer("".join(usual).encode(), np.uint8).reshape(-1, length)
-    marks = np.where((letters >= ord("0")) & (letters <= ord("9")), 1, np.where(letters == ord("/"), 2, 0))
+    marks = _MARKS[np.frombuffer("".join(usual).encode(), np.uint8)].reshape(-1, length)
     alike = (marks == marks[0]).all(axis=1)
     others = [name for name in names if len(name) != length]
     others += [usual[row] for row in np.flatnonzero(~alike).tolist()]
-    if len(others) > len(names) // 100:
+    if len(others) > FEW:
         return sorted(names, key=natural_key)
     ordered = sorted(usual if alike.all() else [usual[row] for row in np.flatnonzero(alike).tolist()])
     for name in others:
@@ -298,7 +300,7 @@ class FileTree:
     def _named(self, path: Path, stored: list[str], texts: dict[str, str]) -> list[str]:
         """The names that are shown, in order; ``texts`` has those whose encoding was guessed."""
         if not texts and are_plain(stored):
-            return _ordered(stored)
+            return natural_sorted(list(dict.fromkeys(stored)))
         safe = [safe_name(texts.get(name, name), str(path)) for name in stored]
         changed = [(old, new) for old, new in zip(stored, safe, strict=True) if old != new]
         return _ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffit.data.files import FileTree, convert_command, safe_name
+from diffit.data.files import FileTree, are_plain, convert_command, safe_name
 from diffit.errors import UserError, printable
 
 META = "dataset.json"
@@ -63,7 +63,7 @@ def _plain(entries: list[Any], names: Sequence[str]) -> dict[str, int] | None:
     except (TypeError, ValueError):
         return None
     kinds = {*map(type, table)}, {*map(type, table.values())}
-    if kinds != ({str}, {int}) or min(table.values()) < 0 or not table.keys() <= {*names}:
+    if kinds != ({str}, {int}) or min(table.values()) < 0 or not table.keys() <= {*names} or not are_plain([*table]):
         return None
     return table
 

@@ -79,19 +79,8 @@ class Schedule:
         return cls(betas, torch.arange(steps))
 
     def to(self, device: torch.device) -> "Schedule":
-        """The same with its tables on ``device``: a look-up of timesteps there needs no host–device synchronisation.
-
-        It is made once for each device, so that no evaluation of a network waits for it.
-        """
-        if device == self.betas.device:
-            return self
-        if device not in self._copies:
-            self._copies[device] = Schedule(self.betas.to(device), self.timesteps.to(device))
-        return self._copies[device]
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, "Schedule"]:
-        return {}
+        """The same with its tables on ``device``: a look-up of timesteps there needs no host–device synchronisation."""
+        return Schedule(self.betas.to(device), self.timesteps.to(device))
 
     def respace(self, steps: int, spacing: Spacing = "linspace") -> "Schedule":
         """The schedule of fewer timesteps whose ᾱ are the same; see :func:`space_timesteps`.
@@ -123,11 +112,6 @@ class Schedule:
         return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
     @cached_property
-    def log_sigma(self) -> Tensor:
-        """ln σ, ``(S,)``."""
-        return self.sigma.log()
-
-    @cached_property
     def posterior_variance(self) -> Tensor:
         """β̃ = β(1 − ᾱ₋₁)/(1 − ᾱ) (DDPM, Eq. 7), ``(S,)``."""
         return self.betas * (1 - self.alpha_bar_before) / (1 - self.alpha_bar)
@@ -154,14 +138,23 @@ class Schedule:
 
     def timestep_of(self, sigma: Tensor) -> Tensor:
         """The fractional original timestep of a noise level, by linear interpolation in ln σ; like ``sigma``."""
-        there = self.to(sigma.device)
-        levels = there.log_sigma
-        return interpolate(sigma.double().log().clamp(levels[0], levels[-1]), levels, there.timesteps.double())
+        timesteps, levels = self._tables(sigma.device)
+        return interpolate(sigma.double().log().clamp(levels[0], levels[-1]), levels, timesteps)
 
     def sigma_of(self, t: Tensor) -> Tensor:
         """The inverse of :meth:`timestep_of`, float64 on the device of ``t``."""
-        there = self.to(t.device)
-        return interpolate(t.double(), there.timesteps.double(), there.log_sigma).exp()
+        timesteps, levels = self._tables(t.device)
+        return interpolate(t.double(), timesteps, levels).exp()
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Timesteps and ln σ, both float64, on ``device``: brought there once, so that no evaluation waits for them."""
+        if device not in self._moved:
+            self._moved[device] = self.timesteps.double().to(device), self.sigma.log().to(device)
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     def posterior_mean(self, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
         """Mean of q(x₋₁ | x, x₀) at step ``i`` (DDPM, Eq. 7)."""

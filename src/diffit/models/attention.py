@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # cuDNN's attention is left out: with torch 2.11 on Hopper it returns NaN gradients for a bias at lengths ≡ 64 mod 128.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 MAX_WINDOWS = 65_535
 """In one call on CUDA: with more, the memory-efficient kernel's backward pass cannot give the bias its gradient."""
@@ -106,7 +106,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     attention = partial(in_parts, partial(F.scaled_dot_product_attention, attn_mask=bias), limit=MAX_WINDOWS)
     if not q.is_cuda:
         return attention(q, k, v)
-    with sdpa_kernel(_BACKENDS):
+    with sdpa_kernel(BACKENDS):
         return attention(q, k, v)
 
 

@@ -108,7 +108,6 @@ class Console:
         if training.metrics and training.metrics_ticks:
             samples = max(metric.samples for metric in parse_metrics(training.metrics))
             passes = sum(count_evaluations(sampled_for_metrics(config)))
-            # Training takes about three forward passes an image.
             share = samples * passes / (FORWARDS * 1000 * training.tick * training.metrics_ticks)
             yield (
                 f"metrics   {samples:,} samples of {passes} passes every {training.metrics_ticks} ticks: about "

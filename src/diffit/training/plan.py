@@ -85,11 +85,14 @@ def fit_grid(config: Config, evaluations: float) -> Config:
 
 
 def fit_tick(config: Config, rate: float) -> Config:
-    """Fewer lines of statistics, and snapshots by their number, where they would come too fast at so many images/s."""
+    """Lines of statistics at least :data:`TICK_SECONDS` apart at ``rate`` images a second where nobody chose a tick.
+
+    Snapshots that are counted in ticks follow.
+    """
     training = config.training
     if "tick" not in training.chosen:
         return config
-    tick = max(training.tick, float(f"{TICK_SECONDS * rate / 1000:.2g}"))
+    tick = max(training.tick, float(f"{TICK_SECONDS * rate / 1000:.3g}"))
     return config.model_copy(update={"training": training.model_copy(update={"tick": tick})})
 
 

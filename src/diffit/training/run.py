@@ -62,6 +62,28 @@ class Due:
 
 
 @dataclass
+class Pace:
+    """Images a second over a whole run with all that it does between steps.
+
+    Attributes:
+        images: that were seen before this part of the run.
+        seconds: that they took.
+        first: when the first step of this part, which pays for compilation, was over, and at how many images.
+    """
+
+    images: int
+    seconds: float
+    first: tuple[float, int] | None = None
+
+    def rate(self, seen: int, now: float) -> float | None:
+        """None when it is asked for the first time."""
+        if self.first is None:
+            self.first = now, seen
+            return None
+        return (self.images + seen - self.first[1]) / (self.seconds + now - self.first[0])
+
+
+@dataclass
 class Run:
     """The steps between start-up and end, with what is written on the way."""
 
@@ -81,8 +103,7 @@ class Run:
     """When the last state and snapshot were written."""
     asked: tuple[float, int] = (0.0, 0)
     """When the processes last agreed, and at how many images."""
-    began_steps: tuple[float, int] = (0.0, 0)
-    """When the first of these steps began, and at how many images."""
+    pace: "Pace | None" = None
     steps_between: int = 1
     """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
     rollbacks: int = 0
@@ -112,7 +133,8 @@ class Run:
         if resumed and (done or self.crossed(training.metrics_ticks)):
             self.evaluate()  # unless that was done before the run was stopped
         began, seen = time.monotonic(), stepper.images_seen
-        self.saved, self.asked, self.began_steps = {"state": began, "snapshot": began}, (began, seen), (began, seen)
+        self.saved, self.asked = {"state": began, "snapshot": began}, (began, seen)
+        self.pace = Pace(seen, stepper.seconds)
         while not (done or due.stop):
             self.step(images)
             due = self.agree()
@@ -258,15 +280,15 @@ class Run:
         return minutes * 60 - self.stepper.seconds - grids * self.grid_seconds - 2
 
     def expected_end(self, now: float) -> int:
-        """Images that will be seen at the end, at the rate since these steps began: 0 on all but the first process."""
+        """Images that will be seen at the end of the run: 0 on all but the first process, whose clock it is."""
         if self.log is None:
             return 0
-        stepper, (began, first), left = self.stepper, self.began_steps, self.seconds_left()
+        stepper, left = self.stepper, self.seconds_left()
         planned = stepper.config.training.steps * stepper.config.training.batch
-        if left == math.inf:
+        if left == math.inf or self.pace is None:
             return planned
-        rate = (stepper.images_seen - first) / (now - began)
-        return min(planned, stepper.images_seen + max(int(rate * left), 0))
+        rate = self.pace.rate(stepper.images_seen, now)
+        return stepper.end if rate is None else min(planned, stepper.images_seen + max(int(rate * left), 0))
 
     def scalars(self, images: int, seconds: float) -> dict[str, Any]:
         """Statistics of the ``images`` and ``seconds`` since the last. All processes call this together."""

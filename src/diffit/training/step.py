@@ -47,7 +47,7 @@ def build_optimizer(net: DiffiT, training: Training) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)
 
 
-def learning_rate(training: Training, seen: int, end: float) -> float:
+def learning_rate(training: Training, seen: int, end: int) -> float:
     """Of the step after which ``seen`` of ``end`` images are seen: it rises linearly, stays, and may fall to 0."""
     rampup = training.lr_rampup_kimg * 1000
     rate = training.lr * min(seen / rampup, 1.0) if rampup else training.lr
@@ -126,7 +126,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
         self.images_seen = 0
         self.seconds = 0.0  # that the run has taken, over all its parts
-        self.end: float = training.steps * training.batch
+        self.end = training.steps * training.batch
         """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
         learning rate and the loss may depend on the share that is done."""
 
@@ -192,6 +192,7 @@ class Stepper:
         metadata = {
             "images_seen": self.images_seen,
             "seconds": round(self.seconds, 1),
+            "end": self.end,
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "skipped": [int(self.meter.skipped), int(self.meter.skipped_in_a_row)],
@@ -231,6 +232,8 @@ class Stepper:
             self.meter.skipped.fill_(skipped)
             self.meter.skipped_in_a_row.fill_(in_a_row)
         self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
+        if self.config.training.clock_minutes is not None:
+            self.end = metadata.get("end", self.end)
 
     @property
     def ema_warming_up(self) -> bool:
