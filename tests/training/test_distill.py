@@ -289,7 +289,8 @@ def test_students_learn_at_half_the_rate_of_the_first_teacher_whatever_its_prese
     student = Teacher.read(str(path)).student("progressive", 2, SHORT, facts)
     assert student.training.lr == 2e-3
     save_network(tmp_path / "student.safetensors", build(student.model).state_dict(), student)
-    assert Teacher.read(str(tmp_path / "student.safetensors")).student("progressive", 1, SHORT, facts).training.lr == 2e-3
+    second = Teacher.read(str(tmp_path / "student.safetensors"))
+    assert second.student("progressive", 1, SHORT, facts).training.lr == 2e-3
 
 
 def test_the_learning_rate_falls_to_nothing_over_the_last_share_of_the_run():
