@@ -59,6 +59,15 @@ def test_a_folder_of_tables_is_converted_table_by_table_with_its_classes(tmp_pat
     assert grays(tmp_path / "toys.zip") == list(range(15))
 
 
+def test_the_tables_of_a_downloaded_repository_are_found(tmp_path):
+    (tmp_path / "toys").mkdir()
+    (tmp_path / "toys" / "README.md").write_text("toys")
+    write_table(tmp_path / "toys" / "data" / "train-00000-of-00001.parquet", range(3))
+    assert len(open_source(tmp_path / "toys").names) == 3
+    (tmp_path / "toys" / "a.png").write_bytes(png(0))
+    assert open_source(tmp_path / "toys").names == ["a.png"]  # images, with something next to them
+
+
 def test_rows_come_in_any_order_from_any_thread(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -73,7 +82,9 @@ def test_of_several_splits_the_training_images_are_taken_and_a_line_says_so(tmp_
     write_table(tmp_path / "toys" / "train-00000-of-00001-a1b2.parquet", range(5))
     source = open_source(tmp_path / "toys")
     assert len(source.names) == 5
-    assert source.notes == ["only the split train; of test name the files themselves"]
+    assert source.notes == [
+        "the tables of the split train are read, not of test: put the tables of another into a folder of their own"
+    ]
     alone = open_source(tmp_path / "toys" / "test-00000-of-00001.parquet")
     assert (len(alone.names), alone.notes) == (3, [])
 
@@ -100,6 +111,7 @@ def test_the_columns_that_are_not_taken_are_named(tmp_path):
     assert source.notes == [
         "images are those of the column 'image', not of mask",
         "classes are those of the column 'fine_label', not of coarse_label",
+        "1 of 2 images have no class in the column 'fine_label'",
     ]
 
 

@@ -189,6 +189,7 @@ def test_guidance_has_an_effect(network, tmp_path):
     ("arguments", "message"),
     [
         (["--class", "horse"], "horse: unknown; the model knows ant, bee, cat, or 0-2"),
+        (["--class", "beee"], "beee: unknown; the model knows ant, bee, cat, or 0-2"),
         (["--class", "3"], "--class 3"),
         (["--grid", "9x9", "--num-samples", "64"], "--grid 9x9 needs 81 images, there are 64"),
         (["--steps", "0"], "steps: 0"),

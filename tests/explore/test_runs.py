@@ -54,6 +54,19 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_goes(tmp_path):
     assert view.resume().startswith("#")  # nothing was saved yet
 
 
+@pytest.mark.parametrize(
+    ("images", "chosen", "expected"),
+    [(20, (), ""), (40, (), " --kimg 0.08"), (40, ("kimg",), " --minutes 30")],
+)
+def test_the_command_that_goes_on_with_a_finished_run_makes_it_longer(tmp_path, images, chosen, expected):
+    run = write(tmp_path / "00000-a", *LINES[:1], {"images": images, "sec": 2.0})
+    (run / "training-state-000000.020").mkdir()
+    config = get_preset("debug")
+    training = config.training.model_copy(update={"kimg": 0.04, "minutes": 10.0, "chosen": chosen})
+    (run / "training_options.json").write_text(config.model_copy(update={"training": training}).model_dump_json())
+    assert read_run(run).resume().endswith(f"--resume {run}{expected}")
+
+
 def test_a_run_that_stands_still_is_said(tmp_path):
     run = write(tmp_path / "00000-a", *LINES)
     old = time.time() - 3600

@@ -284,10 +284,11 @@ def test_the_student_of_a_latent_model_is_nearer_to_its_trajectories_than_its_ow
     assert taught < 0.7 * own
 
 
-def test_students_learn_at_half_the_rate_of_the_first_teacher_whatever_its_preset_has(tmp_path):
-    path, facts = write_network(tmp_path / "teacher.safetensors", lr=4e-3), DataFacts(3, (16, 16), 3)
+def test_students_take_rate_and_mirroring_from_their_teacher_whatever_its_preset_has(tmp_path):
+    path, facts = write_network(tmp_path / "teacher.safetensors", lr=4e-3, mirror=True), DataFacts(3, (16, 16), 3)
     student = Teacher.read(str(path)).student("progressive", 2, SHORT, facts)
-    assert student.training.lr == 2e-3
+    assert (student.training.lr, student.training.mirror) == (2e-3, True)
+    assert not Teacher.read(str(path)).student("progressive", 2, SHORT | {"mirror": False}, facts).training.mirror
     save_network(tmp_path / "student.safetensors", build(student.model).state_dict(), student)
     second = Teacher.read(str(tmp_path / "student.safetensors"))
     assert second.student("progressive", 1, SHORT, facts).training.lr == 2e-3

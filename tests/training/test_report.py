@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ import torch
 from PIL import Image
 
 from diffit.configs.presets import get_preset
+from diffit.configs.resolve import DataFacts, resolve
+from diffit.data import ImageArchive
 from diffit.metrics.copies import Copies, write_copies
+from diffit.training import pictures
 from diffit.training.report import write_report
 from diffit.utils.html import LARGE
+from helpers import write_archive
 
 pytest.importorskip("plotly", reason="curves need plotly: extra plot")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -165,3 +170,19 @@ def test_without_plotly_the_report_says_what_to_install(run, monkeypatch):
     page = Page(write_report(run).read_text())
     assert "pip install 'diffit-torch[plot]'" in page.text
     assert "best fd10:" in page.text
+
+
+def test_rows_of_one_class_show_other_images_of_it(tmp_path, monkeypatch):
+    """Four rows for three classes of eight images: the two rows of the first have four each."""
+    shown = {}
+    monkeypatch.setattr(pictures, "save_grid", lambda images, path, grid, names: shown.update(images=images))
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip", 24), cond=True)
+    config = resolve("debug", {"cond": True, "grid": (4, 4)}, DataFacts(3, (16, 16), 3))
+    pictures.save_reals(SimpleNamespace(config=config), archive, tmp_path / "reals.png")
+    rows = shown["images"].flatten(1).unflatten(0, (4, 4))
+    assert len(rows.flatten(0, 1).unique(dim=0)) == 16
+    of = [
+        {int(archive.labels[i]) for i in range(24) for image in row if (archive[i].flatten() == image).all()}
+        for row in rows
+    ]
+    assert of == [{0}, {0}, {1}, {2}]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from diffit.cli import train
-from diffit.cli.options import GroupedCommand, Numbers, Options, with_options
+from diffit.cli.options import GroupedCommand, Numbers, Options, switch, with_options
 
 OPTIONS: Options = {
     "Teacher and student": [
@@ -26,7 +26,7 @@ OPTIONS: Options = {
         click.option("--outdir", type=click.Path(path_type=Path), required=True,
                      help="Folder for the students and the folders of their runs."),
         click.option("--val", help="Archive of held-out images: their loss is reported, metrics compare with them."),
-        train.MIRROR,
+        switch("--mirror", help=f"{train.FLIP}  [default: the teacher's]"),
         click.option("--desc", help="Text to put into the names of the runs' folders.  [default: method and steps]"),
         click.option("--resume", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
                      help="auto: go on with the newest runs in --outdir that have the same options."),

@@ -28,7 +28,7 @@ DETECTOR = click.option(
 )  # fmt: skip
 SCRIPTS = click.option(
     "--allow-scripts", is_flag=True,
-    help="Let --detector be TorchScript too: a program with your rights; Linux keeps it from writing files.",
+    help="Let detectors be TorchScript too: a program with your rights; Linux keeps it from writing files.",
 )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
 STEPS = [
     click.option("--network", "networks", required=True, multiple=True, metavar="FILE|RUN|ID",
                  help="Snapshot, run (its newest) or Hub id; several are compared. A student keeps its own steps."),
-    click.option("--ref", type=FILE, help="Real images (archive), or an npz of statistics."),
+    click.option("--ref", type=FILE, help="Real images (archive), or an npz of statistics; distances need it."),
     click.option("--metric", required=True, metavar="NAME", help="fid10k_full, fd10k_full:DETECTOR and the like."),
     click.option("--evaluations", type=Numbers(), default="1,2,4,8,16,35", show_default=True, metavar="LIST",
                  help="Forward passes per image; guidance makes two a step. A sampler makes the most steps within."),

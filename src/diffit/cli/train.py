@@ -57,7 +57,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
 
 
 # Of `diffit distill` too.
-MIRROR = switch("--mirror", help="Flip images left to right, each with probability ½.  [default: no]")
+FLIP = "Flip images left to right, each with probability ½."
 VAE = click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the latents' own]")
 HOURS = click.option("--hours", type=click.FloatRange(min=0.01), help="Length by the clock, in hours.")
 DURATION = click.option("--duration", type=Images(), metavar="MIMG", help="Length in millions of images.")
@@ -79,7 +79,7 @@ OPTIONS: Options = {
         click.option("--outdir", type=click.Path(path_type=Path), help="Folder that the run's own folder goes into."),
         click.option("--val", help="Archive of held-out images: their loss is reported at every tick."),
         switch("--cond", help="Class-conditional, with the labels of the archive.  [default: no, or the preset's]"),
-        MIRROR,
+        switch("--mirror", help=f"{FLIP}  [default: no]"),
         click.option("--desc", help="Text to put into the name of the run's folder."),
         click.option("--resume", default="auto", show_default=True, metavar="auto|none|PATH",
                      help="auto: go on with the newest run in --outdir that has the same options."),

@@ -26,8 +26,14 @@ GROUPS_KEPT = 2  # threads that work through the rows may be on both sides of a 
 
 
 def tables_in(folder: Path) -> tuple[list[Path], list[str]]:
-    """(tables, notes) of a folder that holds no images: those of the split ``train`` where there are several splits."""
+    """(tables, notes) of a folder that holds no images: those of the split ``train`` where there are several splits.
+
+    Of a downloaded repository they lie in the folder ``data``.
+    """
     items = [item for item in folder.iterdir() if not item.name.startswith(".")]
+    if not any(item.is_file() and item.suffix == ".parquet" for item in items) and (folder / "data").is_dir():
+        inner = [] if any(item.name.lower().endswith(IMAGE_SUFFIXES) for item in items) else [folder / "data"]
+        return next(map(tables_in, inner), ([], []))
     found = [item for item in items if item.suffix == ".parquet" and item.is_file()]
     if not found or any(item.name.lower().endswith(IMAGE_SUFFIXES) for item in items):
         return [], []
@@ -38,7 +44,8 @@ def tables_in(folder: Path) -> tuple[list[Path], list[str]]:
     chosen = "train" if "train" in splits else next(iter(splits))
     kept = [item for item in found if (match := SPLIT.fullmatch(item.name)) and match[1] == chosen]
     others = [name for name in splits if name != chosen]
-    return kept, [f"only the split {chosen}; of {name_some(others)} name the files themselves"]
+    where = "put the tables of another into a folder of their own"
+    return kept, [f"the tables of the split {chosen} are read, not of {name_some(others)}: {where}"]
 
 
 class Tables:
@@ -89,7 +96,10 @@ class Tables:
             raise UserError(f"{paths[0]} is a Parquet table without rows")
         if len(chosen) > 1:
             raise UserError(f"{paths[0]} and the tables next to it have other columns; convert them one by one")
-        self.notes = _notes(*chosen.pop(), features)
+        image, label = chosen.pop()
+        self.notes = _notes(image, label, features)
+        if label is not None and (without := self.labels.count(None)):
+            self.notes.append(f"{without} of {len(self.labels)} images have no class in the column '{label}'")
 
     def read(self, row: int) -> bytes:
         """An image's bytes. Raises BrokenImageError, naming it, for one that is damaged, missing or too large."""

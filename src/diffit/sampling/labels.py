@@ -58,7 +58,8 @@ def _match(given: str | int, config: Config, argument: str) -> int:
         meant = ", ".join(f"{i} ({names[i]})" for i in found)
         raise UserError(f"{argument} {text}: may be {meant}; give the number")
     near = difflib.get_close_matches(wanted, [spelling for name in names for spelling in _spellings(name)], n=5)
-    shown = ", ".join(dict.fromkeys(near) or names[:20]) + (", …" if len(names) > (0 if near else 20) else "")
+    few = len(names) <= 20
+    shown = ", ".join(names if few else dict.fromkeys(near) or names[:20]) + ("" if few else ", …")
     known = f"{shown}, or 0-{count - 1}" if names else f"0-{count - 1}"
     raise UserError(f"{argument} {text}: unknown; the model knows {known}")
 

@@ -78,7 +78,7 @@ class Teacher:
         own = get_preset(teacher.preset).training
         lr = teacher.training.lr * (LR_SHARE if teacher.distillation is None else 1.0)
         recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": lr}
-        recipe |= {"augment": 0.0, "label_drop": 0.0}
+        recipe |= {"augment": 0.0, "label_drop": 0.0, "mirror": teacher.training.mirror}
         if teacher.autoencoder is None:
             recipe["metrics_ref"] = options.get("val")
             # A covariance takes a tenth as many images as it has dimensions.

@@ -40,7 +40,9 @@ def save_reals(stepper: Stepper, archive: Archive, path: Path) -> None:
     if classes and archive.labels is not None:
         of_class = archive.labels[indices]
         parts = [indices[of_class == label] for label in classes]
-        chosen = torch.cat([part.repeat(columns)[:columns] for part in parts])  # again where there are too few
+        firsts = [columns * classes[:row].count(label) for row, label in enumerate(classes)]
+        places = [torch.arange(first, first + columns) for first in firsts]  # a class's next row has others of it
+        chosen = torch.cat([part[place % len(part)] for part, place in zip(parts, places, strict=True)])
         names = row_names(config)
     else:
         chosen, names = indices[: columns * rows].sort().values, []

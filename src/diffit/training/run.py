@@ -115,7 +115,7 @@ class Run:
         if self.log is not None:
             columns, rows = self.stepper.config.training.grid
             self.console.say(
-                f"grids     {columns}x{rows} training images and samples of the untrained network, to compare"
+                f"grids     {columns}x{rows} training images and samples before the first step, to compare"
             )
             self.signals.unless_in_haste(lambda: save_reals(self.stepper, archive, self.run_dir / "reals.png"))
             began = time.monotonic()

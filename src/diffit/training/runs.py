@@ -102,10 +102,13 @@ class RunView:
         """The command that goes on with the run."""
         if self.config is None or not states(self.path):
             return "# no training state yet: nothing to go on from"
-        options = self.path / OPTIONS
-        return shlex.join(
-            ["diffit", "train", "--config", str(options), "--outdir", str(self.path.parent), "--resume", str(self.path)]
-        )
+        words = ["diffit", "train", "--config", str(self.path / OPTIONS), "--outdir", str(self.path.parent)]
+        words += ["--resume", str(self.path)]
+        training = self.config.training
+        if self.kimg >= training.kimg:  # only a greater length goes on
+            minutes = training.clock_minutes
+            words += ["--kimg", f"{2 * training.kimg:g}"] if minutes is None else ["--minutes", f"{3 * minutes:g}"]
+        return shlex.join(words)
 
 
 def read_run(path: Path) -> RunView:
