@@ -32,7 +32,7 @@ def test_an_exact_name_goes_before_a_number():
     ("given", "said"),
     [
         ("CRANE", r"may be 0 \(Crane\), 2 \(crane\)"),
-        ("golfish", "knows goldfish, …, or 0-3"),
+        ("golfish", "knows Crane, goldfish, Carassius, crane, two, or 0-3"),
         ("4", "0-3"),
         (4, "0-3"),
         (-1, "-1: unknown"),
@@ -43,6 +43,14 @@ def test_what_is_unknown_or_not_unique_is_refused_with_what_is_near(given, said)
     with pytest.raises(UserError, match=said) as caught:
         find_class(given, config_of("Crane", "goldfish, Carassius", "crane", "two"))
     assert "\n" not in str(caught.value)
+
+
+def test_of_many_classes_those_that_are_near_are_named():
+    names = [f"bird {i}" for i in range(30)]
+    with pytest.raises(UserError, match="knows goldfish, …, or 0-30"):
+        find_class("golfish", config_of(*names, "goldfish"))
+    with pytest.raises(UserError, match=r"knows bird 0, bird 1, .*, bird 19, …, or 0-30"):
+        find_class("qqqq", config_of(*names, "goldfish"))
 
 
 def test_a_model_without_classes_says_so():
