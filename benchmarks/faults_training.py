@@ -95,7 +95,6 @@ with processes() as procs:
 # The n-th time that something is brought to the disk fails as a broken disk does.
 BROKEN = """
 import errno, os, sys
-sys.argv[0] = "diffit"
 honest, left = os.fsync, [int(sys.argv.pop(1))]
 def failing(descriptor):
     left[0] -= 1
@@ -152,7 +151,12 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def said(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.output.glob("std*"), reverse=True))
+        return printed(self.output)
+
+
+def printed(folder: Path) -> str:
+    """What a command has written so far, its progress before its results."""
+    return "".join(path.read_text() for path in sorted(folder.glob("std*"), reverse=True))
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class Place:
         return Forked(program, *words, output=self.folder / f"command{self.runs}.log")
 
     def log(self, outdir: str) -> str:
-        return "".join(path.read_text() for path in sorted((self.folder / f"{outdir}.log").glob("std*"), reverse=True))
+        return printed(self.folder / f"{outdir}.log")
 
     def run_dir(self, outdir: str) -> Path | None:
         """The newest: a run that was killed before its first state is not taken up, and leaves its folder."""

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from diffit.configs.presets import PRESETS, cifar10, debug, get_preset
-from diffit.configs.schema import Config, EDMDiffusion, ImageModel, Sampling, StageSpec, Training
+from diffit.configs.sampling import Sampling
+from diffit.configs.schema import Config, EDMDiffusion, ImageModel, StageSpec, Training
 from diffit.diffusion.adm import Schedule
 from diffit.errors import UserError
 

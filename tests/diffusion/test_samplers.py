@@ -12,7 +12,7 @@ from scipy import integrate, interpolate, stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffit.configs.schema import Sampler
+from diffit.configs.sampling import Sampler
 from diffit.diffusion.adm import Schedule
 from diffit.diffusion.edm import edm_sigmas, lambda_sigmas
 from diffit.diffusion.samplers import consistency, ddim, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc

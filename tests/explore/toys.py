@@ -3,7 +3,8 @@
 import torch
 
 from diffit.configs.presets import get_preset
-from diffit.configs.schema import Sampling, StageSpec
+from diffit.configs.sampling import Sampling
+from diffit.configs.schema import StageSpec
 from diffit.models import DiffiT, ImageDiffiT, LatentDiffiT
 from diffit.sampling import Model
 

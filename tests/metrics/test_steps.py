@@ -10,7 +10,8 @@ from PIL import Image
 from diffit.cli import cli
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
-from diffit.configs.schema import ADMDiffusion, FittedLevels
+from diffit.configs.sampling import FittedLevels
+from diffit.configs.schema import ADMDiffusion
 from diffit.errors import UserError
 from diffit.metrics import steps as module
 from diffit.metrics.record import read_records

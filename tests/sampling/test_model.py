@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
-from diffit.configs.schema import Config, Sampling
+from diffit.configs.sampling import Sampling
+from diffit.configs.schema import Config
 from diffit.diffusion.adm import schedule_of
 from diffit.diffusion.edm import denoiser, edm_sigmas
 from diffit.diffusion.samplers import euler, heun

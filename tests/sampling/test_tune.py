@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from diffit.cli import cli
 from diffit.configs.presets import get_preset
-from diffit.configs.schema import FittedLevels, Sampling
+from diffit.configs.sampling import FittedLevels, Sampling
 from diffit.diffusion.edm import edm_sigmas, lambda_sigmas
 from diffit.diffusion.samplers import dpm_solver_pp, heun, unipc
 from diffit.errors import UserError

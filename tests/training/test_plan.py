@@ -219,9 +219,9 @@ def test_the_rate_of_a_run_leaves_out_the_first_step_of_each_part_and_counts_wha
 
 def test_the_end_of_a_run_is_where_the_clock_ends_it_or_its_length(tmp_path):
     config = with_length(resolve("debug", {"minutes": 2.0, "batch": 8}, FACTS), 80.0)
-    stepper = SimpleNamespace(config=config, images_seen=1000, seconds=0.0, end=80_000, ema_warming_up=False)
+    stepper = SimpleNamespace(config=config, images_seen=0, seconds=0.0, end=80_000, ema_warming_up=False)
     run = Run(stepper, tmp_path, None, None, None, log=object(), signals=None, began=0.0, grid_seconds=8.0)
-    run.pace = Pace(0, 0.0)
+    stepper.images_seen = 1000
     assert run.expected_end(5.0) == 80_000  # nothing is known yet
     stepper.images_seen, stepper.seconds = 2000, 10.0
     assert run.expected_end(10.0) == 2000 + 200 * (120 - 10 - 8 - 2)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import accumulation, resolve
-from diffit.configs.schema import ADMDiffusion, Config, steps_text, student_title
+from diffit.configs.sampling import steps_text
+from diffit.configs.schema import ADMDiffusion, Config, student_title
 from diffit.data.check import few_images
 from diffit.data.open import Archive
 from diffit.errors import UserError, printable

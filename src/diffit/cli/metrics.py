@@ -9,7 +9,7 @@ import click
 
 from diffit.cli.options import GroupedCommand, Listed, Numbers, Options, with_options
 from diffit.cli.sample import ALIASES, PRECISIONS, SAMPLERS, SETTINGS
-from diffit.configs.schema import Sampling
+from diffit.configs.sampling import Sampling
 from diffit.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from diffit.configs.schema import MAX_STEPS
+from diffit.configs.fields import MAX_STEPS
 from diffit.errors import UserError
 
 LONGEST = 10_000_000  # numbers in a list: they are kept in memory

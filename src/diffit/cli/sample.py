@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from diffit.cli.options import LONGEST, GroupedCommand, Interval, Numbers, Options, Size, Steps, switch, with_options
-from diffit.configs.schema import Sampler, Sampling, steps_text
+from diffit.configs.sampling import Sampler, Sampling, steps_text
 from diffit.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from click.core import ParameterSource
 from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Size, switch, with_options
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import resolve
-from diffit.configs.schema import Config, Sampler
+from diffit.configs.sampling import Sampler
+from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.utils.urls import public, remember
 

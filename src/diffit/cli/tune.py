@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from diffit.cli.options import Numbers, with_options
-from diffit.configs.schema import ODESampler
+from diffit.configs.sampling import ODESampler
 from diffit.errors import UserError
 
 OPTIONS = [

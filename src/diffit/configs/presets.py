@@ -7,6 +7,7 @@ A preset fixes the recipe; what only the data knows (channels, size, classes) is
 from collections.abc import Callable
 from typing import Any
 
+from diffit.configs.sampling import Sampling
 from diffit.configs.schema import (
     AUGMENT_LABELS,
     ADMDiffusion,
@@ -15,7 +16,6 @@ from diffit.configs.schema import (
     Data,
     ImageModel,
     LatentModel,
-    Sampling,
     StageSpec,
     Training,
 )

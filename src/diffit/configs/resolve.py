@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffit.configs.presets import get_preset
+from diffit.configs.sampling import Sampling
 from diffit.configs.schema import (
     AUGMENT_LABELS,
     ADMDiffusion,
     Config,
     ImageModel,
     LatentModel,
-    Sampling,
     StageSpec,
     Training,
     explain,

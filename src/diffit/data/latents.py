@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffit.configs.schema import Count, Frozen, Positive, explain
+from diffit.configs.fields import Count, Frozen, Positive
+from diffit.configs.schema import explain
 from diffit.data.files import FileTree
 from diffit.data.labels import META, count_classes, read_labels, require_classes
 from diffit.errors import UserError

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffit.configs.schema import DISCRETE, ADMDiffusion
+from diffit.configs.sampling import DISCRETE
+from diffit.configs.schema import ADMDiffusion
 from diffit.diffusion.adm import schedule_of
 from diffit.diffusion.samplers import Callback
 from diffit.errors import UserError

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffit.configs.schema import Sampling
+from diffit.configs.sampling import Sampling
 from diffit.diffusion.guidance import Denoiser
 from diffit.diffusion.samplers import Callback, NoiseSource, euler
 from diffit.errors import UserError

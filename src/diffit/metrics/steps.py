@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffit.configs.schema import CONTINUOUS, DISCRETE, ADMDiffusion, Config, Sampling
+from diffit.configs.sampling import CONTINUOUS, DISCRETE, Sampling
+from diffit.configs.schema import ADMDiffusion, Config
 from diffit.errors import UserError, install_hint
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.record import read_records

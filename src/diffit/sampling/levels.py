@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffit.configs.schema import MULTISTEP, ADMDiffusion, Config, Sampling
+from diffit.configs.sampling import MULTISTEP, Sampling
+from diffit.configs.schema import ADMDiffusion, Config
 from diffit.diffusion.adm import schedule_of
 from diffit.diffusion.edm import edm_sigmas, lambda_sigmas
 from diffit.diffusion.samplers import consistency, dpm_solver_pp, dpm_solver_pp_sde, euler, heun, unipc

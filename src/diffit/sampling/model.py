@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffit.configs.schema import DISCRETE, ADMDiffusion, Config
+from diffit.configs.sampling import DISCRETE
+from diffit.configs.schema import ADMDiffusion, Config
 from diffit.diffusion import adm, edm
 from diffit.diffusion.adm import Predictor, Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within

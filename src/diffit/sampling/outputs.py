@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from diffit.configs.schema import Config, Sampling
+from diffit.configs.sampling import Sampling
+from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.utils.distributed import Processes
 from diffit.utils.files import disk_errors, sweep, whole_file

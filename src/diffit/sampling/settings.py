@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffit.configs.schema import CONTINUOUS, Config, Sampling, explain, steps_text
+from diffit.configs.sampling import CONTINUOUS, Sampling, steps_text
+from diffit.configs.schema import Config, explain
 from diffit.errors import UserError
 
 # Setting -> the samplers that know it.

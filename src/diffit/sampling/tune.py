@@ -8,7 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from diffit.configs.schema import ADMDiffusion, Config, FittedLevels, ODESampler
+from diffit.configs.sampling import FittedLevels, ODESampler
+from diffit.configs.schema import ADMDiffusion, Config
 from diffit.diffusion.guidance import Denoiser
 from diffit.errors import UserError
 from diffit.sampling.labels import choose_labels

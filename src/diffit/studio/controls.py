@@ -5,7 +5,8 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from diffit.configs.schema import DISCRETE, Config, Sampling, steps_text
+from diffit.configs.sampling import DISCRETE, Sampling, steps_text
+from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.sampling.model import Model
 from diffit.studio.common import PRIVATE, checked

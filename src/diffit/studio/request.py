@@ -5,7 +5,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffit.configs.schema import Config, steps_text
+from diffit.configs.sampling import steps_text
+from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.sampling.labels import class_title, find_class, sampled_classes
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
-from diffit.configs.schema import ADMDiffusion, Config, Distillation, Sampling
+from diffit.configs.sampling import Sampling
+from diffit.configs.schema import ADMDiffusion, Config, Distillation
 from diffit.data.open import Archive, facts_of
 from diffit.errors import UserError
 from diffit.metrics.evaluate import evaluate_network

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffit.configs.schema import Config, Sampling
+from diffit.configs.sampling import Sampling
+from diffit.configs.schema import Config
 from diffit.data.open import Archive
 from diffit.models import DiffiT
 from diffit.sampling.labels import class_title, sampled_classes

@@ -103,11 +103,14 @@ class Run:
     """When the last state and snapshot were written."""
     asked: tuple[float, int] = (0.0, 0)
     """When the processes last agreed, and at how many images."""
-    pace: "Pace | None" = None
+    pace: Pace = field(init=False)
     steps_between: int = 1
     """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
     rollbacks: int = 0
     writer: StateWriter = field(default_factory=StateWriter)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.stepper.images_seen, self.stepper.seconds)
 
     def first_grids(self, archive: Archive) -> None:
         """``reals.png`` and ``fakes_init.png``."""
@@ -134,7 +137,6 @@ class Run:
             self.evaluate()  # unless that was done before the run was stopped
         began, seen = time.monotonic(), stepper.images_seen
         self.saved, self.asked = {"state": began, "snapshot": began}, (began, seen)
-        self.pace = Pace(seen, stepper.seconds)
         while not (done or due.stop):
             self.step(images)
             due = self.agree()
@@ -285,7 +287,7 @@ class Run:
             return 0
         stepper, left = self.stepper, self.seconds_left()
         planned = stepper.config.training.steps * stepper.config.training.batch
-        if left == math.inf or self.pace is None:
+        if left == math.inf:
             return planned
         rate = self.pace.rate(stepper.images_seen, now)
         return stepper.end if rate is None else min(planned, stepper.images_seen + max(int(rate * left), 0))

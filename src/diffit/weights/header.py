@@ -14,7 +14,8 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
-from diffit.configs.schema import MAX_BLOCKS, MAX_SIZE, Config, LatentModel
+from diffit.configs.fields import MAX_BLOCKS, MAX_SIZE
+from diffit.configs.schema import Config, LatentModel
 from diffit.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
