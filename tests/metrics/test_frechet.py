@@ -117,6 +117,7 @@ def test_moments_are_numpys_in_any_batches_and_order():
 
 REDUCE = """
 import torch
+from diffit.metrics import features as kept
 from diffit.metrics.frechet import Moments
 from diffit.metrics.features import Rows
 from diffit.metrics.inception_score import ScoreSums
@@ -143,6 +144,15 @@ with processes() as procs:
         assert abs(score.reduce(procs, 24)[0] / expected - 1) < 1e-10
         features = rows.reduce(procs, 24)
         assert not procs.is_first or torch.equal(features, x.float())
+    kept.TILE = 8
+    for sizes in ((102, 101), (203, 0), (48, 155), (24, 179), (1, 202), (0, 203)):
+        rows = Rows()
+        for part in positions.split(sizes)[procs.rank].flip(0).split(31):
+            rows.add(part, x[part])
+        features = rows.reduce(procs, 24)
+        assert not rows.tiles  # nothing is kept that was sent
+        assert not procs.is_first or torch.equal(features, x.float())
+    assert Rows().reduce(procs, 24).shape == (0, 24)
 """
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffit.data.archive import ImageArchive
 from diffit.errors import UserError
-from diffit.training.batches import _loaded, feed, fits, image_indices, microbatches
+from diffit.training.batches import _loaded, feed, image_indices, microbatches
 from helpers import write_archive
 
 
@@ -76,12 +76,6 @@ def test_no_socket_of_this_process_serves_the_workers(tmp_path, monkeypatch):
     images = feed(archive, microbatches(12, 0, 0, 4, 4, 0, 1), torch.device("cpu"), resident=None, workers=1)
     assert [next(images)[0].shape[0] for _ in range(3)] == [4, 4, 4]
     assert served == []  # the worker, a fork, has a list of its own
-
-
-def test_images_fit_while_all_processes_of_the_machine_together_take_a_quarter():
-    assert fits(100, 400)
-    assert not fits(101, 400)
-    assert not fits(100, 400, sharers=2)
 
 
 def test_order_does_not_touch_ambient_randomness():

@@ -192,10 +192,14 @@ class ImageArchive(torch.utils.data.Dataset[torch.Tensor]):
 
     def load_all(self, workers: int = 0) -> torch.Tensor:
         """Every image, uint8 (N, C, H, W), decoded on ``workers`` threads (0: as many as are worth it)."""
+        return self.load(range(len(self)), workers)
+
+    def load(self, indices: range, workers: int = 0) -> torch.Tensor:
+        """As :meth:`load_all` those of the ``indices``."""
         _, height, width = self.image_shape
         workers = workers or (1 if height * width < 64 * 64 else 0)
-        images = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
-        for i, image in enumerate(map_ordered(self.__getitem__, range(len(self)), workers)):
+        images = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
+        for i, image in enumerate(map_ordered(self.__getitem__, indices, workers)):
             images[i] = image
         return images
 

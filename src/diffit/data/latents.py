@@ -256,20 +256,27 @@ class LatentArchive:
 
     def load_all(self) -> Tensor:
         """All of it, (N, 4, C, h, w) in the dtype of the file."""
-        whole: Tensor | None = None  # made once: a list of parts and what they are joined to are twice the data
-        for shard in range(self.header.num_shards):
+        return self.load(range(len(self)))
+
+    def load(self, indices: range) -> Tensor:
+        """As :meth:`load_all` those of the ``indices``, which are at least one and without gaps."""
+        found: Tensor | None = None  # made once: a list of parts and what they are joined to are twice the data
+        size = self.header.shard_size
+        for shard in range(indices.start // size, -(-indices.stop // size)):
             tensors, crcs = self._shard(shard)
-            rows = self.header.shard_range(shard)
+            inside = range(max(indices.start - shard * size, 0), min(indices.stop - shard * size, size))
+            begin = shard * size + inside.start - indices.start
             for place, key in enumerate(MOMENTS):
-                moments = tensors.get_tensor(key)
-                if whole is None:
-                    whole = moments.new_empty(len(self), len(MOMENTS), *moments.shape[1:])
-                whole[rows.start : rows.stop, place] = moments
-            assert whole is not None
-            for row, moments in enumerate(whole[rows.start : rows.stop]):
+                moments = tensors.get_slice(key)[inside.start : inside.stop]
+                if found is None:
+                    found = moments.new_empty(len(indices), len(MOMENTS), *moments.shape[1:])
+                found[begin : begin + len(inside), place] = moments
+            assert found is not None
+            for row, moments in zip(inside, found[begin : begin + len(inside)], strict=True):
                 self._require_whole(moments, shard, row, crcs)
-        assert whole is not None
-        return whole
+            self._shards.pop(shard)  # what is mapped and was read counts as memory of this process
+        assert found is not None
+        return found
 
     @cached_property
     def content_hash(self) -> str:

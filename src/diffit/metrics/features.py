@@ -1,6 +1,8 @@
 """What metrics ask of features, and one pass over images that answers all of them, on any number of processes."""
 
+import mmap
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
@@ -108,29 +110,47 @@ class Part(Metric, Generic[R]):
         """By name, from the results of the accumulators."""
 
 
+TILE = 128  # rows that are kept, and sent, together
+
+
 class Rows:
-    """The features themselves, float32 (N, d) in the order of their positions, for metrics of pairs."""
+    """The features themselves, float32 (N, d) in the order of their positions, for metrics of pairs.
+
+    A machine holds them once: what has come to the first process is freed where it came from.
+    """
 
     def __init__(self) -> None:
-        self.parts: list[Tensor] = []
+        self.tiles: deque[Tensor] = deque()
         self.positions: list[Tensor] = []
+        self.room = 0  # rows left in the last tile
 
     def add(self, positions: Tensor, features: Tensor) -> None:
-        self.parts.append(features.float().cpu())
         self.positions.append(positions)
+        while len(features):
+            if self.room == 0:
+                # A mapping of its own, which the system has back as soon as it is freed.
+                memory = mmap.mmap(-1, 4 * TILE * features.shape[1])
+                self.tiles.append(torch.frombuffer(memory, dtype=torch.float32).view(TILE, -1))
+                self.room = TILE
+            fitting, features = features[: self.room], features[self.room :]
+            self.tiles[-1][TILE - self.room :][: len(fitting)] = fitting
+            self.room -= len(fitting)
 
     def reduce(self, procs: Processes, dim: int) -> Tensor:
-        rows = torch.cat([*self.parts, torch.empty(0, dim)])
         positions = torch.cat([*self.positions, torch.empty(0, dtype=torch.int64)])
-        if procs.count > 1:
-            # Every process sends as many rows as the one with most; positions mark the ones that count.
-            most = torch.tensor(len(rows), device=procs.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            padding = int(most) - len(rows)
-            rows = _collect(procs, torch.cat([rows, rows.new_zeros(padding, dim)]))
-            positions = _collect(procs, torch.cat([positions, positions.new_full((padding,), -1)]))
-            rows, positions = rows[positions >= 0], positions[positions >= 0]
-        return rows[positions.argsort()]
+        tiles = -(-procs.max(len(positions)) // TILE)  # every process sends as many; -1 marks rows that there are not
+        padding = positions.new_full((tiles * TILE - len(positions),), -1)
+        sent = _collect(procs, torch.cat([positions, padding]).view(1, tiles, TILE))
+        order = torch.full_like(sent, -1)
+        order[sent >= 0] = sent[sent >= 0].argsort().argsort()
+        rows = torch.empty(int((sent >= 0).sum()), dim)
+        room = torch.empty(len(sent), TILE, dim, device=procs.device)
+        for tile in range(tiles):
+            own = self.tiles.popleft() if self.tiles else torch.zeros(TILE, dim)
+            for values, places in zip(_collect(procs, own[None], room), order[:, tile], strict=True):
+                places = places[places >= 0]
+                rows[places] = values[: len(places)]
+        return rows
 
 
 def pooled(count: int | None) -> Need[Tensor]:
@@ -138,12 +158,14 @@ def pooled(count: int | None) -> Need[Tensor]:
     return Need("rows", "pool", count, Rows)
 
 
-def _collect(procs: Processes, tensor: Tensor) -> Tensor:
-    """The tensors of all processes one after the other, on the first; nothing on the others."""
+def _collect(procs: Processes, tensor: Tensor, room: Tensor | None = None) -> Tensor:
+    """The (1, …) of all processes, in ``room`` where that is given, on the first (count, …), on the others (0, …)."""
+    if procs.count == 1:
+        return tensor
     tensor = tensor.to(procs.device)
-    parts = [torch.empty_like(tensor) for _ in range(procs.count)] if procs.is_first else None
-    dist.gather(tensor, parts)
-    return torch.cat(parts).cpu() if parts is not None else tensor[:0].cpu()
+    found = tensor.new_empty(procs.count * procs.is_first, *tensor.shape[1:]) if room is None else room
+    dist.gather(tensor, list(found.split(1)) if procs.is_first else None)
+    return found.cpu()
 
 
 def gather(

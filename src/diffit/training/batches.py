@@ -17,8 +17,6 @@ from diffit.errors import UserError
 from diffit.training.signals import STOPPING
 from diffit.utils.randomness import ORDER, derive_seed
 
-RESIDENT_SHARE = 0.25  # of the free memory may go to keeping the decoded images
-
 
 @lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -53,10 +51,6 @@ def _leave_signals_to_the_run(worker: int) -> None:
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torch ends a worker that hangs
-
-
-def fits(need: int, free: int, sharers: int = 1) -> bool:
-    return need * sharers <= free * RESIDENT_SHARE
 
 
 class _Fetch(torch.utils.data.Dataset[Tensor | UserError]):

@@ -1,23 +1,21 @@
 """A training run from start-up line to the last snapshot. To resume, run the same command again."""
 
 import logging
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import torch
-from torch import Tensor
 
 from diffit.configs.schema import Config
 from diffit.data.open import Archive
 from diffit.models.autoencoder import Autoencoder
-from diffit.training.batches import feed, fits, microbatches
+from diffit.training.batches import feed, microbatches
 from diffit.training.checkpoint import read_progress
 from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
 from diffit.training.plan import plan
+from diffit.training.resident import load_resident
 from diffit.training.run import Outcome, Run, Stopped, is_complete
 from diffit.training.run_dir import (
     RunLog,
@@ -33,7 +31,6 @@ from diffit.training.step import Stepper, build_network
 from diffit.training.tracking import require_tracker
 from diffit.utils.distributed import Processes, alone
 from diffit.utils.precision import check_precision
-from diffit.utils.progress import duration
 from diffit.weights.adapt import init_from
 
 logger = logging.getLogger(__name__)
@@ -115,21 +112,3 @@ def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None,
             logger.warning("%s: later than what the run goes on from; it is %s now", run_dir, path.name)
     write_options(run_dir, config)
     return run_dir
-
-
-def load_resident(archive: Archive, procs: Processes, workers: int) -> tuple[Tensor | None, str]:
-    """All images as one tensor, on the device or in memory, where they fit; None where they must be streamed.
-
-    And what to say of it.
-    """
-    need = len(archive) * archive[0].nbytes
-    free, here = psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", procs.count))
-    on_device = procs.device.type == "cuda" and fits(need, torch.cuda.mem_get_info(procs.device)[0])
-    on_device = on_device and need * here < free  # by way of the machine's own memory, all processes at once
-    if not on_device and not fits(need, free, procs.count):
-        return None, f"streamed by {workers} workers: {need / 2**30:.1f} GiB do not fit"
-    began = time.monotonic()
-    images = archive.load_all()
-    place = "on the device" if on_device else "in memory"
-    said = f"{need / 2**20:.0f} MiB {place}, decoded in {duration(time.monotonic() - began)}"
-    return images.to(procs.device) if on_device else images, said
