@@ -28,6 +28,7 @@ def main(preset: str = "latent-b") -> None:
     size = 4 * sum(parameter.nbytes for parameter in net.parameters()) / 1e9
     print(f"{machine()}\n{preset}: a state of {size:.2f} GB")
     writer = StateWriter()
+    writer.reserve(net, net, optimizer)  # as a run does after its first step
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for number in range(ROUNDS):
             began = time.perf_counter()

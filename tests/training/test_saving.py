@@ -77,6 +77,21 @@ def test_a_state_from_the_thread_is_the_state_to_the_last_byte(tmp_path, memory_
     verify_state(tmp_path / "there/training-state-000003")
 
 
+def test_memory_that_was_taken_beforehand_is_what_the_state_is_copied_to(tmp_path):
+    net, optimizer = trained()
+    writer = StateWriter()
+    writer.reserve(net, net, optimizer)
+    writer.wait()
+    before = {key: buffer.data_ptr() for key, buffer in writer._buffers.items()}
+    writer.save(tmp_path / "training-state-000001", net, net, optimizer, FACTS)
+    writer.reserve(net, net, optimizer)  # once is enough
+    writer.wait()
+    assert {key: buffer.data_ptr() for key, buffer in writer._buffers.items()} == before
+    assert len(before) == 4 + 4 + 4 * 3  # weights, average, and of the optimiser three kinds
+    save_state(tmp_path / "training-state-000002", net, net, optimizer, FACTS)
+    assert content(tmp_path / "training-state-000001") == content(tmp_path / "training-state-000002")
+
+
 def test_a_state_is_that_of_the_moment_and_appears_when_it_is_whole(tmp_path, gate):
     net, optimizer = trained()
     gate.set()

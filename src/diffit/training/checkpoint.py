@@ -66,6 +66,21 @@ class StateWriter:
         self._given_up = threading.Event()
         self._buffers: dict[str, Tensor] = {}  # kept: memory that is new costs more than copying into it
 
+    def reserve(self, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take the memory for a state on the thread, once, so that the first :meth:`save` needs not wait for it.
+
+        After the first step, which makes the moments.
+        """
+        if self._buffers or self._pending is not None:
+            return
+        groups = state_groups(net, ema, optimizer)
+        wanted = [(f"{name} {key}", tensor) for name, tensors in groups.items() for key, tensor in tensors.items()]
+        self._pending = self._pool.submit(self._take, wanted)
+
+    def _take(self, wanted: list[tuple[str, Tensor]]) -> None:
+        for key, tensor in wanted:
+            self._buffer(key, tensor).zero_()  # the system hands memory over when it is written to
+
     @torch.no_grad()
     def save(
         self, folder: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
@@ -83,12 +98,15 @@ class StateWriter:
         self._given_up.clear()
         self._pending = self._pool.submit(self._write, folder, copies, text)
 
-    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+    def _buffer(self, key: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[key] = buffer
-        return buffer.copy_(whole(tensor), non_blocking=True)
+        return buffer
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        return self._buffer(key, tensor).copy_(whole(tensor), non_blocking=True)
 
     def _write(self, folder: Path, copies: dict[str, dict[str, Tensor]], text: str) -> None:
         _write_state(folder, copies, text, self._given_up)

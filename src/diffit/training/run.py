@@ -171,6 +171,8 @@ class Run:
         self.writer.check()
         with self.saved_on_failure():
             self.stepper.step(images)
+        if self.log is not None:
+            self.writer.reserve(self.stepper.net, self.stepper.ema, self.stepper.optimizer)
         self.stepper.seconds = time.monotonic() - self.began
         self.console.measured(self.stepper.images_seen, self.stepper.meter.last_loss)
 
