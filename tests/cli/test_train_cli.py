@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import click
 import pytest
 from PIL import Image
 
@@ -42,6 +43,18 @@ SPELLED = {
     "ffhq64": """--outdir=./runs/ffhq64 --data=./datasets/ffhq64.zip --batch-gpu=64 --resolution=64 --base-dim=128
         --hidden-dim=256 --num-heads=4 --num-blocks=4 --lr=2e-4 --kimg=200000 --metrics=fid10k_full""",
 }
+
+
+@pytest.mark.parametrize("text", ["5%", "0.05", " 5.0 %"])
+def test_a_share_of_the_time_for_metrics_makes_every_tick_one_for_them(text, capsys):
+    config, _ = dry_run(capsys, "--preset", "debug", "--metrics", "fd80_full:pixels", "--metrics-budget", text)
+    assert (config.training.metrics_budget, config.training.metrics_ticks) == (0.05, 1)
+
+
+@pytest.mark.parametrize("text", ["0", "100%", "1", "five", "-5%"])
+def test_what_is_no_share_of_the_time_is_refused_with_one_that_is(text):
+    with pytest.raises(click.BadParameter, match=r"is not a share of the time; write 5% or 0\.05"):
+        diffit("train", "--preset", "debug", "--metrics-budget", text, "--dry-run")
 
 
 @pytest.mark.slow

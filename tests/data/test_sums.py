@@ -101,7 +101,7 @@ def test_a_flipped_bit_in_a_lossy_image_is_noticed(tmp_path, form):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(buffer, form)
         files[f"{i}.{form.lower()}"] = buffer.getvalue()
     files["dataset.json"] = json.dumps({"labels": [[name, 0] for name in files]}).encode()
-    files[SUMS] = format_sums({name: zlib.crc32(data) for name, data in files.items()})
+    files[SUMS] = format_sums((name, zlib.crc32(data)) for name, data in files.items())
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     assert "" not in flip_each(tmp_path, images_of, 100)

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from diffit.metrics.record import read_records
 from diffit.metrics.suite import Suite
 from diffit.sampling import load
 from diffit.sampling.labels import training_labels
+from diffit.training.evaluator import Evaluator
 from diffit.training.loop import train
+from diffit.training.step import Stepper
 from diffit.utils.distributed import Processes
 from helpers import command, run_processes, start, wait, write_archive
 
@@ -75,6 +78,17 @@ def test_stopped_and_resumed_the_records_are_those_of_a_run_through(pets, tmp_pa
     parts = run(pets, tmp_path / "parts", kimg=0.16, **how)
     assert curve(parts.run_dir) == curve(through.run_dir)
     assert [images for images, _ in curve(parts.run_dir)] == [40, 80, 120, 160]
+
+
+def test_metrics_that_would_take_more_than_their_share_are_left_out_but_for_the_last(pets, tmp_path, monkeypatch):
+    """By a clock that a step moves by a second and a metric by ten: at a quarter of the time 30 seconds lie between."""
+    now, step, evaluate = [0.0], Stepper.step, Evaluator.__call__
+    monkeypatch.setattr("diffit.training.run.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Stepper, "step", lambda *given: (now.__setitem__(0, now[0] + 1), step(*given))[1])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *given: (now.__setitem__(0, now[0] + 10), evaluate(*given))[1])
+    how = {"metrics": ("fd80_full:pixels",), "metrics_steps": 3, "batch": 2, "batch_gpu": 2, "tick": 0.002, "kimg": 0.1}
+    outcome = run(pets, tmp_path, metrics_budget=0.25, **how)
+    assert [images for images, _ in curve(outcome.run_dir)] == [2, 62, 100]
 
 
 def test_a_metric_that_a_kill_cut_off_is_made_up_for(pets, tmp_path):

@@ -1,5 +1,6 @@
 """Values as people type them."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,19 @@ class Bytes(click.ParamType):
         unit = 0 if match[2] is None else "kmgt".index(match[2]) + 1
         factor: int = (1024 if match[3] else 1000) ** unit
         return int(match[1]) * factor
+
+
+class Percent(click.ParamType):
+    """``5%`` or ``0.05`` as 0.05."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)\s*(%?)", str(value).strip())
+        share = math.nan if match is None else float(match[1]) / (100 if match[2] else 1)
+        if not 0 < share < 1:
+            self.fail(f"{value!r} is not a share of the time; write 5% or 0.05", param, ctx)
+        return share
 
 
 class Numbers(click.ParamType):

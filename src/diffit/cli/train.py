@@ -10,7 +10,7 @@ import click
 import yaml
 from click.core import ParameterSource
 
-from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Size, switch, with_options
+from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Percent, Size, switch, with_options
 from diffit.configs.presets import PRESETS
 from diffit.configs.resolve import resolve
 from diffit.configs.sampling import Sampler
@@ -171,7 +171,10 @@ OPTIONS: Options = {
                      help="Metrics, joined by commas: fid10k_full, fd1k_full:pixels (see `diffit metrics`)."),
         click.option("--metrics-ref", metavar="ARCHIVE|NPZ",
                      help="What metrics compare with.  [default: the training images]"),
-        click.option("--metrics-ticks", type=int, help="Ticks between metrics.  [default: at the end only]"),
+        click.option("--metrics-ticks", type=int,
+                     help="Ticks between metrics.  [default: at the end only; 1 with --metrics-budget]"),
+        click.option("--metrics-budget", type=Percent(),
+                     help="Leave metrics out that would take more than this share of the time, but for the last."),
         click.option("--metrics-sampler", type=click.Choice(get_args(Sampler)),
                      help="Solver of the samples for metrics.  [default: the model's]"),
         click.option("--metrics-steps", type=click.IntRange(min=1),

@@ -77,6 +77,8 @@ def resolve(
         options.setdefault("batch", options["batch_gpu"] * processes)
     changed = base.model_dump()
     changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
+    if changed["training"]["metrics_budget"] is not None and "metrics_ticks" not in options:
+        changed["training"]["metrics_ticks"] = 1
     _in_proportion(changed["training"], base.training, options)
     _change_diffusion(changed, options)
     changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}

@@ -209,6 +209,8 @@ class Training(Frozen):
     """Whether a metric's detector may be TorchScript, a program that can do what its user can."""
     metrics_ticks: Annotated[int, Field(ge=0)] = 0
     """Ticks between metrics; 0: at the end only."""
+    metrics_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the time that metrics on the way may take: those that are due before it allows are left out."""
     metrics_sampler: Sampler | None = None
     metrics_steps: Steps | None = None
     """How the samples for metrics are made; None is as the model samples by default."""

@@ -169,7 +169,7 @@ def convert(
         report.notes += encoder.notes(done)
         meta = json.dumps(_metadata(labels, raw, report), ensure_ascii=False).encode("utf-8", "replace")
         write(META, meta)
-        write(SUMS, format_sums(sums | {META: crc32(meta)}))
+        write(SUMS, format_sums((sums | {META: crc32(meta)}).items()))
     return report
 
 

@@ -202,7 +202,7 @@ def _finish(dest: Path) -> None:
         _write_header(dest, header.model_copy(update={"complete": True, "latent_mean": mean, "latent_std": std}))
     if not (dest / SUMS).exists():  # those of a finished cache stay: they may be about to tell of damage
         with whole_file(dest / SUMS) as part:
-            part.write_bytes(format_sums({name: crc32((dest / name).read_bytes()) for name in (META, HEADER)}))
+            part.write_bytes(format_sums((name, crc32((dest / name).read_bytes())) for name in (META, HEADER)))
 
 
 def _write_header(dest: Path, header: Header) -> None:

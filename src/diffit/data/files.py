@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from diffit.data.bounds import require_bytes
 from diffit.data.formats import IMAGE_SUFFIXES, unread
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
-from diffit.data.sums import REMEDY, SUMS, parse_sums
+from diffit.data.sums import REMEDY, SUMS, format_sums, parse_sums
 from diffit.data.zips import LARGE, OTHER, Directory, Member, member_of, read_directory, read_member
 from diffit.errors import UserError
 
@@ -204,9 +205,22 @@ class FileTree:
         else:
             raise UserError(f"{path}: no such file or folder; check the spelling")
         self.images = [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
-        self.sums: dict[str, int] | None = None
-        if SUMS in self.names:
-            self.sums = parse_sums(self.read(SUMS, SUMS_BYTES[0] + SUMS_BYTES[1] * len(self.names)), f"{path}: {SUMS}")
+
+    @cached_property
+    def _listed(self) -> bytes | None:
+        """``dataset.sfv`` as it is."""
+        limit = SUMS_BYTES[0] + SUMS_BYTES[1] * len(self.names)
+        return self.read(SUMS, limit) if SUMS in self.names else None
+
+    @cached_property
+    def sums(self) -> dict[str, int] | None:
+        """CRC-32 of each file by ``dataset.sfv``, None without one. UserError for one that is damaged."""
+        return None if self._listed is None else parse_sums(self._listed, f"{self.path}: {SUMS}")
+
+    @cached_property
+    def image_members(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """:meth:`members` of the images, in zips."""
+        return self.members(self.images)
 
     @property
     def is_zip(self) -> bool:
@@ -358,7 +372,8 @@ class FileTree:
         with reading(self.path, name):
             found = self.member(name)
             if found is None:
-                return read_file(self.path / self.stored_name(name), (self.sums or {}).get(name), limit)
+                crc = None if name == SUMS else (self.sums or {}).get(name)
+                return read_file(self.path / self.stored_name(name), crc, limit)
             part, member = found
             file = self.zips[part] if self.mirror is None else self.mirror.fetch(self.zips[part].name)
             if member.method == OTHER:
@@ -379,8 +394,9 @@ class FileTree:
 
         The bytes of a folder's files are compared when they are read.
         """
-        if self.sums is None:
+        if self._listed is None or self._is_as_listed(others):
             return []
+        assert self.sums is not None
         names = set(self.names)
         known = [*self.images, *(name for name in others if name in names)]
         kinds = {
@@ -399,6 +415,17 @@ class FileTree:
             for what, found in kinds.items()
             if found
         ]
+
+    def _is_as_listed(self, others: Sequence[str]) -> bool:
+        """Whether a zip is what its ``dataset.sfv`` says, to the letter, as ``convert`` writes it."""
+        if self.zips != [self.path]:
+            return False
+        crcs = self.image_members[1][:, Member._fields.index("crc")].tolist()
+        sums = zip([*self.images, *others], [*crcs, *map(self._sum, others)], strict=True)
+        return self._listed == format_sums((name, crc) for name, crc in sums if crc is not None)
+
+    def _sum(self, name: str) -> int | None:
+        return self.checksum(name)[1] if name in self.names else None
 
     def num_bytes(self) -> int:
         """Size on disk."""

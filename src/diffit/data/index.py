@@ -4,6 +4,7 @@ An index is kept in a file, which processes map into memory and so share. The fi
 one that is damaged, of another version, or of an archive that has changed since is made again.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -169,7 +170,8 @@ def open_index(path: str | Path) -> Index:
         if (kept := _first(places, path, mirror)) is not None:  # another process has made it meanwhile
             return kept
         began = time.time_ns()
-        index = _build(FileTree(path, mirror))
+        with _uncollected():
+            index = _build(FileTree(path, mirror))
         changing = mirror is None and any(stamp[1] > began - RACE for stamp in index.about["stamps"])
         for file in [] if len(index) < KEPT_FROM or changing else places:
             with suppress(UserError, OSError):
@@ -221,6 +223,18 @@ def _alone() -> Iterator[None]:
             lock.release()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for cycles, which millions of new objects set off again and again, and which have none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _build(tree: FileTree) -> Index:
     names = require_images(tree)
     for problem in tree.altered(META):
@@ -238,7 +252,7 @@ def _build(tree: FileTree) -> Index:
             labels = [min(label, 2**62) for label in labels]
         arrays["label"] = np.array(labels, np.int64)
     if tree.is_zip:
-        arrays["part"], fields = tree.members(names)
+        arrays["part"], fields = tree.image_members
         arrays |= {key: fields[:, i].copy() for i, key in enumerate(Member._fields)}
     elif tree.sums is not None:
         sums = [tree.checksum(name) for name in names]

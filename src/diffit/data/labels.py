@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffit.data.files import FileTree, are_plain, convert_command, safe_name
+from diffit.data.files import FileTree, convert_command, safe_name
 from diffit.errors import UserError, printable
 
 META = "dataset.json"
@@ -43,7 +43,7 @@ def read_labels(files: FileTree, images: int | None = None) -> tuple[dict[str, i
         return None, class_names
     if not isinstance(entries, list):
         raise UserError(f"{where}: labels must be null or a list of [file name, class number] pairs")
-    if (table := _plain(entries, files.names)) is not None:
+    if (table := _plain(entries, files)) is not None:
         return table, class_names
     table = {}
     for entry in entries:
@@ -56,16 +56,16 @@ def read_labels(files: FileTree, images: int | None = None) -> tuple[dict[str, i
     return table, class_names
 
 
-def _plain(entries: list[Any], names: Sequence[str]) -> dict[str, int] | None:
+def _plain(entries: list[Any], files: FileTree) -> dict[str, int] | None:
     """The labels where all are as they should be, which of a million is found out faster together than singly."""
     try:
         table = dict(entries)
     except (TypeError, ValueError):
         return None
     kinds = {*map(type, table)}, {*map(type, table.values())}
-    if kinds != ({str}, {int}) or min(table.values()) < 0 or not table.keys() <= {*names} or not are_plain([*table]):
+    if kinds != ({str}, {int}) or min(table.values()) < 0:
         return None
-    return table
+    return table if [*table] == files.images or table.keys() <= {*files.names} else None
 
 
 def count_classes(labels: Collection[int], class_names: Sequence[str] | None) -> int:

@@ -5,7 +5,7 @@ EDM layout pass over it. An archive without one is read as it is.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from diffit.errors import UserError
 
@@ -14,9 +14,9 @@ LINES = re.compile(rb"(?:[^\n]* [0-9a-f]{8}\n)*+")
 REMEDY = f"copy the archive again; if the change is meant, remove {SUMS} from it or write it again with `diffit data`"
 
 
-def format_sums(sums: Mapping[str, int]) -> bytes:
-    """The file for the CRC-32 of each name."""
-    return "".join(f"{name} {crc:08x}\n" for name, crc in sums.items()).encode()
+def format_sums(sums: Iterable[tuple[str, int]]) -> bytes:
+    """The file for names and their CRC-32s."""
+    return "".join([f"{name} {crc:08x}\n" for name, crc in sums]).encode()
 
 
 def parse_sums(data: bytes, where: str) -> dict[str, int]:

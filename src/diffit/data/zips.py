@@ -149,10 +149,14 @@ def _parse(data: bytes, entries: int, before: int) -> Directory | None:
         flagged = arrays["flags"] & 0x800 != 0
         if extras and not flagged.all() and b"\x75\x70" in data:
             return None
-        texts = [name.decode("utf-8" if flag else "ascii") for name, flag in zip(names, flagged.tolist(), strict=True)]
+        together = b"\n".join(names)
+        texts = together.decode("ascii").split("\n") if together.isascii() else []
+        if len(texts) != len(names):
+            kinds = ("utf-8" if flag else "ascii" for flag in flagged.tolist())
+            texts = [name.decode(kind) for name, kind in zip(names, kinds, strict=True)]
     except UnicodeDecodeError:
         return None
-    if any("\0" in text for text in texts) or len(set(texts)) != len(texts):
+    if b"\0" in together or len(set(texts)) != len(texts):
         return None
     arrays["offset"] += before
     odd = (arrays.pop("flags") & 1 != 0) | ~np.isin(arrays["method"], PLAIN)

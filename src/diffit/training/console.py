@@ -105,7 +105,9 @@ class Console:
                 f"note      {len(archive)} images will be seen {epochs:.0f} times each: samples will come to repeat "
                 "them (`diffit metrics copies` tells); more images or --mirror help"
             )
-        if training.metrics and training.metrics_ticks:
+        if training.metrics and training.metrics_budget is not None:
+            yield f"metrics   at most {training.metrics_budget:.3g} of the time, and at the end"
+        elif training.metrics and training.metrics_ticks:
             samples = max(metric.samples for metric in parse_metrics(training.metrics))
             passes = sum(count_evaluations(sampled_for_metrics(config)))
             share = samples * passes / (FORWARDS * 1000 * training.tick * training.metrics_ticks)

@@ -106,6 +106,8 @@ class Run:
     pace: Pace = field(init=False)
     steps_between: int = 1
     """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
+    judged: tuple[float, float] = (-math.inf, 0.0)
+    """When metrics were last done, and how long they took."""
     rollbacks: int = 0
     writer: StateWriter = field(default_factory=StateWriter)
 
@@ -151,7 +153,7 @@ class Run:
             if end or self.crossed(1):
                 with self.saved_on_failure():
                     scalars = self.scalars(stepper.images_seen - seen, time.monotonic() - began)
-                judge = done or self.crossed(training.metrics_ticks)
+                judge = done or (self.crossed(training.metrics_ticks) and self.affords_metrics())
                 # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
                 if end or judge or self.crossed(training.dump):
                     self.save_state(wait=end)
@@ -367,7 +369,15 @@ class Run:
             if self.signals.in_haste:
                 raise Stopped
 
+    def affords_metrics(self) -> bool:
+        """Whether metrics that take as long as the last are within their share of the time since."""
+        budget, (ended, took) = self.stepper.config.training.metrics_budget, self.judged
+        if budget is None:
+            return True
+        return bool(self.stepper.procs.broadcast(budget * (time.monotonic() - ended) >= (1 - budget) * took))
+
     def judge(self) -> None:
+        began = time.monotonic()
         try:
             ema = self.stepper.whole(self.stepper.ema)
             for record in self.evaluator(ema, self.stepper.images_seen, self.log):
@@ -377,6 +387,7 @@ class Run:
                 raise
         if self.log is not None:
             write_report(self.run_dir)
+        self.judged = time.monotonic(), time.monotonic() - began
 
     def finish(self, interrupted: bool) -> Outcome:
         self.writer.wait()

@@ -31,6 +31,7 @@ FREE: Any = {
         "kimg", "tick", "snap", "dump", "workers", "metrics", "metrics_ref", "metrics_ticks", "compile", "grad_ckpt",
         "shard", "max_skipped", "grid", "desc", "minutes", "snap_minutes", "dump_minutes", "keep", "metrics_sampler",
         "metrics_steps", "chosen", "track", "on_spike", "on_error", "timeout_minutes", "allow_scripts",
+        "metrics_budget",
     },
     "sampling": True,
     "data": {"val", "empty_classes", "path", "content"},
