@@ -43,7 +43,7 @@ def write_images(path: Path, count: int, side: int) -> Path:
     return path
 
 
-def write_latents(folder: Path) -> None:
+def write_latents(folder: Path, count: int) -> None:
     """As of a VAE, which would take its time."""
 
     def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,7 @@ def write_latents(folder: Path) -> None:
 
     facts = {"id": "none", "sha256": "0" * 64, "scale": 1.0, "tiling": False, "latent_shape": lambda size: LATENT}
     stub: Any = SimpleNamespace(encode=encode, **facts)
-    encode_archive(write_images(folder / "small.zip", LATENTS, 8), folder / "latents", stub)
+    encode_archive(write_images(folder / "small.zip", count, 8), folder / "latents", stub)
 
 
 def together(what: str, folder: Path, count: int) -> int:
@@ -118,7 +118,7 @@ def main() -> None:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(dir=".") as name:
         write_images(Path(name) / "images.zip", IMAGES, SIDE)
-        write_latents(Path(name))
+        write_latents(Path(name), LATENTS)
         for what, data in BYTES.items():
             for count in (1, 4):
                 ratio = together(what, Path(name), count) / data

@@ -29,6 +29,7 @@ from diffit.training.run_dir import (
 from diffit.training.signals import StopSignals
 from diffit.training.step import Stepper, build_network
 from diffit.training.tracking import require_tracker
+from diffit.training.validation import Validation
 from diffit.utils.distributed import Processes, alone
 from diffit.utils.precision import check_precision
 from diffit.weights.adapt import init_from
@@ -90,7 +91,8 @@ def train(
                 procs.rank, procs.count,
             )  # fmt: skip
             images = feed(archive, order, procs.device, resident=resident, workers=training.workers)
-            run = Run(stepper, run_dir, console, evaluator, val, log, signals, began - stepper.seconds)
+            held_out = None if val is None else Validation(stepper, val)
+            run = Run(stepper, run_dir, console, evaluator, held_out, log, signals, began - stepper.seconds)
             held.callback(run.writer.close)  # before the folder is another's
             if state is None:
                 run.first_grids(archive)

@@ -23,7 +23,7 @@ from diffit.training.report import write_report
 from diffit.training.run_dir import RunLog, kimg_number, prune_snapshots, write_options
 from diffit.training.signals import StopSignals
 from diffit.training.step import Stepper
-from diffit.training.validation import validate
+from diffit.training.validation import Validation
 from diffit.utils.distributed import Processes, is_lost_connection
 from diffit.weights import newest_snapshot, save_network
 
@@ -91,7 +91,7 @@ class Run:
     run_dir: Path
     console: Console
     evaluator: Evaluator
-    val: Archive | None
+    val: Validation | None
     log: RunLog | None
     """None on all but the first process, which write nothing."""
     signals: StopSignals
@@ -309,7 +309,7 @@ class Run:
         """One line of statistics, with the held-out loss where there are such images and time for them."""
         if self.val is not None and held_out:
             with self.saved_on_failure():
-                scalars["val_loss"] = validate(self.stepper, self.val)
+                scalars["val_loss"] = self.val()
         if self.log is not None:
             self.log.stats(self.stepper.images_seen, scalars)
             self.console.tick(scalars)

@@ -1,7 +1,10 @@
 """The loss of the averaged weights on held-out images."""
 
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.training.batches import image_indices
@@ -12,23 +15,41 @@ from diffit.utils.randomness import VALIDATION, make_generator
 VALIDATION_IMAGES = 1024
 
 
-@torch.no_grad()
-def validate(stepper: Stepper, archive: Archive) -> float:
-    """Mean over at most 1,024 images, with the same noise every time. All processes call this together."""
-    procs, seed = stepper.procs, stepper.config.training.seed
-    net = stepper.whole(stepper.ema)
-    count = min(len(archive), VALIDATION_IMAGES)
-    chosen = image_indices(len(archive), seed, 0, count)
-    sums = torch.zeros(2, dtype=torch.float64, device=procs.device)
-    for start in range(0, count, stepper.batch_gpu)[procs.rank :: procs.count]:
-        indices = chosen[start : start + stepper.batch_gpu]
-        data = torch.stack([archive[i] for i in indices.tolist()]).to(procs.device)
-        labels = archive.labels[indices].to(procs.device) if archive.labels is not None else None
-        generator = make_generator(seed, VALIDATION, start, device=procs.device)
-        images = stepper.clean(data, generator, mirror=False)
-        with autocast(procs.device, stepper.precision):
-            loss = stepper.loss(net, images, labels, generator=generator)
-        sums += torch.stack([loss.double().sum(), torch.tensor(len(indices), device=procs.device)])
-    if procs.count > 1:
-        dist.all_reduce(sums, group=procs.steps)
-    return float(sums[0] / sums[1])
+class Validation:
+    """Mean loss over at most 1,024 images of ``archive``, with the same noise every time.
+
+    Each process keeps its share of the images, decoded when they are first needed.
+    """
+
+    def __init__(self, stepper: Stepper, archive: Archive) -> None:
+        self.stepper, self.archive = stepper, archive
+
+    @cached_property
+    def batches(self) -> list[tuple[int, Tensor, Tensor | None]]:
+        """Of this process: the place of the first image, the data and the labels, in the memory of the machine."""
+        procs, size, labels = self.stepper.procs, self.stepper.batch_gpu, self.archive.labels
+        count = min(len(self.archive), VALIDATION_IMAGES)
+        chosen = image_indices(len(self.archive), self.stepper.config.training.seed, 0, count)
+        found = []
+        for start in range(0, count, size)[procs.rank :: procs.count]:
+            indices = chosen[start : start + size]
+            data = torch.stack([self.archive[i] for i in indices.tolist()])
+            found.append((start, data, None if labels is None else labels[indices]))
+        return found
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """All processes call this together."""
+        stepper, procs = self.stepper, self.stepper.procs
+        net = stepper.whole(stepper.ema)
+        sums = torch.zeros(2, dtype=torch.float64, device=procs.device)
+        for start, data, labels in self.batches:
+            generator = make_generator(stepper.config.training.seed, VALIDATION, start, device=procs.device)
+            images = stepper.clean(data.to(procs.device), generator, mirror=False)
+            labels = None if labels is None else labels.to(procs.device)
+            with autocast(procs.device, stepper.precision):
+                loss = stepper.loss(net, images, labels, generator=generator)
+            sums += torch.stack([loss.double().sum(), torch.tensor(len(data), device=procs.device)])
+        if procs.count > 1:
+            dist.all_reduce(sums, group=procs.steps)
+        return float(sums[0] / sums[1])
