@@ -1,4 +1,4 @@
-"""Archives of very many images: seconds and memory to open one, a pickle of it, a worker, and ``--dry-run``.
+"""Archives of very many images: to open one, a pickle of it, a worker, and the commands that people start.
 
 ``python -m benchmarks.archive 100000 1300000``; with ``--beside SRC`` the code in another checkout's ``src`` is
 measured on the same archives. CPU seconds, since such a machine is seldom idle.
@@ -23,7 +23,19 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = "images", "code", "opened", "open s", "hash s", "peak MiB", "pickle KiB", "worker MiB", "dry run s"
+COLUMNS = (
+    "images",
+    "code",
+    "opened",
+    "open s",
+    "hash s",
+    "peak MiB",
+    "pickle KiB",
+    "worker MiB",
+    "dry run s",
+    "step s",
+    "resume s",
+)
 
 
 def write_large(path: Path, count: int, classes: int = 1000) -> None:
@@ -99,13 +111,34 @@ def own() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Private_Dirty")))
 
 
-def dry_run(path: Path, environment: dict[str, str]) -> float:
-    """CPU seconds of the whole command."""
+STREAMED = """
+from diffit.training import loop
+loop.load_resident = lambda archive, procs, workers: (None, "streamed, as images of usual size would be")
+from diffit.cli import main
+main()
+"""
+
+
+def seconds(environment: dict[str, str], *words: object, program: tuple[str, ...] = ("-m", "diffit")) -> float:
+    """CPU seconds of a whole command and its workers."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "diffit", "train", "--data", str(path), "--outdir", "runs", "--dry-run"]
+    command = [sys.executable, *program, *map(str, words)]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def commands(path: Path, environment: dict[str, str]) -> dict[str, float]:
+    """What people start, each with the start of Python and torch in it; the steps are of a tiny network."""
+    outdir = path.parent / f"runs-{len(list(path.parent.iterdir()))}"
+    train = ["train", "--data", path, "--outdir", outdir, "--preset", "debug", "--cond", "--batch", 8, "--workers", 2,
+             "--grid", "2x2"]  # fmt: skip
+    how = {"program": ("-c", STREAMED)}
+    return {
+        "dry run s": seconds(environment, "train", "--data", path, "--outdir", outdir, "--dry-run"),
+        "step s": seconds(environment, *train, "--kimg", 0.008, **how),
+        "resume s": seconds(environment, *train, "--kimg", 0.016, **how),
+    }
 
 
 def rows(path: Path, sources: dict[str, Path], cache: str) -> Iterator[dict[str, object]]:
@@ -114,7 +147,12 @@ def rows(path: Path, sources: dict[str, Path], cache: str) -> Iterator[dict[str,
         for opened in ("first", "again"):
             child = [sys.executable, "-m", "benchmarks.archive", "--one", str(path)]
             found = json.loads(subprocess.run(child, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-            yield {"code": code, "opened": opened} | found | {"dry run s": dry_run(path, environment)}
+            yield {"code": code, "opened": opened} | found | commands(path, environment)
+        if code == "this":
+            checked = seconds(environment, "data", "check", path, "--no-grid")
+            reference = seconds(environment, "metrics", "ref", "--data", path, "--detector", "pixels", "--dest",
+                                path.with_suffix(".npz"))  # fmt: skip
+            print(f"every image read: data check {checked:.0f} s, metrics ref {reference:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Comparisons that need training runs: not part of the program, but of what it claims."""

@@ -1,0 +1,81 @@
+"""The paper's ablations at a size for minutes: ``python -m experiments.ablations --data TRAIN.zip --val HELDOUT.zip``.
+
+    diffit data convert --source cifar10.zip --dest train16.zip --resolution 16x16
+    python -m experiments.ablations --data train16.zip --val test16.zip --kimg 16 --detector small.safetensors
+
+Equal parameters within 2 %, equal images, the recipe of the small presets. A command that is started again goes on
+where it was; two at a time share the work by their ``--seed``.
+"""
+
+import statistics
+from pathlib import Path
+
+import click
+import torch
+from benchmarks.measure import machine
+
+from diffit.configs.resolve import resolve
+from diffit.data.archive import ImageArchive
+from diffit.data.open import facts_of
+from experiments.learning import HeldOut, Results, distance, learn
+from experiments.variants import VARIANTS, make
+
+NAMES = list(VARIANTS)
+
+
+@click.command()
+@click.option("--data", required=True, help="Images to learn from.")
+@click.option("--val", required=True, type=click.Path(path_type=Path), help="Others, for the loss and the distance.")
+@click.option("--detector", default="pixels", show_default=True, help="Whose features the distance is of.")
+@click.option("--name", "names", type=click.Choice(NAMES), multiple=True, default=NAMES, help="[default: all]")
+@click.option("--seed", "seeds", type=int, multiple=True, default=[0, 1, 2], show_default=True)
+@click.option("--kimg", type=float, default=16.0, show_default=True)
+@click.option("--preset", help="Of our own network.  [default: the small one for the images]")
+@click.option("--dest", type=click.Path(path_type=Path), default="ablations.jsonl", show_default=True)
+def main(
+    data: str, val: Path, detector: str, names: list[str], seeds: list[int], kimg: float, preset: str, dest: Path
+) -> None:
+    """Train what is not in the file yet, and print the table of all that is."""
+    torch.set_num_threads(1)
+    archive, others = ImageArchive(data), ImageArchive(val)
+    for seed in seeds:
+        for name in names:
+            key = {"name": name, "seed": seed, "kimg": kimg, "machine": machine()}
+            if any(Results(dest).find(**key)):
+                continue
+            config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed}, facts_of(archive))
+            net = make(name, config.model, config.training.init, seed)
+            parameters = sum(p.numel() for p in net.parameters())
+            stepper, points = learn(net, config, archive, HeldOut(config, others))
+            found = {"parameters": parameters, "distance": distance(stepper, config, val, detector)}
+            Results(dest).add(points, **key, **found)
+            click.echo(f"{name:14} seed {seed}  loss {points[-1].loss:.4f}  distance {found['distance']:.4g}")
+    click.echo("\n" + table(Results(dest), kimg))
+
+
+def table(results: Results, kimg: float) -> str:
+    """Mean and range over seeds, and in how many of the seeds it is better than ours."""
+    lines = ["| variant | held-out loss | of ours | better than ours | distance | s |", "|---|---|---|---|---|---|"]
+    own = {record["seed"]: record["points"][-1]["loss"] for record in results.find(name="tmsa", kimg=kimg)}
+    for name in NAMES:
+        records = list(results.find(name=name, kimg=kimg))
+        if not records:
+            continue
+        losses = {record["seed"]: record["points"][-1]["loss"] for record in records}
+        ratios = [losses[seed] / own[seed] for seed in losses if seed in own]
+        distances = [record["distance"] for record in records]
+        seconds = statistics.fmean(record["points"][-1]["seconds"] for record in records)
+        ratio = f"{statistics.fmean(ratios):.3f}" if ratios else ""
+        lines.append(
+            f"| {name} | {spread(list(losses.values()))} | {ratio} | {sum(r < 1 for r in ratios)} of {len(ratios)} | "
+            f"{spread(distances)} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""One network learning by the program's own loss, steps and samplers, with its held-out loss on the way."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import Any
+
+import torch
+
+from diffit.configs.schema import Config
+from diffit.data.archive import ImageArchive
+from diffit.metrics.evaluate import evaluate_network
+from diffit.metrics.suite import Suite, headline
+from diffit.sampling.model import Model
+from diffit.training.batches import feed, microbatches
+from diffit.training.step import Stepper
+from diffit.utils.distributed import alone
+from diffit.utils.images import to_float
+
+LEVELS = 8
+VALIDATION = 512  # images
+SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is after so many images and seconds of its steps; ``by_level`` from low to high noise."""
+
+    images: int
+    seconds: float
+    loss: float
+    by_level: list[float]
+
+
+class HeldOut:
+    """EDM's loss at the middles of eight equal parts of its noise distribution, with the same noise every time."""
+
+    def __init__(self, config: Config, archive: ImageArchive) -> None:
+        diffusion = config.diffusion
+        assert diffusion.kind == "edm"
+        normal = NormalDist(diffusion.P_mean, diffusion.P_std)
+        self.levels = [torch.tensor(normal.inv_cdf((i + 0.5) / LEVELS)).exp() for i in range(LEVELS)]
+        count = min(len(archive), VALIDATION)
+        self.images = to_float(archive.load(range(count)))
+        self.labels = None if archive.labels is None else archive.labels[:count]
+
+    @torch.no_grad()
+    def __call__(self, stepper: Stepper) -> list[float]:
+        generator, found = torch.Generator().manual_seed(0), []
+        for level in self.levels:
+            losses = []
+            for start in range(0, len(self.images), 128):
+                images = self.images[start : start + 128]
+                labels = None if self.labels is None else self.labels[start : start + 128]
+                sigma = level.expand(len(images))
+                losses.append(stepper.loss(stepper.ema, images, labels, generator=generator, level=sigma))
+            found.append(float(torch.cat(losses).mean()))
+        return found
+
+
+def learn(
+    net: Any, config: Config, archive: ImageArchive, held_out: HeldOut, *, seconds: float | None = None, points: int = 8
+) -> tuple[Stepper, list[Point]]:
+    """Train ``net`` for the length of ``config``, or so many ``seconds`` of CPU time, with ``points`` on the way."""
+    stepper = Stepper(config, alone("cpu"), net, "fp32")
+    training = config.training
+    order = microbatches(len(archive), training.seed, 0, training.batch, stepper.batch_gpu, 0, 1)
+    images = feed(archive, order, torch.device("cpu"), resident=archive.load_all(), workers=0)
+    spent, found = 0.0, list[Point]()
+    while not found or (stepper.images_seen < stepper.end if seconds is None else spent < seconds):
+        part = (len(found) + 1) / points
+        while stepper.images_seen < part * stepper.end if seconds is None else spent < part * seconds:
+            began = time.process_time()
+            stepper.step(images)
+            spent += time.process_time() - began
+            if seconds is not None:  # the schedules follow the time, as in a run by the clock
+                stepper.end = round(stepper.images_seen * max(seconds / spent, 1))
+        by_level = held_out(stepper)
+        found.append(Point(stepper.images_seen, round(spent, 2), fmean(by_level), by_level))
+    return stepper, found
+
+
+def distance(stepper: Stepper, config: Config, reference: Path, detector: str, samples: int = SAMPLES) -> float:
+    """Fréchet distance of so many samples to the images of ``reference`` in the features of ``detector``."""
+    suite = Suite((f"fd{samples}_full:{detector}",), reference, config.image_shape, stepper.procs, batch=100)
+    model = Model(stepper.ema, config, None, "fp32")
+    labels = ImageArchive(reference, cond=True).labels if config.model.num_classes else None
+    (record,) = evaluate_network(suite, model, real_labels=labels, batch=100)
+    return headline(record["results"])[1]
+
+
+class Results:
+    """Records of finished runs in a file of JSON lines, so that a command that is started again goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, **key: Any) -> Iterator[dict[str, Any]]:
+        return (record for record in self.records if all(record[name] == value for name, value in key.items()))
+
+    def add(self, points: Sequence[Point], **facts: Any) -> None:
+        record = {**facts, "points": [asdict(point) for point in points]}
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,108 @@
+"""The comparisons of `experiments`, at toy size: that they compare what they say."""
+
+from functools import partial
+
+import pytest
+import torch
+from experiments import ablations, learning, unet
+from experiments.learning import Results
+from experiments.variants import VARIANTS, AdaLN, Attention, make
+from torch.testing import assert_close
+
+from diffit.configs.presets import get_preset
+from diffit.configs.resolve import resolve
+from diffit.models.attention import TMSA
+from diffit.models.cost import count_parameters
+from diffit.training.step import build_network
+from helpers import write_archive
+
+MODEL = get_preset("small16").model
+
+
+def inputs(requires_grad=False):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 16, 16, generator=generator).requires_grad_(requires_grad)
+    return x, torch.tensor([-0.5, 0.8])
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_attention_by_its_parts_is_ours(window):
+    torch.manual_seed(0)
+    ours = TMSA(16, 8, 2, grid_size=8, window_size=window)
+    parts = Attention(ours)
+    parts.load_state_dict(ours.state_dict())
+    x, cond = torch.randn(3, 8, 8, 16), torch.randn(3, 8)
+    assert_close(parts(x, cond), ours(x, cond))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_has_as_many_parameters_all_of_them_used_and_heeds_the_noise_level(name):
+    net = make(name, MODEL, "xavier", 0).eval()
+    assert abs(sum(p.numel() for p in net.parameters()) / count_parameters(MODEL) - 1) < 0.02
+    for module in net.modules():  # what begins at 0 would hide the rest
+        if isinstance(module, AdaLN):
+            torch.nn.init.normal_(module.modulation.weight, std=0.1)
+    torch.nn.init.normal_(net.head.weight, std=0.1)
+    x, t = inputs()
+    out = net(x, t)
+    assert (net(x, t + 0.3) - out).abs().max() > 1e-5
+    out.square().mean().backward()
+    unused = [key for key, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not unused
+
+
+def test_ours_among_the_variants_is_the_network_that_is_trained():
+    config = resolve("small16", {})
+    net, ours = make("tmsa", config.model, "fan_in", 0), build_network(config)
+    assert abs(net.encoder[0][0].block.mlp.fc1.out_features - ours.encoder[0][0].block.mlp.fc1.out_features) <= 1
+    assert {key for key, _ in net.named_parameters()} == {key for key, _ in ours.named_parameters()}
+
+
+def test_the_time_token_takes_its_part_in_every_window_and_is_dropped():
+    """By hand: softmax over the window's tokens and one more."""
+    net = make("time token", MODEL, "xavier", 0)
+    attention = net.encoder[0][0].block.attn
+    x, cond = torch.randn(1, 16, 16, 32), torch.randn(1, 128)
+    qkv, time = attention.qkv(x)[0, :4, :4].reshape(16, -1), attention.qkv(attention.token(cond))[0]
+    q, k, v = torch.cat([qkv, time[None]]).view(17, 3, 1, 32).permute(1, 2, 0, 3)
+    bias = torch.nn.functional.pad(attention.bias(cond, (4, 4)), (0, 1, 0, 1))
+    weights = (q @ k.mT / 32**0.5 + bias).softmax(-1)
+    expected = attention.proj((weights @ v).transpose(0, 1).reshape(17, 32)[:16])
+    assert_close(attention(x, cond)[0, :4, :4].reshape(16, -1), expected)
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """Of a command with few images, to be judged by few."""
+    monkeypatch.setattr(learning, "VALIDATION", 8)
+    few = partial(learning.distance, samples=80)
+    monkeypatch.setattr(ablations, "distance", few)
+    monkeypatch.setattr(unet, "distance", few)
+    data, val = write_archive(tmp_path / "a.zip", 40), write_archive(tmp_path / "b.zip", 90)
+    return ["--data", data, "--val", val, "--preset", "debug", "--seed", "0", "--dest", tmp_path / "found.jsonl"]
+
+
+def test_a_command_that_is_started_again_does_only_what_is_missing(words, tmp_path, capsys):
+    for other in ("global", "no bias"):
+        ablations.main([*map(str, words), "--kimg", "0.08", "--name", "tmsa", "--name", other], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert said.count("tmsa           seed 0") == 1
+    assert said.count("no bias        seed 0") == 1
+    records = Results(tmp_path / "found.jsonl").records
+    assert [record["name"] for record in records] == ["tmsa", "global", "no bias"]
+    assert [len(record["points"]) for record in records] == [8, 8, 8]
+    assert all(len(record["points"][-1]["by_level"]) == 8 for record in records)
+    assert "| no bias |" in said.splitlines()[-1]
+
+
+def test_the_unet_has_as_many_multiply_accumulates_and_learns_for_as_long(words, tmp_path):
+    pytest.importorskip("diffusers")
+    config = resolve("small16", {})
+    ours, other = (unet.products(net, config.model) for net in (build_network(config), unet.unet_like(config, 0)))
+    assert abs(other / ours - 1) < 0.15
+    unet.main([*map(str, words), "--minutes", "0.02"], standalone_mode=False)
+    records = Results(tmp_path / "found.jsonl").records
+    assert [record["name"] for record in records] == ["ours", "unet"]
+    for record in records:
+        assert 1.2 <= record["points"][-1]["seconds"] < 2.5
+        assert 0 < record["points"][-1]["loss"] < 3
