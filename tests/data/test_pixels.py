@@ -337,3 +337,13 @@ def test_the_written_archive_holds_small_pngs_quickly_made(tmp_path):
     start = data.index(b"IDAT") + 4
     assert data[start : start + 2] == b"\x78\x01"
     assert Image.open(io.BytesIO(data)).size == (8, 8)
+
+
+@pytest.mark.parametrize(("transform", "said"), [(None, True), ("center-crop", False)])
+def test_a_resize_that_stretches_says_of_how_many_images(tmp_path, transform, said):
+    (tmp_path / "in").mkdir()
+    for name, size in (("a", (40, 20)), ("b", (20, 20)), ("c", (21, 40)), ("d", (41, 41))):
+        Image.new("RGB", size).save(tmp_path / "in" / f"{name}.png")
+    report = convert(tmp_path / "in", tmp_path / "out.zip", resolution=(10, 10), transform=transform)
+    stretched = "2 images have other proportions than before (--transform center-crop keeps them)"
+    assert report.notes == [stretched] * said

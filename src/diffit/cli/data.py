@@ -80,7 +80,7 @@ def convert(source: Path, dest: Path, resolution: tuple[int, int] | None, **opti
     size = resolution and (resolution[1], resolution[0])
     with exclusive(dest, "use another --dest", beside=True), progress("converting") as show:
         report = convert_source(source, dest, progress=show, resolution=size, **options)
-    how = "" if size is None else f" ({options['transform'] or 'resize: proportions may change'})"
+    how = "" if size is None else f" ({options['transform'] or 'resize'})"
     _print_conversion(source, report, how)
     _line("wrote", f"{dest} in {time.monotonic() - started:.1f} s")
     _next("data check", dest, report.labelled)
@@ -174,7 +174,7 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
 
 
 def _print_check(report: CheckReport) -> None:
-    _line("archive", f"{report.path}, {report.num_bytes / 1e6:.1f} MB")
+    _line("archive", f"{report.path}, {report.num_bytes / 1e6:.3g} MB")
     _line("images", str(report.count))
     for shape, count in report.shapes.most_common():
         _line("size", f"{describe_shape(shape)} (width x height): {count} images")
@@ -198,7 +198,7 @@ def _check_latents(path: Path, cond: bool) -> None:
     archive = LatentArchive(path, cond=cond)
     with progress("reading") as show:
         mean, std = archive.check(show)
-    _line("latents", f"{path}, {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")
+    _line("latents", f"{path}, {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.3g} MB")
     _print_latents(archive.header)
     labelled = f"{archive.num_classes} classes" if archive.has_labels else "none"
     _line("labels", labelled)

@@ -128,6 +128,7 @@ def convert(
     source, dest = Path(source), Path(dest)
     look = Look(
         resizer(settings.resolution, settings.transform),
+        settings.resolution is not None and settings.transform is None,
         settings.channels,
         value_range_of(settings.value_range),
         color(settings.background),

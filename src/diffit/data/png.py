@@ -28,6 +28,7 @@ from diffit.errors import UserError
 
 BITS = (8, 10, 12, 14, 16)  # of the scanners and cameras that store their values in 16
 LEVEL = 1  # of zlib: a quarter of the default level's time for 6 % more bytes
+STRETCH = 0.01  # of a side, which rounding to whole pixels does not explain
 Range = tuple[float, float]
 
 
@@ -59,6 +60,8 @@ class Look:
     """What all images are made to look like."""
 
     to_size: Callable[[Image.Image], Image.Image]
+    stretches: bool
+    """Whether that keeps all of an image whatever its proportions."""
     channels: str
     """``gray``, ``rgb``, or ``auto``: gray if every image is."""
     value_range: Range | None
@@ -84,11 +87,14 @@ class PngEncoder:
                 values = _values(self.raw, index, image, look.value_range is not None)
                 span = FULL if values is None else look.value_range or self._range_of_all()
                 image, done = eight_bit(image, self.mode, values=values, value_range=span, background=look.background)
+                width, height = image.size
                 image = look.to_size(image)
         except BrokenImageError as error:
             return error
         if several and self.raw.frames is None:
             done.add("frames")
+        if look.stretches and abs(image.width * height / (image.height * width) - 1) > STRETCH:
+            done.add("stretched")
         # Pixels only: comments, colour profiles and EXIF of the source must not end up in the archive.
         image.info.clear()
         buffer = io.BytesIO()
@@ -115,6 +121,7 @@ class PngEncoder:
         for mark, text in {
             "profile": "images had the colour profile of another space and were converted to sRGB",
             "transparent": f"images are transparent: laid on {color_name(self.look.background)} (--background COLOUR)",
+            "stretched": "images have other proportions than before (--transform center-crop keeps them)",
             "frames": "files hold several images, of which the first was used (--frames all uses every one)",
         }.items():
             if done[mark]:
