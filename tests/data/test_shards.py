@@ -312,10 +312,37 @@ def newest(outdir: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load_file(state / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
 
 
+@pytest.fixture
+def bucket(made, monkeypatch):
+    """The shards on an S3 server on the loopback interface."""
+    pytest.importorskip("s3fs", reason="needs the optional package s3fs")
+    server = pytest.importorskip("moto.server", reason="needs the optional package moto[server]")
+    import boto3
+
+    there = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    there.start()
+    host, port = there.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket="data")
+    for path in made["shards"].iterdir():
+        s3.upload_file(str(path), "data", f"pets/{path.name}")
+    yield "s3://data/pets"
+    there.stop()
+
+
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from_the_one_zip(made, tmp_path):
+@pytest.mark.parametrize("place", ["file", "s3"])
+def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from_the_one_zip(
+    made, tmp_path, request, place
+):
     pytest.importorskip("fsspec")
-    sharded = ["train", "--outdir", tmp_path / "shards", "--data", f"file://{made['shards']}", *OPTIONS]
+    data = f"file://{made['shards']}" if place == "file" else request.getfixturevalue("bucket")
+    sharded = ["train", "--outdir", tmp_path / "shards", "--data", data, *OPTIONS]
     command("train", "--outdir", tmp_path / "one", "--data", made["one"], *OPTIONS, processes=2)
     killed = start("diffit", *sharded, output=tmp_path, processes=2)
     deadline = time.monotonic() + 200
@@ -332,28 +359,8 @@ def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from
 
 
 @pytest.mark.slow
-def test_an_s3_server_gives_the_same_images(made, monkeypatch):
-    """On the loopback interface."""
-    pytest.importorskip("s3fs", reason="needs the optional package s3fs")
-    server = pytest.importorskip("moto.server", reason="needs the optional package moto[server]")
-    import boto3
-
-    there = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    there.start()
-    try:
-        host, port = there.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="data")
-        for path in made["shards"].iterdir():
-            s3.upload_file(str(path), "data", f"pets/{path.name}")
-        archive = ImageArchive("s3://data/pets", cond=True)
-        assert_same(archive, ImageArchive(made["one"], cond=True))
-        loader = torch.utils.data.DataLoader(ImageArchive("s3://data/pets"), batch_size=None, num_workers=2)
-        assert torch.equal(torch.stack(list(loader)), archive.load_all())
-    finally:
-        there.stop()
+def test_an_s3_server_gives_the_same_images(made, bucket):
+    archive = ImageArchive(bucket, cond=True)
+    assert_same(archive, ImageArchive(made["one"], cond=True))
+    loader = torch.utils.data.DataLoader(ImageArchive(bucket), batch_size=None, num_workers=2)
+    assert torch.equal(torch.stack(list(loader)), archive.load_all())
