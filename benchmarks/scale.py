@@ -48,11 +48,11 @@ class Network:
     between: float
     latency: float = 2e-5
 
-    def all_reduce(self, sent: float, gpus: int) -> float:
-        """Seconds for ``sent`` bytes by each, in buckets: a ring's bandwidth, a tree's latency."""
+    def all_reduce(self, gradients: int, sent: float, gpus: int) -> float:
+        """Seconds for ``gradients`` bytes, each sending so many: the bandwidth of a ring, the latency of a tree."""
         bandwidth = self.within if gpus <= A_NODE else min(self.within, self.between)
         hops = 2 * math.log2(gpus) if gpus > 1 else 0
-        return sent / (USABLE * bandwidth) + math.ceil(sent / 2 / BUCKET) * hops * self.latency
+        return sent / (USABLE * bandwidth) + math.ceil(gradients / BUCKET) * hops * self.latency
 
 
 NETWORKS = (
@@ -62,11 +62,11 @@ NETWORKS = (
 )
 
 
-def step_seconds(alone: float, sent: float, network: Network, gpus: int) -> float:
+def step_seconds(alone: float, gradients: int, sent: float, network: Network, gpus: int) -> float:
     """Buckets go out while the backward pass makes the next; the last has nothing to hide behind."""
     if gpus == 1:
         return alone
-    took, buckets = network.all_reduce(sent, gpus), math.ceil(sent / 2 / BUCKET)
+    took, buckets = network.all_reduce(gradients, sent, gpus), math.ceil(gradients / BUCKET)
     hidden = BACKWARD * alone * (1 - 1 / buckets)
     return alone + max(took - hidden, took / buckets)
 
@@ -128,7 +128,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             cost = estimate(config, batch, "bf16", "cuda", gpus)
             rate = read["latents" if config.autoencoder else config.model.sample_shape[-1]]
             for network in NETWORKS:
-                seconds = step_seconds(alone, cost.sent_bytes, network, gpus)
+                seconds = step_seconds(alone, 4 * cost.parameters, cost.sent_bytes, network, gpus)
                 found.append({
                     "preset": preset, "images a GPU": batch, "GPUs": gpus, "network": network.name, "seconds": seconds,
                     "efficiency": alone / seconds, "images per second": batch * gpus / seconds,
@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("results", nargs="?", type=Path, default=newest[-1] if newest else None)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.results is None:
+        parser.error("no results of a GPU: run `make gpu` on one, or name a file")
     results = json.loads(arguments.results.read_text())
     torch.set_num_threads(1)
     print(f"a GPU's step: {results['machine']}\nreading and saving: {machine()}")

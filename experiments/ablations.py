@@ -9,6 +9,7 @@ where it was; two at a time share the work by their ``--seed``.
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -38,9 +39,11 @@ def main(
     """Train what is not in the file yet, and print the table of all that is."""
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
+    setting = {"kimg": kimg, "preset": preset, "data": archive.content_hash, "val": others.content_hash}
+    setting |= {"detector": detector, "machine": machine()}
     for seed in seeds:
         for name in names:
-            key = {"name": name, "seed": seed, "kimg": kimg, "machine": machine()}
+            key = {"name": name, "seed": seed, **setting}
             if any(Results(dest).find(**key)):
                 continue
             config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed}, facts_of(archive))
@@ -50,24 +53,23 @@ def main(
             found = {"parameters": parameters, "distance": distance(stepper, config, val, detector)}
             Results(dest).add(points, **key, **found)
             click.echo(f"{name:14} seed {seed}  loss {points[-1].loss:.4f}  distance {found['distance']:.4g}")
-    click.echo("\n" + table(Results(dest), kimg))
+    click.echo("\n" + table(list(Results(dest).find(**setting))))
 
 
-def table(results: Results, kimg: float) -> str:
+def table(records: list[dict[str, Any]]) -> str:
     """Mean and range over seeds, and in how many of the seeds it is better than ours."""
     lines = ["| variant | held-out loss | of ours | better than ours | distance | s |", "|---|---|---|---|---|---|"]
-    own = {record["seed"]: record["points"][-1]["loss"] for record in results.find(name="tmsa", kimg=kimg)}
+    own = {record["seed"]: record["points"][-1]["loss"] for record in records if record["name"] == "tmsa"}
     for name in NAMES:
-        records = list(results.find(name=name, kimg=kimg))
-        if not records:
+        its = [record for record in records if record["name"] == name]
+        if not its:
             continue
-        losses = {record["seed"]: record["points"][-1]["loss"] for record in records}
-        ratios = [losses[seed] / own[seed] for seed in losses if seed in own]
-        distances = [record["distance"] for record in records]
-        seconds = statistics.fmean(record["points"][-1]["seconds"] for record in records)
+        ratios = [r["points"][-1]["loss"] / own[r["seed"]] for r in its if r["seed"] in own]
+        losses, distances = [r["points"][-1]["loss"] for r in its], [r["distance"] for r in its]
+        seconds = statistics.fmean(record["points"][-1]["seconds"] for record in its)
         ratio = f"{statistics.fmean(ratios):.3f}" if ratios else ""
         lines.append(
-            f"| {name} | {spread(list(losses.values()))} | {ratio} | {sum(r < 1 for r in ratios)} of {len(ratios)} | "
+            f"| {name} | {spread(losses)} | {ratio} | {sum(r < 1 for r in ratios)} of {len(ratios)} | "
             f"{spread(distances)} | {seconds:.0f} |"
         )
     return "\n".join(lines)

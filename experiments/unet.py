@@ -3,8 +3,8 @@
     python -m experiments.unet --data train16.zip --val test16.zip --minutes 10 --detector small.safetensors
 
 The U-Net is diffusers' ``UNet2DModel``, as wide as makes its multiply-accumulates as many; both go through the same
-loss, steps, average and samplers. ``--lr`` and ``--unet-lr`` are each side's own; a command that is started again goes
-on where it was, and two at a time share the work by their ``--seed``.
+loss, steps, average and samplers. Ours has the recipe of its preset, the U-Net ``--unet-lr`` and ``--unet-batch``. A
+command that is started again goes on where it was, and two at a time share the work by their ``--seed``.
 """
 
 import statistics
@@ -15,6 +15,7 @@ import click
 import torch
 from benchmarks.measure import machine
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.configs.resolve import resolve
@@ -57,9 +58,9 @@ class UNet(nn.Module):
 
 
 def products(net: nn.Module, model: ImageModel) -> int:
-    """Multiply-accumulates of one image."""
+    """Multiply-accumulates of one image, those of attention by its two products."""
     labels = torch.zeros(1, dtype=torch.int64) if model.num_classes else None
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net.eval()(torch.zeros(1, *model.sample_shape), torch.zeros(1), labels)
     return counter.get_total_flops() // 2
 
@@ -91,14 +92,16 @@ def main(
     """Train both for the same seconds, and print the table of what is in the file."""
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
+    setting = {"minutes": minutes, "preset": preset, "data": archive.content_hash, "val": others.content_hash}
+    setting |= {"detector": detector, "machine": machine()}
+    recipes: dict[str, dict[str, Any]] = {"ours": {}, "unet": {"lr": unet_lr, "batch": unet_batch, "conv_lr": 1.0}}
     for seed in seeds:
         for side in sides:
-            own = {} if side == "ours" else {"lr": unet_lr, "batch": unet_batch}
-            key = {"name": side, "seed": seed, "minutes": minutes, "machine": machine()} | own
+            key = {"name": side, "seed": seed, "recipe": recipes[side], **setting}
             if any(Results(dest).find(**key)):
                 continue
-            options = {"data": data, "minutes": minutes, "seed": seed, "conv_lr": 1.0} if own else {"data": data}
-            config = resolve(preset, options | {"minutes": minutes, "seed": seed} | own, facts_of(archive))
+            options = {"data": data, "minutes": minutes, "seed": seed} | recipes[side]
+            config = resolve(preset, options, facts_of(archive))
             net: Any = build_network(config) if side == "ours" else unet_like(config, seed)
             found = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
             stepper, points = learn(net, config, archive, HeldOut(config, others), seconds=60 * minutes)
@@ -106,21 +109,19 @@ def main(
             Results(dest).add(points, **key, **found)
             last = points[-1]
             click.echo(
-                f"{side:5} seed {seed}  {last.images} images  loss {last.loss:.4f}  distance {found['distance']:.4g}"
+                f"{side} seed {seed}  {last.images} images  loss {last.loss:.4f}  distance {found['distance']:.4g}"
             )
     click.echo(
         "\n| | multiply-accumulates | parameters | images | held-out loss | distance |\n|---|---|---|---|---|---|"
     )
-    for side in SIDES:
-        records = list(Results(dest).find(name=side, minutes=minutes))
-        if records:
-            mean = statistics.fmean
+    for side, recipe in recipes.items():
+        if records := list(Results(dest).find(name=side, recipe=recipe, **setting)):
             losses = [record["points"][-1]["loss"] for record in records]
             click.echo(
                 f"| {side} | {records[0]['products']:,} | {records[0]['parameters']:,} | "
-                f"{mean(record['points'][-1]['images'] for record in records):,.0f} | "
-                f"{mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}) | "
-                f"{mean(record['distance'] for record in records):.4g} |"
+                f"{statistics.fmean(record['points'][-1]['images'] for record in records):,.0f} | "
+                f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}) | "
+                f"{statistics.fmean(record['distance'] for record in records):.4g} |"
             )
 
 

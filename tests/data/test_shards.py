@@ -313,8 +313,8 @@ def newest(outdir: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def bucket(made, monkeypatch):
-    """The shards on an S3 server on the loopback interface."""
+def bucket(monkeypatch):
+    """Puts the files of a folder onto an S3 server on the loopback interface; their URL."""
     pytest.importorskip("s3fs", reason="needs the optional package s3fs")
     server = pytest.importorskip("moto.server", reason="needs the optional package moto[server]")
     import boto3
@@ -327,23 +327,29 @@ def bucket(made, monkeypatch):
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    s3 = boto3.client("s3")
-    s3.create_bucket(Bucket="data")
-    for path in made["shards"].iterdir():
-        s3.upload_file(str(path), "data", f"pets/{path.name}")
-    yield "s3://data/pets"
+    s3, name = boto3.client("s3"), f"data{port}"  # moto forgets nothing
+    s3.create_bucket(Bucket=name)
+
+    def put(folder: Path) -> str:
+        for path in folder.iterdir():
+            s3.upload_file(str(path), name, f"pets/{path.name}")
+        return f"s3://{name}/pets"
+
+    yield put
     there.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "s3"])
-def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from_the_one_zip(
-    made, tmp_path, request, place
-):
+def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from_the_one_zip(tmp_path, request, place):
     pytest.importorskip("fsspec")
-    data = f"file://{made['shards']}" if place == "file" else request.getfixturevalue("bucket")
+    one, twenty = tmp_path / "pets.zip", tmp_path / "pets"
+    convert(write_archive(tmp_path / "source.zip", 42, side=16), one, cond=True)
+    convert(one, twenty, cond=True, shard_size=1100)
+    assert len(zips(twenty)) == 20
+    data = f"file://{twenty}" if place == "file" else request.getfixturevalue("bucket")(twenty)
     sharded = ["train", "--outdir", tmp_path / "shards", "--data", data, *OPTIONS]
-    command("train", "--outdir", tmp_path / "one", "--data", made["one"], *OPTIONS, processes=2)
+    command("train", "--outdir", tmp_path / "one", "--data", one, *OPTIONS, processes=2)
     killed = start("diffit", *sharded, output=tmp_path, processes=2)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("shards/*/training-state-*")) and time.monotonic() < deadline:
@@ -360,7 +366,8 @@ def test_two_processes_killed_and_resumed_learn_from_shards_what_they_learn_from
 
 @pytest.mark.slow
 def test_an_s3_server_gives_the_same_images(made, bucket):
-    archive = ImageArchive(bucket, cond=True)
+    url = bucket(made["shards"])
+    archive = ImageArchive(url, cond=True)
     assert_same(archive, ImageArchive(made["one"], cond=True))
-    loader = torch.utils.data.DataLoader(ImageArchive(bucket), batch_size=None, num_workers=2)
+    loader = torch.utils.data.DataLoader(ImageArchive(url), batch_size=None, num_workers=2)
     assert torch.equal(torch.stack(list(loader)), archive.load_all())

@@ -82,13 +82,24 @@ def test_stopped_and_resumed_the_records_are_those_of_a_run_through(pets, tmp_pa
 
 def test_metrics_that_would_take_more_than_their_share_are_left_out_but_for_the_last(pets, tmp_path, monkeypatch):
     """By a clock that a step moves by a second and a metric by ten: at a quarter of the time 30 seconds lie between."""
-    now, step, evaluate = [0.0], Stepper.step, Evaluator.__call__
-    monkeypatch.setattr("diffit.training.run.time", SimpleNamespace(monotonic=lambda: now[0]))
+    now, step, evaluate = [time.monotonic()], Stepper.step, Evaluator.__call__
+    for module in ("run", "loop"):
+        monkeypatch.setattr(f"diffit.training.{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Stepper, "step", lambda *given: (now.__setitem__(0, now[0] + 1), step(*given))[1])
     monkeypatch.setattr(Evaluator, "__call__", lambda *given: (now.__setitem__(0, now[0] + 10), evaluate(*given))[1])
-    how = {"metrics": ("fd80_full:pixels",), "metrics_steps": 3, "batch": 2, "batch_gpu": 2, "tick": 0.002, "kimg": 0.1}
-    outcome = run(pets, tmp_path, metrics_budget=0.25, **how)
-    assert [images for images, _ in curve(outcome.run_dir)] == [2, 62, 100]
+    how = {
+        "metrics": ("fd80_full:pixels",),
+        "metrics_steps": 3,
+        "batch": 2,
+        "batch_gpu": 2,
+        "tick": 0.002,
+        "metrics_budget": 0.25,
+    }
+    outcome = run(pets, tmp_path, kimg=0.08, **how)
+    assert [images for images, _ in curve(outcome.run_dir)] == [2, 62, 80]
+    now[0] += 1000  # till somebody goes on, which is no time of the run
+    outcome = run(pets, tmp_path, kimg=0.15, **how)
+    assert [images for images, _ in curve(outcome.run_dir)] == [2, 62, 80, 122, 150]
 
 
 def test_a_metric_that_a_kill_cut_off_is_made_up_for(pets, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 from PIL import Image
+from rich.filesize import decimal
 
 from diffit.cli.options import Bytes, Size
 from diffit.data.archive import describe_shape
@@ -174,7 +175,7 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
 
 
 def _print_check(report: CheckReport) -> None:
-    _line("archive", f"{report.path}, {report.num_bytes / 1e6:.3g} MB")
+    _line("archive", f"{report.path}, {decimal(report.num_bytes)}")
     _line("images", str(report.count))
     for shape, count in report.shapes.most_common():
         _line("size", f"{describe_shape(shape)} (width x height): {count} images")
@@ -198,7 +199,7 @@ def _check_latents(path: Path, cond: bool) -> None:
     archive = LatentArchive(path, cond=cond)
     with progress("reading") as show:
         mean, std = archive.check(show)
-    _line("latents", f"{path}, {sum(file.stat().st_size for file in path.iterdir()) / 1e6:.3g} MB")
+    _line("latents", f"{path}, {decimal(sum(file.stat().st_size for file in path.iterdir()))}")
     _print_latents(archive.header)
     labelled = f"{archive.num_classes} classes" if archive.has_labels else "none"
     _line("labels", labelled)

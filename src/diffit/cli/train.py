@@ -174,7 +174,7 @@ OPTIONS: Options = {
         click.option("--metrics-ticks", type=int,
                      help="Ticks between metrics.  [default: at the end only; 1 with --metrics-budget]"),
         click.option("--metrics-budget", type=Percent(),
-                     help="Leave metrics out that would take more than this share of the time, but for the last."),
+                     help="Share of the time for metrics, such as 5%; the first and the last are always made."),
         click.option("--metrics-sampler", type=click.Choice(get_args(Sampler)),
                      help="Solver of the samples for metrics.  [default: the model's]"),
         click.option("--metrics-steps", type=click.IntRange(min=1),

@@ -228,6 +228,8 @@ class Training(Frozen):
 
     @model_validator(mode="after")
     def _whole_graph(self) -> "Training":
+        if self.metrics_budget is not None and not self.metrics:
+            raise ValueError("--metrics-budget without --metrics: name some, such as fid10k_full, or leave it out")
         if self.shard and self.compile:
             raise ValueError("--shard gathers weights in the middle of what --compile makes one graph; use one of them")
         return self

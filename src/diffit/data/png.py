@@ -28,7 +28,7 @@ from diffit.errors import UserError
 
 BITS = (8, 10, 12, 14, 16)  # of the scanners and cameras that store their values in 16
 LEVEL = 1  # of zlib: a quarter of the default level's time for 6 % more bytes
-STRETCH = 0.01  # of a side, which rounding to whole pixels does not explain
+STRETCH = 0.01  # of a side, which nobody sees
 Range = tuple[float, float]
 
 
@@ -93,7 +93,9 @@ class PngEncoder:
             return error
         if several and self.raw.frames is None:
             done.add("frames")
-        if look.stretches and abs(image.width * height / (image.height * width) - 1) > STRETCH:
+        # Of a side of whole pixels half a one is rounded.
+        rounding = max(STRETCH, 0.5 / image.width + 0.5 / image.height)
+        if look.stretches and abs(image.width * height / (image.height * width) - 1) > rounding:
             done.add("stretched")
         # Pixels only: comments, colour profiles and EXIF of the source must not end up in the archive.
         image.info.clear()

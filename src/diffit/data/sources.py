@@ -140,6 +140,7 @@ def open_source(path: str | Path, *, cond: bool = False, class_order: str = "nat
 
 def _tree(path: str | Path, cond: bool, class_order: str) -> Source:
     files = FileTree(path)
+    _ = files.sums  # what is wrong with them is said before anything is written
     names = require_images(files)
     table, class_names = read_labels(files)
     notes: list[str] = []

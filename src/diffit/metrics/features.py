@@ -137,6 +137,7 @@ class Rows:
             self.room -= len(fitting)
 
     def reduce(self, procs: Processes, dim: int) -> Tensor:
+        """Once: it gives away what was added."""
         positions = torch.cat([*self.positions, torch.empty(0, dtype=torch.int64)])
         tiles = -(-procs.max(len(positions)) // TILE)  # every process sends as many; -1 marks rows that there are not
         padding = positions.new_full((tiles * TILE - len(positions),), -1)
@@ -150,6 +151,7 @@ class Rows:
             for values, places in zip(_collect(procs, own[None], room), order[:, tile], strict=True):
                 places = places[places >= 0]
                 rows[places] = values[: len(places)]
+        self.positions, self.room = [], 0
         return rows
 
 

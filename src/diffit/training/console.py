@@ -106,7 +106,7 @@ class Console:
                 "them (`diffit metrics copies` tells); more images or --mirror help"
             )
         if training.metrics and training.metrics_budget is not None:
-            yield f"metrics   at most {training.metrics_budget:.3g} of the time, and at the end"
+            yield f"metrics   at most {100 * training.metrics_budget:.3g} % of the time, but for the first and the last"
         elif training.metrics and training.metrics_ticks:
             samples = max(metric.samples for metric in parse_metrics(training.metrics))
             passes = sum(count_evaluations(sampled_for_metrics(config)))

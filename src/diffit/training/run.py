@@ -106,8 +106,6 @@ class Run:
     pace: Pace = field(init=False)
     steps_between: int = 1
     """Steps from one agreement to the next, about a second of them where asking waits for others or for a GPU."""
-    judged: tuple[float, float] = (-math.inf, 0.0)
-    """When metrics were last done, and how long they took."""
     rollbacks: int = 0
     writer: StateWriter = field(default_factory=StateWriter)
 
@@ -135,7 +133,7 @@ class Run:
         done, due = stepper.images_seen >= total, Due()
         if done and not has_pictures(self.run_dir, stepper):
             self.save_snapshot()  # it was stopped between the last state and this
-        if resumed and (done or self.crossed(training.metrics_ticks)):
+        if resumed and (done or (training.metrics_budget is None and self.crossed(training.metrics_ticks))):
             self.evaluate()  # unless that was done before the run was stopped
         began, seen = time.monotonic(), stepper.images_seen
         self.saved, self.asked = {"state": began, "snapshot": began}, (began, seen)
@@ -153,7 +151,7 @@ class Run:
             if end or self.crossed(1):
                 with self.saved_on_failure():
                     scalars = self.scalars(stepper.images_seen - seen, time.monotonic() - began)
-                judge = done or (self.crossed(training.metrics_ticks) and self.affords_metrics())
+                    judge = done or (self.crossed(training.metrics_ticks) and self.affords_metrics())
                 # The state first: who asked the run to stop may not wait for grids, nor who kills it for metrics.
                 if end or judge or self.crossed(training.dump):
                     self.save_state(wait=end)
@@ -370,11 +368,13 @@ class Run:
                 raise Stopped
 
     def affords_metrics(self) -> bool:
-        """Whether metrics that take as long as the last are within their share of the time since."""
-        budget, (ended, took) = self.stepper.config.training.metrics_budget, self.judged
-        if budget is None:
-            return True
-        return bool(self.stepper.procs.broadcast(budget * (time.monotonic() - ended) >= (1 - budget) * took))
+        """Whether there are metrics, and such as take as long as the last are within their share of the time since."""
+        training, (ended, took) = self.stepper.config.training, self.stepper.judged
+        if training.metrics_budget is None:
+            return bool(training.metrics)
+        since = time.monotonic() - self.began - ended
+        affords = training.metrics_budget * since >= (1 - training.metrics_budget) * took
+        return bool(self.stepper.procs.maxima([self.log is not None and affords])[0])
 
     def judge(self) -> None:
         began = time.monotonic()
@@ -387,7 +387,8 @@ class Run:
                 raise
         if self.log is not None:
             write_report(self.run_dir)
-        self.judged = time.monotonic(), time.monotonic() - began
+        now = time.monotonic()
+        self.stepper.judged = now - self.began, now - began
 
     def finish(self, interrupted: bool) -> Outcome:
         self.writer.wait()

@@ -126,6 +126,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(procs.device.type, init_scale=2.0**16 if precision == "fp16" else 1.0)
         self.images_seen = 0
         self.seconds = 0.0  # that the run has taken, over all its parts
+        self.judged = 0.0, 0.0  # the second of the run when metrics were last done, and the seconds that they took
         self.end = training.steps * training.batch
         """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
         learning rate and the loss may depend on the share that is done."""
@@ -193,6 +194,7 @@ class Stepper:
             "images_seen": self.images_seen,
             "seconds": round(self.seconds, 1),
             "end": self.end,
+            "judged": self.judged,
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "skipped": [int(self.meter.skipped), int(self.meter.skipped_in_a_row)],
@@ -232,6 +234,8 @@ class Stepper:
             self.meter.skipped.fill_(skipped)
             self.meter.skipped_in_a_row.fill_(in_a_row)
         self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
+        ended, took = metadata.get("judged", self.judged)
+        self.judged = ended, took
         if self.config.training.clock_minutes is not None:
             self.end = metadata.get("end", self.end)
 

@@ -1,6 +1,7 @@
 """Memory that the processes of one machine share."""
 
 import os
+import socket
 from math import prod
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffit.utils.distributed import Processes
+
+NAME = "diffit"
 
 
 def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, procs: Processes) -> tuple[Tensor, int, int]:
@@ -21,16 +24,18 @@ def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, procs: Processes) 
     if procs.count == 1:
         return torch.empty(shape, dtype=dtype), 0, 1
     here: list[str | None] = [None] * procs.count
-    dist.all_gather_object(here, _machine())
+    dist.all_gather_object(here, _kernel())
     mates = [rank for rank, machine in enumerate(here) if machine == here[procs.rank]]
-    owned = _reserve(prod(shape) * dtype.itemsize) if procs.rank == mates[0] and _machine() else None
+    owned = _reserve(prod(shape) * dtype.itemsize) if procs.rank == mates[0] and _kernel() else None
     places: list[tuple[int, int] | None] = [None] * procs.count
     dist.all_gather_object(places, None if owned is None else (os.getpid(), owned))
     place, tensor = places[mates[0]], None
     if place is not None:
         try:
-            tensor = torch.from_file("/proc/{}/fd/{}".format(*place), shared=True, size=prod(shape), dtype=dtype)
-        except RuntimeError:  # a container that does not show the processes of another
+            file = "/proc/{}/fd/{}".format(*place)
+            if os.readlink(file).startswith(f"/memfd:{NAME}"):  # another machine may have another file by that number
+                tensor = torch.from_file(file, shared=True, size=prod(shape), dtype=dtype)
+        except (RuntimeError, OSError):  # a container that does not show the processes of another
             tensor = None
     failed = procs.max(tensor is None)
     if owned is not None:
@@ -40,10 +45,11 @@ def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, procs: Processes) 
     return tensor.view(shape), mates.index(procs.rank), len(mates)
 
 
-def _machine() -> str | None:
+def _kernel() -> str | None:
     """The same on all processes that see each other's file descriptors; None where there is no such thing."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return boot + socket.gethostname() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
 
@@ -51,7 +57,7 @@ def _machine() -> str | None:
 def _reserve(size: int) -> int | None:
     """The descriptor of a file in memory."""
     try:
-        descriptor = os.memfd_create("diffit")
+        descriptor = os.memfd_create(NAME)
         os.ftruncate(descriptor, size)
     except (AttributeError, OSError):
         return None
