@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers import command, write_archive
+from helpers import command, run, write_archive
 
 ROOT = Path(__file__).parents[2]
 KIMG = 0.8
@@ -119,6 +119,38 @@ def test_nodes_with_other_copies_of_the_images_are_refused_in_a_line(nodes, tmp_
     said = on(folders, "train", f"--data pets.zip --outdir runs {TRAIN}", status=1, restarts=0)
     assert f"{socket.gethostname()} has other images there than process 0; copy the archive again" in said
     assert not list(tmp_path.glob("*/runs"))
+
+
+ON_ITS_NODE = """
+import os
+import sys
+from diffit.cli import main
+
+os.chdir("node" + os.environ.get("RANK", "1"))
+sys.argv[0] = "diffit"
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_another_node_has_is_named_where_process_0_would_begin_again(tmp_path):
+    """After a restart process 0 is on the node that did not write."""
+    for name in ("node0", "node1"):
+        (tmp_path / name).mkdir()
+        write_archive(tmp_path / name / "pets.zip", count=40)
+    (script := tmp_path / "diffit.py").write_text(ON_ITS_NODE)
+    words = [str(script), "train", "--data", "pets.zip", "--outdir", "runs", *TRAIN.split(), "--kimg"]
+    assert run(*words, 0.08, folder=tmp_path).returncode == 0
+    done = run(*words, 0.16, folder=tmp_path, processes=2)
+    assert done.returncode == 1
+    (state,) = (tmp_path / "node1").glob("runs/*/training-state-000000.080")
+    where = f"{state.relative_to(tmp_path / 'node1')} on {socket.gethostname()}"
+    assert (
+        f"{where} is later than what process 0 has in its own runs; give an --outdir that all nodes see" in done.stderr
+    )
+    assert not (tmp_path / "node0" / "runs").exists()
+    assert run(*words, 0.08, "--resume", "none", folder=tmp_path, processes=2).returncode == 0
+    assert list(tmp_path.glob("node0/runs/*/training-state-*"))
 
 
 def test_the_jobs_of_the_page_start_what_was_tried():

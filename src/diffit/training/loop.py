@@ -23,6 +23,7 @@ from diffit.training.run_dir import (
     find_state,
     hold,
     read_options,
+    refuse_later_elsewhere,
     retire_later,
     write_options,
 )
@@ -61,6 +62,8 @@ def train(
         with procs.together():
             state = find_state(config, Path(outdir), resume, held) if procs.is_first else None
         state = procs.broadcast(state)
+        if resume == "auto":
+            refuse_later_elsewhere(config, Path(outdir), state, procs)
         recorded = progress = None
         if state is not None:
             known = (read_options(state.parent), read_progress(state)) if procs.is_first else None

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import shutil
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError
 from diffit.training.checkpoint import PREFIX, read_progress, states, verify_state
 from diffit.training.tracking import open_trackers
+from diffit.utils.distributed import Processes
 from diffit.utils.files import disk_errors, sweep, whole_file
 from diffit.utils.locks import exclusive, is_free
 from diffit.weights import snapshot_kimg, snapshots
@@ -184,6 +186,24 @@ def find_resumable(outdir: Path, config: Config) -> Path | None:
             run_dir, ", ".join(other[:3]) + (", …" if len(other) > 3 else ""), run_dir,
         )  # fmt: skip
     return None
+
+
+def refuse_later_elsewhere(config: Config, outdir: Path, state: Path | None, procs: Processes) -> None:
+    """UserError on all where another node has a later state than the one, or none, that process 0 goes on from.
+
+    Which node process 0 is on is torchrun's choice, and may be another one after a restart.
+    """
+    first: int = procs.broadcast(read_progress(state)[0] if state is not None and procs.is_first else 0)
+    with procs.together():
+        for run_dir in reversed([] if procs.is_first else runs(outdir)):
+            options, found = read_options(run_dir), states(run_dir)
+            if found and options is not None and stage(options) == stage(config) and not differences(config, options):
+                if read_progress(found[-1])[0] > first:
+                    raise UserError(
+                        f"{found[-1]} on {socket.gethostname()} is later than what process 0 has in its own {outdir}; "
+                        "give an --outdir that all nodes see, copy the run there, or begin again with --resume none"
+                    )
+                break
 
 
 def retire_later(state: Path) -> list[Path]:
