@@ -34,9 +34,14 @@ FEATURES, DIM = 131_072, 2048
 BYTES = {"images": IMAGES * 3 * SIDE**2, "latents": LATENTS * 4 * 4 * 4 * 32**2, "features": FEATURES * DIM * 4}
 
 
-def write_images(path: Path, count: int, side: int) -> Path:
+def noise(side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def write_images(path: Path, count: int, picture: np.ndarray) -> Path:
+    """A zip of so many PNG files of one picture, uint8 ``(H, W, C)``."""
     data = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(data, "PNG")
+    Image.fromarray(picture).save(data, "PNG")
     with zipfile.ZipFile(path, "w") as file:
         for i in range(count):
             file.writestr(f"img{i:08d}.png", data.getvalue())
@@ -51,7 +56,7 @@ def write_latents(folder: Path, count: int) -> None:
 
     facts = {"id": "none", "sha256": "0" * 64, "scale": 1.0, "tiling": False, "latent_shape": lambda size: LATENT}
     stub: Any = SimpleNamespace(encode=encode, **facts)
-    encode_archive(write_images(folder / "small.zip", count, 8), folder / "latents", stub)
+    encode_archive(write_images(folder / "small.zip", count, noise(8)), folder / "latents", stub)
 
 
 def together(what: str, folder: Path, count: int) -> int:
@@ -117,7 +122,7 @@ def features(procs: Processes) -> torch.Tensor:
 def main() -> None:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(dir=".") as name:
-        write_images(Path(name) / "images.zip", IMAGES, SIDE)
+        write_images(Path(name) / "images.zip", IMAGES, noise(SIDE))
         write_latents(Path(name), LATENTS)
         for what, data in BYTES.items():
             for count in (1, 4):

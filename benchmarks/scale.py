@@ -9,17 +9,14 @@ import json
 import math
 import tempfile
 import time
-import zipfile
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.host import write_latents
+from benchmarks.host import write_images, write_latents
 from benchmarks.measure import machine
 from diffit.configs.resolve import resolve
 from diffit.data.archive import ImageArchive
@@ -77,11 +74,7 @@ def images_a_core(side: int, count: int = 200) -> float:
     noise = np.random.default_rng(0).normal(0, 4, (side, side, 3))
     picture = 127 + 90 * np.sin(7 * np.stack([x + y, x - y, x * y], axis=-1)) + noise
     with tempfile.TemporaryDirectory() as folder:
-        data = BytesIO()
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(data, "PNG")
-        with zipfile.ZipFile(path := Path(folder) / "images.zip", "w") as file:
-            for i in range(count):
-                file.writestr(f"{i:04d}.png", data.getvalue())
+        path = write_images(Path(folder) / "images.zip", count, picture.clip(0, 255).astype(np.uint8))
         archive = ImageArchive(path)
         began = time.process_time()
         archive.load(range(count), workers=1)

@@ -18,7 +18,7 @@ from benchmarks.measure import machine
 from diffit.configs.resolve import resolve
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from experiments.learning import HeldOut, Results, distance, learn
+from experiments.learning import HeldOut, Results, distance, learn, spread
 from experiments.variants import VARIANTS, make
 
 NAMES = list(VARIANTS)
@@ -58,7 +58,10 @@ def main(
 
 def table(records: list[dict[str, Any]]) -> str:
     """Mean and range over seeds, and in how many of the seeds it is better than ours."""
-    lines = ["| variant | held-out loss | of ours | better than ours | distance | s |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | of | held-out loss | of ours | better than ours | distance | s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     own = {record["seed"]: record["points"][-1]["loss"] for record in records if record["name"] == "tmsa"}
     for name in NAMES:
         its = [record for record in records if record["name"] == name]
@@ -69,14 +72,10 @@ def table(records: list[dict[str, Any]]) -> str:
         seconds = statistics.fmean(record["points"][-1]["seconds"] for record in its)
         ratio = f"{statistics.fmean(ratios):.3f}" if ratios else ""
         lines.append(
-            f"| {name} | {spread(losses)} | {ratio} | {sum(r < 1 for r in ratios)} of {len(ratios)} | "
-            f"{spread(distances)} | {seconds:.0f} |"
+            f"| {name} | {VARIANTS[name].place} | {spread(losses)} | {ratio} | "
+            f"{sum(r < 1 for r in ratios)} of {len(ratios)} | {spread(distances)} | {seconds:.0f} |"
         )
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Results:
         self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def find(self, **key: Any) -> Iterator[dict[str, Any]]:
-        return (record for record in self.records if all(record[name] == value for name, value in key.items()))
+        return (record for record in self.records if all(record.get(name) == value for name, value in key.items()))
 
     def add(self, points: Sequence[Point], **facts: Any) -> None:
         record = {**facts, "points": [asdict(point) for point in points]}
@@ -109,3 +109,8 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range."""
+    return f"{fmean(values):.4g} ({min(values):.4g} to {max(values):.4g})"

@@ -23,7 +23,7 @@ from diffit.configs.schema import Config, ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
 from diffit.training.step import build_network
-from experiments.learning import HeldOut, Results, distance, learn
+from experiments.learning import HeldOut, Results, distance, learn, spread
 
 SIDES = ("ours", "unet")
 
@@ -116,12 +116,11 @@ def main(
     )
     for side, recipe in recipes.items():
         if records := list(Results(dest).find(name=side, recipe=recipe, **setting)):
-            losses = [record["points"][-1]["loss"] for record in records]
+            last, distances = [record["points"][-1] for record in records], [record["distance"] for record in records]
+            images = statistics.fmean(point["images"] for point in last)
             click.echo(
-                f"| {side} | {records[0]['products']:,} | {records[0]['parameters']:,} | "
-                f"{statistics.fmean(record['points'][-1]['images'] for record in records):,.0f} | "
-                f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}) | "
-                f"{statistics.fmean(record['distance'] for record in records):.4g} |"
+                f"| {side} | {records[0]['products']:,} | {records[0]['parameters']:,} | {images:,.0f} | "
+                f"{spread([point['loss'] for point in last])} | {spread(distances)} |"
             )
 
 

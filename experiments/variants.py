@@ -173,20 +173,24 @@ def with_attention(kind: Callable[[TMSA], Attention]) -> Callable[[ImageDiffiT],
     return change
 
 
-def time_in_mlp(net: ImageDiffiT) -> None:
-    with_attention(WithoutTime)(net)
-    for res_block in res_blocks(net):
-        block, cond_dim = res_block.block, net.t_embedder.mlp[-1].out_features
-        block.mlp = TimedMlp(block.mlp, cond_dim)
-        block.__class__ = TimeInMlp
+def with_block(kind: type[DiffiTBlock], adapt: Callable[[Any, int], None]) -> Callable[[ImageDiffiT], None]:
+    """Attention without time, and blocks of another kind; ``adapt`` gives one what it needs for a token as wide."""
+
+    def change(net: ImageDiffiT) -> None:
+        with_attention(WithoutTime)(net)
+        for res_block in res_blocks(net):
+            adapt(res_block.block, net.t_embedder.mlp[-1].out_features)
+            res_block.block.__class__ = kind
+
+    return change
 
 
-def ada_ln(net: ImageDiffiT) -> None:
-    with_attention(WithoutTime)(net)
-    for res_block in res_blocks(net):
-        block, cond_dim = res_block.block, net.t_embedder.mlp[-1].out_features
-        block.modulation = nn.Linear(cond_dim, 6 * block.mlp.fc1.in_features)
-        block.__class__ = AdaLN
+def timed_mlp(block: TimeInMlp, cond_dim: int) -> None:
+    block.mlp = TimedMlp(block.mlp, cond_dim)
+
+
+def modulated(block: AdaLN, cond_dim: int) -> None:
+    block.modulation = nn.Linear(cond_dim, 6 * block.mlp.fc1.in_features)
 
 
 def plain_block(net: ImageDiffiT) -> None:
@@ -205,25 +209,25 @@ def nothing(net: ImageDiffiT) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """``window`` is that of all stages but the deepest; the paper's row it belongs to is ``table``."""
+    """``window`` is that of all stages but the deepest; ``place`` is where the paper has what it is a row of."""
 
-    table: str
+    place: str
     change: Callable[[ImageDiffiT], None] = nothing
     window: int | None = 4
 
 
 VARIANTS = {
-    "tmsa": Variant("all"),
-    "time in bias": Variant("6", with_attention(TimeInBias)),
-    "time in MLP": Variant("6", time_in_mlp),
-    "time token": Variant("7", with_attention(TimeToken)),
-    "Fourier": Variant("8", fourier),
+    "tmsa": Variant(""),
+    "time in bias": Variant("Table 6", with_attention(TimeInBias)),
+    "time in MLP": Variant("Table 6", with_block(TimeInMlp, timed_mlp)),
+    "time token": Variant("Table 7", with_attention(TimeToken)),
+    "Fourier": Variant("Table 8", fourier),
     "window 2": Variant("Fig. 8", window=2),
     "window 8": Variant("Fig. 8", window=8),
     "global": Variant("Fig. 8", window=None),
-    "adaLN": Variant("Fig. 7b", ada_ln),
-    "no bias": Variant("bias", with_attention(WithoutBias)),
-    "plain block": Variant("block", plain_block),
+    "adaLN": Variant("Fig. 7b", with_block(AdaLN, modulated)),
+    "no bias": Variant("§3.2", with_attention(WithoutBias)),
+    "plain block": Variant("§3.2", plain_block),
 }
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffit.data import ImageArchive, convert
-from diffit.data.files import FileTree, map_ordered, natural_key, safe_name
+from diffit.data.files import FileTree, map_ordered
+from diffit.data.names import natural_key, safe_name
 from diffit.errors import UserError
 
 

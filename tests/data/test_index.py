@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffit.data import ImageArchive, convert
-from diffit.data import files as files_module
 from diffit.data import index as index_module
+from diffit.data import names as names_module
 from diffit.data import zips as zips_module
-from diffit.data.files import FileTree, are_plain, natural_key, natural_sorted, safe_name
+from diffit.data.files import FileTree
 from diffit.data.index import open_index
+from diffit.data.names import are_plain, natural_key, natural_sorted, safe_name
 from diffit.data.sums import SUMS
 from diffit.data.zips import read_directory
 from diffit.errors import UserError
@@ -167,14 +168,14 @@ def test_very_many_names_are_in_the_same_order(usual, others):
     many = [f"{n % 3}{n % 7}/b{n:02}.x" for n in range(100)] * 3
     names = [*many[:150], *usual, *others, *many[150:]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files_module, "LARGE", 1)
+        patch.setattr(names_module, "LARGE", 1)
         assert natural_sorted(names) == sorted(names, key=natural_key)
 
 
 @given(st.lists(st.text("a1/.\\:\n\x00", max_size=5) | st.sampled_from(["__MACOSX/a", "a/__MACOSX", "b/a.png"])))
 def test_names_that_are_plain_together_are_plain_singly(names):
     if are_plain(names):
-        assert all(safe_name(name, "it") == name and not files_module._HIDDEN.search(name) for name in names)
+        assert all(safe_name(name, "it") == name and not names_module.HIDDEN.search(name) for name in names)
     assert are_plain(["a/b1.png", *(name for name in names if name.isalnum())])
 
 

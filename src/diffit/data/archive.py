@@ -18,10 +18,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from diffit.data.bounds import lift_pillows_limit, require_size
-from diffit.data.files import BrokenImageError, convert_command, map_ordered, name_some, subset
+from diffit.data.files import BrokenImageError, convert_command, map_ordered, subset
 from diffit.data.formats import FORMATS
 from diffit.data.index import Index, open_index
 from diffit.data.labels import META, require_classes
+from diffit.data.names import name_some
 from diffit.data.pixels import is_sixteen_bit_color, orientation
 from diffit.errors import UserError
 

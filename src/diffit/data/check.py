@@ -14,16 +14,9 @@ import numpy.typing as npt
 import torch
 
 from diffit.data.archive import describe_shape, open_plain
-from diffit.data.files import (
-    BrokenImageError,
-    FileTree,
-    convert_command,
-    map_ordered,
-    name_some,
-    require_images,
-    subset,
-)
+from diffit.data.files import BrokenImageError, FileTree, convert_command, map_ordered, require_images, subset
 from diffit.data.labels import META, count_classes, read_labels, require_classes
+from diffit.data.names import name_some
 from diffit.data.pixels import has_other_profile
 from diffit.errors import UserError
 

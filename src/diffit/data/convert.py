@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Self, TypedDict, Unpack
 from zlib import crc32
 
-from diffit.data.files import BrokenImageError, map_ordered, name_some, subset
+from diffit.data.files import BrokenImageError, map_ordered, subset
 from diffit.data.labels import META
+from diffit.data.names import name_some
 from diffit.data.pixels import WHITE, Color, color
 from diffit.data.png import Look, PngEncoder, value_range_of
 from diffit.data.sources import CLASS_ORDERS, Source, open_source

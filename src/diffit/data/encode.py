@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffit.data.archive import ImageArchive
-from diffit.data.files import map_ordered, readable
+from diffit.data.files import map_ordered
 from diffit.data.labels import META
 from diffit.data.latents import (
     DTYPES,
@@ -30,6 +30,7 @@ from diffit.data.latents import (
     scaled_statistics,
     shard_path,
 )
+from diffit.data.names import readable
 from diffit.data.sums import SUMS, format_sums
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder

@@ -1,14 +1,12 @@
 """The files of a folder, a zip, or a folder of zips: listed, named safely, read, and worked through in order."""
 
 import os
-import re
 import shlex
 import struct
 import time
 import zipfile
 import zlib
-from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,9 +20,10 @@ import numpy.typing as npt
 
 from diffit.data.bounds import require_bytes
 from diffit.data.formats import IMAGE_SUFFIXES, unread
+from diffit.data.names import HIDDEN, are_plain, name_some, natural_key, natural_sorted, ordered, readable, safe_name
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import REMEDY, SUMS, format_sums, parse_sums
-from diffit.data.zips import LARGE, OTHER, Directory, Member, member_of, read_directory, read_member
+from diffit.data.zips import OTHER, Directory, Member, member_of, read_directory, read_member
 from diffit.errors import UserError
 
 T = TypeVar("T")
@@ -32,60 +31,12 @@ R = TypeVar("R")
 
 SUMS_BYTES = 1 << 20, 1 << 10  # of dataset.sfv: in all, and for each file
 ZIP_UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; the name of any other may be in any encoding
-_DIGITS = re.compile(r"\d+")
-_HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
-_SAFE = re.compile(r"[^\\/:\0.][^\\/:\0]*(?:/[^\\/:\0.][^\\/:\0]*)*")  # most names, as they are
-# Without any of these, a text of names has no name that is hidden or unsafe; with one, each is looked at.
-_ODD = "\\", ":", "\0", "//", "/.", "\n.", "\n/", "/\n", "\n\n", "__MACOSX"
-_MARKS = np.array([1 if chr(code).isdigit() else 2 if chr(code) == "/" else 0 for code in range(128)], np.uint8)
-FEW = 50  # names of another shape that are put into the order of a million one by one
-# Kana, kanji and what goes with them, none of them next to a Latin letter.
-_JAPANESE = re.compile(r"(?:(?<![A-Za-z])[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e](?![A-Za-z])|[\x00-\x7f])*")
 # RuntimeError is an encrypted member, NotImplementedError an unknown compression, ValueError a name that is not UTF-8.
 READ_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error)
 
 
 class BrokenImageError(UserError):
     """One file that cannot be read or decoded; the others may be fine."""
-
-
-def natural_key(name: str) -> tuple[str, str]:
-    """Sort key: ``img2`` before ``img10``, folder by folder."""
-    # Names have no NUL, so that what ends a folder and what begins a number come before all that a name may hold.
-    return _DIGITS.sub(_number, name.replace("/", "\0\0")), name  # the name itself decides between img1 and img01
-
-
-def _number(digits: re.Match[str]) -> str:
-    """By length, then as text, rather than by ``int``: Python refuses to parse very long numbers."""
-    text = digits[0].lstrip("0")
-    return f"\0\1{chr(len(text))}{text}"
-
-
-def natural_sorted(names: Sequence[str]) -> list[str]:
-    """By :func:`natural_key`, which for a million names as ``diffit data convert`` gives them is the order of text.
-
-    It is where all digits and slashes stand at the same places.
-    """
-    if len(names) < LARGE or not all(map(str.isascii, names)):
-        return sorted(names, key=natural_key)
-    [(length, _)] = Counter(map(len, names)).most_common(1)
-    usual = [name for name in names if len(name) == length]
-    marks = _MARKS[np.frombuffer("".join(usual).encode(), np.uint8)].reshape(-1, length)
-    alike = (marks == marks[0]).all(axis=1)
-    others = [name for name in names if len(name) != length]
-    others += [usual[row] for row in np.flatnonzero(~alike).tolist()]
-    if len(others) > FEW:
-        return sorted(names, key=natural_key)
-    ordered = sorted(usual if alike.all() else [usual[row] for row in np.flatnonzero(alike).tolist()])
-    for name in others:
-        insort(ordered, name, key=natural_key)
-    return ordered
-
-
-def name_some(names: Sequence[str], limit: int = 3) -> str:
-    """``a, b, c and 7 more``."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def convert_command(path: Path, *options: str) -> str:
@@ -133,41 +84,11 @@ def map_ordered(function: Callable[[T], R], items: Sequence[T], workers: int = 0
                 future.cancel()
 
 
-def safe_name(raw: str, where: str) -> str:
-    """Normalise a stored file name to ``a/b.png``; names that point outside their archive are a UserError."""
-    if _SAFE.fullmatch(raw):
-        return raw
-    name = raw.replace("\\", "/")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name) or not parts:
-        raise UserError(f"{where} holds the unsafe path {raw!r}, which points outside it: remove or rename that entry")
-    return "/".join(parts)
-
-
-def are_plain(names: Sequence[str]) -> bool:
-    """Whether every name is what :func:`safe_name` makes of it and none is hidden, asked of all at once."""
-    text = "\n".join(["", *names, ""])
-    return text.count("\n") == len(names) + 1 and not any(odd in text for odd in _ODD)
-
-
-def readable(raw: Sequence[bytes], fallback: str) -> list[str]:
-    """Names whose encoding no one noted down, as text: UTF-8, Japanese Windows, or else ``fallback``."""
-    for encoding in ("utf-8", "cp932"):
-        try:
-            texts = [name.decode(encoding) for name in raw]
-        except UnicodeDecodeError:
-            continue
-        # Western names can pass for Japanese, but then their letters stand next to kanji.
-        if encoding == "utf-8" or all(_JAPANESE.fullmatch(text) for text in texts):
-            return texts
-    return [name.decode(fallback, "backslashreplace") for name in raw]
-
-
 def shards_in(folder: Path) -> list[str]:
     """The zips in ``folder`` that together are one archive; none where it has folders or images next to them."""
     found = []
     for entry in os.scandir(folder):
-        if not _HIDDEN.search(entry.name):
+        if not HIDDEN.search(entry.name):
             if entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES):
                 return []
             found.append(entry.name)
@@ -245,10 +166,10 @@ class FileTree:
                 f"{error.filename or self.path} cannot be listed ({reason}): check its permissions"
             ) from error
         if shards:
-            return self._shard_names(shards) + _ordered([name for name in names if name not in shards])
+            return self._shard_names(shards) + ordered([name for name in names if name not in shards])
         # Python keeps bytes that are not UTF-8 as lone surrogates, which no file and no terminal takes.
         foreign = [name for name in names if not name.isascii() and not _is_text(name)]
-        return _ordered(self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252")))
+        return ordered(self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252")))
 
     def _shard_names(self, shards: Sequence[str]) -> list[str]:
         self.zips, names = [self.path / shard for shard in shards], []
@@ -317,7 +238,7 @@ class FileTree:
             return natural_sorted(list(dict.fromkeys(stored)))
         safe = [safe_name(texts.get(name, name), str(path)) for name in stored]
         changed = [(old, new) for old, new in zip(stored, safe, strict=True) if old != new]
-        return _ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
+        return ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
 
     def _zip(self, part: int) -> zipfile.ZipFile:
         # After a fork the children share the parent's file offset, so a handle belongs to the process that made it.
@@ -443,12 +364,6 @@ def require_images(files: FileTree) -> list[str]:
         raise UserError(f"{files.path} holds no image that can be read: {'; '.join(known)}")
     found = f"found {name_some(files.names)}" if files.names else "it is empty"
     raise UserError(f"{files.path} holds no images ({' '.join(IMAGE_SUFFIXES)}): {found}; check the path")
-
-
-def _ordered(names: Sequence[str]) -> list[str]:
-    """Those that are not hidden, each once, in natural order."""
-    names = list(dict.fromkeys(names))
-    return natural_sorted(names if are_plain(names) else [name for name in names if not _HIDDEN.search(name)])
 
 
 @contextmanager

@@ -21,9 +21,10 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from diffit.data.files import FileTree, natural_key, read_file, reading, require_images, shards_in
+from diffit.data.files import FileTree, read_file, reading, require_images, shards_in
 from diffit.data.formats import IMAGE_SUFFIXES
 from diffit.data.labels import META, read_labels
+from diffit.data.names import natural_key
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import SUMS
 from diffit.data.zips import LARGE, OTHER, Member, read_member

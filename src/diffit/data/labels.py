@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffit.data.files import FileTree, convert_command, safe_name
+from diffit.data.files import FileTree, convert_command
+from diffit.data.names import safe_name
 from diffit.errors import UserError, printable
 
 META = "dataset.json"

@@ -9,8 +9,8 @@ from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts
 from diffit.configs.schema import Config
 from diffit.data.archive import ImageArchive
-from diffit.data.files import name_some
 from diffit.data.latents import LatentArchive, is_latents
+from diffit.data.names import name_some
 from diffit.errors import UserError
 
 Archive = ImageArchive | LatentArchive

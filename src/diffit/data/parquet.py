@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from diffit.data.bounds import require_bytes
-from diffit.data.files import BrokenImageError, name_some, natural_key, reading
+from diffit.data.files import BrokenImageError, reading
 from diffit.data.formats import IMAGE_SUFFIXES
+from diffit.data.names import name_some, natural_key
 from diffit.errors import UserError, install_hint
 
 SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")

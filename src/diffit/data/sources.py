@@ -24,9 +24,10 @@ from PIL import Image
 
 from diffit.data.archive import decoding, open_image
 from diffit.data.bounds import VARIABLE, max_bytes, max_pixels, require_size
-from diffit.data.files import BrokenImageError, FileTree, name_some, natural_key, require_images
+from diffit.data.files import BrokenImageError, FileTree, require_images
 from diffit.data.formats import suffix_of
 from diffit.data.labels import META, read_labels
+from diffit.data.names import name_some, natural_key
 from diffit.data.parquet import Tables, tables_in
 from diffit.data.remote import url_of
 from diffit.data.sums import SUMS

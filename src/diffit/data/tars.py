@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffit.data.bounds import require_bytes
-from diffit.data.files import READ_ERRORS, BrokenImageError, natural_key, reading, safe_name
+from diffit.data.files import READ_ERRORS, BrokenImageError, reading
 from diffit.data.formats import IMAGE_SUFFIXES
+from diffit.data.names import natural_key, safe_name
 from diffit.errors import UserError
 
 MAX_CLASS_BYTES = 20  # of a .cls file, which holds a number

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -160,16 +161,21 @@ def read_options(run_dir: Path) -> Config | None:
         return None
 
 
+def akin(outdir: Path, config: Config) -> Iterator[tuple[Path, Config, list[Path]]]:
+    """Runs of the same kind as ``config`` asks for, the newest first: folder, options, states."""
+    for run_dir in reversed(runs(outdir)):
+        options = read_options(run_dir)
+        if options is not None and stage(options) == stage(config):
+            yield run_dir, options, states(run_dir)
+
+
 def find_resumable(outdir: Path, config: Config) -> Path | None:
     """The newest training state of the newest run in ``outdir`` whose options match ``config``.
 
     Where the newest run is another one, a warning says in what it differs and how to go on with it.
     """
     nearest: tuple[Path, list[str]] | None = None
-    for run_dir in reversed(runs(outdir)):
-        options, found = read_options(run_dir), states(run_dir)
-        if options is None or stage(options) != stage(config):
-            continue
+    for run_dir, options, found in akin(outdir, config):
         if not found:
             if not is_free(run_dir):
                 logger.warning("a new run begins: %s is another process's, which has saved nothing yet", run_dir)
@@ -195,9 +201,8 @@ def refuse_later_elsewhere(config: Config, outdir: Path, state: Path | None, pro
     """
     first: int = procs.broadcast(read_progress(state)[0] if state is not None and procs.is_first else 0)
     with procs.together():
-        for run_dir in reversed([] if procs.is_first else runs(outdir)):
-            options, found = read_options(run_dir), states(run_dir)
-            if found and options is not None and stage(options) == stage(config) and not differences(config, options):
+        for _, options, found in () if procs.is_first else akin(outdir, config):
+            if found and same_run(config, options):
                 if read_progress(found[-1])[0] > first:
                     raise UserError(
                         f"{found[-1]} on {socket.gethostname()} is later than what process 0 has in its own {outdir}; "

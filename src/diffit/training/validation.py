@@ -41,9 +41,10 @@ class Validation:
 
     def decoded(self) -> Iterable[Batch]:
         """The same, kept where they fit."""
-        need = min(len(self.archive), VALIDATION_IMAGES) * self.archive[0].nbytes
-        if self.kept is None and fits(need, psutil.virtual_memory().available):
-            self.kept = list(self.batches())
+        if self.kept is None:
+            need = min(len(self.archive), VALIDATION_IMAGES) * self.archive[0].nbytes
+            if fits(need, psutil.virtual_memory().available):
+                self.kept = list(self.batches())
         return self.batches() if self.kept is None else self.kept
 
     @torch.no_grad()
