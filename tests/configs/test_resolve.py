@@ -352,3 +352,17 @@ def test_a_grid_too_large_to_be_read_again_is_refused_with_one_that_is_not():
     with pytest.raises(UserError, match=r"^--grid 32x16: 134 million pixels; at 512x512 use at most 13x13$"):
         resolve("cifar10", {"resolution": (512, 512), "grid": (32, 16)}, facts)
     assert resolve("cifar10", {"resolution": (512, 512), "grid": (13, 13)}, facts).training.grid == (13, 13)
+
+
+def test_a_recipe_changes_how_weights_begin_and_move_and_options_go_before_it():
+    published, small = get_preset("cifar10"), get_preset("small16")
+    training = resolve("cifar10", {"recipe": "muon"}).training
+    changed = {"optimizer": "muon", "init": "fan_in"}
+    assert training == published.training.model_copy(update=changed)
+    assert resolve("cifar10", {"recipe": "paper"}).training == published.training
+    as_published = resolve("small16", {"recipe": "paper"}).training
+    assert (as_published.optimizer, as_published.init, as_published.conv_lr) == ("adam", "xavier", 1.0)
+    assert as_published.lr == small.training.lr
+    assert resolve("cifar10", {"recipe": "muon", "optimizer": "adam"}).training.optimizer == "adam"
+    with pytest.raises(UserError, match="recipe 'sgd': use paper or muon"):
+        resolve("cifar10", {"recipe": "sgd"})

@@ -110,4 +110,4 @@ def test_moments_that_would_break_the_optimiser_are_refused(damage):
     key = "exp_avg_sq.0.weight"
     moments[key] = moments[key][:1] if damage == "shape" else torch.full_like(moments[key], float(damage))
     with pytest.raises(UserError, match=f"the state's {key} is not finite, or of another shape"):
-        check_moments(net, moments)
+        check_moments(net, optimizer, moments)

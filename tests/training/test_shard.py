@@ -22,7 +22,7 @@ CONFIGS = {
     "image": resolve("debug", {"cond": True, "batch_gpu": 2, "grad_clip": 0.5}, DataFacts(3, (16, 16), 3)),
     "latent": resolve(
         "latent-debug",
-        {"cond": True, "batch_gpu": 2, "grad_ckpt": True, "mirror": True},
+        {"cond": True, "batch_gpu": 2, "grad_ckpt": True, "mirror": True, "optimizer": "muon"},
         DataFacts(3, (32, 32), 3, latent_scale=0.5, latent_shape=(4, 4, 4)),
     ),
 }

@@ -126,12 +126,12 @@ def snapshot(stepper):
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adam"), ("bf16", "adam"), ("fp32", "muon")])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30, 100.0])
 def test_a_step_with_a_gradient_not_finite_or_far_larger_than_before_changes_nothing_and_is_counted(
-    tmp_path, precision, factor
+    tmp_path, precision, optimizer, factor
 ):
-    stepper, images = make(tmp_path, precision)
+    stepper, images = make(tmp_path, precision, optimizer=optimizer)
     for _ in range(ENOUGH):
         stepper.step(images)
     before = snapshot(stepper)

@@ -11,7 +11,7 @@ import yaml
 from click.core import ParameterSource
 
 from diffit.cli.options import GroupedCommand, Images, Numbers, Options, Percent, Size, switch, with_options
-from diffit.configs.presets import PRESETS
+from diffit.configs.presets import PRESETS, RECIPES
 from diffit.configs.resolve import resolve
 from diffit.configs.sampling import Sampler
 from diffit.configs.schema import Config
@@ -114,6 +114,9 @@ OPTIONS: Options = {
         VAE,
     ],
     "Recipe": [
+        click.option("--recipe", type=click.Choice(list(RECIPES)),
+                     help="Initialisation and optimiser: as published (Adam), or that of the small presets (Muon). "
+                     "[default: the preset's]"),
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the preset's]"),
         click.option("--lr", type=float, help="Learning rate.  [default: the preset's]"),
         click.option("--lr-rampup-kimg", type=float,

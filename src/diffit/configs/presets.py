@@ -21,6 +21,12 @@ from diffit.configs.schema import (
 )
 from diffit.errors import UserError
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0},
+    "muon": {"optimizer": "muon", "init": "fan_in", "conv_lr": 1.0},
+}
+"""How a network's weights begin and move: as published, or as the small presets have it (docs/quality.md)."""
+
 
 def cifar10() -> Config:
     """32×32: DiffiT Tables S.2 and S.3 (2 ResBlocks a stage, window 4), the EDM recipe for CIFAR-10."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffit.configs.presets import get_preset
+from diffit.configs.presets import RECIPES, get_preset
 from diffit.configs.sampling import Sampling
 from diffit.configs.schema import (
     AUGMENT_LABELS,
@@ -26,7 +26,7 @@ NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "w
            "mlp_ratio")  # fmt: skip
 """Options that spell out a network: with one of them and no preset, the published recipe of that size is meant."""
 NOISE = ("P_mean", "P_std", "sigma_data")
-OTHER = ("diffusion", "prediction", "vae", "data", "val", "cond")
+OTHER = ("recipe", "diffusion", "prediction", "vae", "data", "val", "cond")
 SHARE = 0.05  # of a run that is shorter than its preset's: the learning-rate ramp, and the EMA half-life
 GRID_PIXELS = 45_000_000  # of a grid of samples
 LINES = 50  # a run prints so many ticks
@@ -63,10 +63,11 @@ def resolve(
 
     Keys are the fields of :class:`Training` and :class:`Sampling`, ``P_mean``, ``P_std``, ``sigma_data``, and
     ``resolution`` (H, W), ``base_dim``, ``hidden_dim``, ``num_heads``, ``num_blocks`` (a tuple, one per stage or one
-    for all), ``window_size``, ``dropout``, ``patch_size``, ``mlp_ratio``, ``diffusion`` (edm, cosine or linear),
-    ``prediction`` (epsilon or v), ``vae``, ``data``, ``val``, ``cond``. Without a preset, options that spell out a
-    network choose the published recipe for the size of the images, and the batch is ``batch_gpu`` × processes; without
-    such options a small network of ours is chosen. What follows from the length is put in proportion to it.
+    for all), ``window_size``, ``dropout``, ``patch_size``, ``mlp_ratio``, ``recipe`` (one of :data:`RECIPES`),
+    ``diffusion`` (edm, cosine or linear), ``prediction`` (epsilon or v), ``vae``, ``data``, ``val``, ``cond``. Without
+    a preset, options that spell out a network choose the published recipe for the size of the images, and the batch is
+    ``batch_gpu`` × processes; without such options a small network of ours is chosen. What follows from the length is
+    put in proportion to it.
 
     Raises :class:`UserError` for unknown keys, and for values that do not fit together.
     """
@@ -76,6 +77,8 @@ def resolve(
     if preset is None and "batch_gpu" in options and _spelled_out(options):
         options.setdefault("batch", options["batch_gpu"] * processes)
     changed = base.model_dump()
+    if "recipe" in options:
+        changed["training"] |= _recipe(options["recipe"])
     changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
     if changed["training"]["metrics_budget"] is not None and "metrics_ticks" not in options:
         changed["training"]["metrics_ticks"] = 1
@@ -98,6 +101,12 @@ def resolve(
         raise UserError(f"the options do not fit together: {explain(error)}") from None
     _check_grid(config)
     return config
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name not in RECIPES:
+        raise UserError(f"recipe {name!r}: use {' or '.join(RECIPES)}")
+    return RECIPES[name]
 
 
 def _check_grid(config: Config) -> None:

@@ -33,7 +33,7 @@ FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
-    """Adam's state as ``exp_avg.<parameter>`` and so on; empty before the first step."""
+    """Its state as ``exp_avg.<parameter>`` and so on; empty before the first step."""
     return {
         f"{kind}.{name}": value
         for name, parameter in net.named_parameters()
@@ -41,9 +41,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[
     }
 
 
-def check_moments(net: nn.Module, tensors: dict[str, Tensor]) -> None:
+def check_moments(net: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Raises :class:`UserError` for what would break the optimiser of ``net``."""
     parameters = dict(net.named_parameters())
+    muon = {id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
+    momenta = {key.split(".", 1)[1] for key in tensors if key.startswith("momentum_buffer.")}
+    if tensors and momenta != {name for name, parameter in parameters.items() if id(parameter) in muon}:
+        raise UserError(
+            "the state is of another optimiser than the run asks for; go on with the run's own options "
+            "(--config RUN/training_options.json), or begin a new run with --resume none"
+        )
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
         shape = () if kind == "step" else parameters[name].shape

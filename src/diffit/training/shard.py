@@ -38,12 +38,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def divided(values: Tensor, like: Tensor) -> Tensor:
+    """Whole ``values``, which all processes have, in the parts of ``like``, where that is sharded."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+    return values
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Copy whole ``values``, or this process's part of them, into ``tensor``."""
-    if isinstance(tensor, DTensor):
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(values)
+    tensor.copy_(divided(values, tensor))
 
 
 @torch.no_grad()

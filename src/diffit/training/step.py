@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam, RAdam
 
 from diffit.configs.resolve import accumulation
 from diffit.configs.schema import Config, Training
@@ -21,6 +22,7 @@ from diffit.training.ema import ema_beta, update_ema
 from diffit.training.guard import Guard
 from diffit.training.losses import build_loss
 from diffit.training.meter import Meter
+from diffit.training.muon import Muon, hidden_weights
 from diffit.training.shard import gathered, part, shard, whole
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
@@ -40,11 +42,12 @@ def build_network(config: Config) -> DiffiT:
 
 
 def build_optimizer(net: DiffiT, training: Training) -> torch.optim.Optimizer:
-    """Adam, or RAdam, whose first steps are short of themselves."""
+    """Adam; RAdam, whose first steps are short of themselves; or Muon with Adam."""
     groups = parameter_groups(net, training)
-    if training.optimizer == "radam":
-        return torch.optim.RAdam(groups, lr=training.lr, betas=training.betas, eps=training.eps)
-    return torch.optim.Adam(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)
+    adam: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
+    if training.optimizer == "muon":
+        return Muon(groups, **adam)
+    return RAdam(groups, **adam) if training.optimizer == "radam" else Adam(groups, **adam, fused=True)
 
 
 def learning_rate(training: Training, seen: int, end: int) -> float:
@@ -58,10 +61,15 @@ def learning_rate(training: Training, seen: int, end: int) -> float:
 
 
 def parameter_groups(net: DiffiT, training: Training) -> list[dict[str, Any]]:
-    """Convolutions and the rest, with the ``scale`` of their learning rates."""
-    convolutions = [parameter for parameter in net.parameters() if parameter.ndim == 4]
-    rest = [parameter for parameter in net.parameters() if parameter.ndim != 4]
-    groups = [{"params": convolutions, "scale": training.conv_lr}, {"params": rest, "scale": 1.0}]
+    """What Muon moves, where it does, other convolutions, and the rest, with the ``scale`` of their learning rates."""
+    muon = {id(weight) for weight in hidden_weights(net)} if training.optimizer == "muon" else set[int]()
+    parameters = list(net.parameters())
+    others = [parameter for parameter in parameters if id(parameter) not in muon]
+    groups = [
+        {"params": [p for p in parameters if id(p) in muon], "scale": 1.0, "muon": True},
+        {"params": [p for p in others if p.ndim == 4], "scale": training.conv_lr},
+        {"params": [p for p in others if p.ndim != 4], "scale": 1.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -223,7 +231,7 @@ class Stepper:
                 tensors, metadata = load_state(folder)
                 require_weights(self.net, tensors["model"], folder)
                 require_weights(self.ema, tensors["ema"], folder)
-                check_moments(self.net, tensors["optimizer"])
+                check_moments(self.net, self.optimizer, tensors["optimizer"])
         take_up(tensors, self.net, self.ema, self.optimizer, self.procs)
         metadata = self.procs.broadcast(metadata)
         if metadata["scaler"]:

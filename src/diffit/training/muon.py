@@ -1,0 +1,85 @@
+"""Muon for the weights between hidden layers, Adam for all others, as one optimiser.
+
+Muon (K. Jordan et al. 2024) moves a matrix by its momentum made orthogonal, so that no direction of it is left behind.
+PyTorch has one, of one matrix at a time, which asks the device whether the gradient is finite; here matrices of one
+shape go together, and nothing waits.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffit.training.shard import divided, whole
+
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a, b, c: the odd polynomial that draws singular values to about 1
+ITERATIONS = 5
+EDGES = ("tokenizer", "head", "x_embedder", "t_embedder", "y_embedder", "augment_embedder", "final_layer")
+
+
+def hidden_weights(net: nn.Module) -> list[Tensor]:
+    """Weights of linear layers and convolutions, those excepted that see the image, the embeddings or the output."""
+    return [
+        module.weight
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and name.split(".")[0] not in EDGES
+    ]
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U Vᵀ of each U S Vᵀ: ``(…, m, n)`` likewise, with singular values between 0.7 and 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    out: Tensor = x.mT if tall else x
+    return out
+
+
+class Muon(torch.optim.Adam):
+    """Groups with ``muon: True`` hold weights of two dimensions or more, of which all but the first count as one.
+
+    Their steps have the root mean square that Adam's have, 0.2 times the rate (arXiv 2502.16982, Eq. 4), so that one
+    rate fits both.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, *, momentum: float = 0.95, **adam: Any) -> None:
+        super().__init__(groups, lr=lr, fused=True, **adam)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        found: Tensor | None = getattr(self, "found_inf", None)  # the scaler's: not 0 where the step is to be left out
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for parameter in group["params"] if group.get("muon") else ():
+                if parameter.grad is not None:
+                    alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                self._move(parameters, group["lr"], found)
+        return super().step(closure)
+
+    def _move(self, parameters: list[Tensor], lr: float, found: Tensor | None) -> None:
+        """Weights of one shape; their gradients are used up, so that Adam leaves them alone."""
+        gradients = torch.stack([whole(p.grad).flatten(1) for p in parameters if p.grad is not None])
+        states = [self.state[parameter] for parameter in parameters]
+        for state, parameter in zip(states, parameters, strict=True):
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        before = torch.stack([whole(state["momentum_buffer"]).flatten(1) for state in states])
+        momentum = before.lerp(gradients, 1 - self.momentum)
+        step = orthogonal(gradients.lerp(momentum, self.momentum))  # Nesterov's
+        step *= -0.2 * math.sqrt(max(step.shape[1:])) * lr
+        if found is not None:
+            momentum = torch.where(found == 0, momentum, before)
+            step = torch.where(found == 0, step, 0.0)
+        for parameter, state, m, d in zip(parameters, states, momentum, step, strict=True):
+            state["momentum_buffer"].copy_(divided(m.view(parameter.shape), parameter))
+            parameter.add_(divided(d.view(parameter.shape), parameter))
+            parameter.grad = None
