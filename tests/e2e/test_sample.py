@@ -18,7 +18,7 @@ from diffit.errors import UserError
 from diffit.sampling.labels import choose_labels
 from diffit.training.step import build_network
 from diffit.utils.randomness import PerSampleNoise
-from diffit.weights.file import save_network
+from diffit.weights.file import read_network_file, save_network
 from helpers import command, start, wait, write_archive
 
 
@@ -249,3 +249,18 @@ def test_of_a_run_the_snapshot_that_is_sampled_is_said_and_kept(network, tmp_pat
     sample(tmp_path / "runs", tmp_path / "out", "--seeds", "0", "--steps", 1)
     assert f"network {newest}\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/samples.json").read_text())["network"] == str(newest)
+
+
+def test_a_guide_is_part_of_what_samples_are_made_with(network, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    state, config = read_network_file(network)
+    save_network(other, {name: tensor * 1.1 for name, tensor in state.items()}, config)
+    plain = pixels(sample(network, tmp_path / "plain", "--seeds", "0-3"))
+    guided = sample(network, tmp_path / "guided", "--seeds", "0-3", "--guide-network", other, "--cfg-scale", 2)
+    assert ", guidance 2" in (said := capsys.readouterr().out)
+    assert "away from another network" in said
+    assert not np.array_equal(pixels(guided), plain)
+    with pytest.raises(UserError, match="other settings"):
+        sample(network, guided, "--seeds", "0-3", "--guide-network", network, "--cfg-scale", 2)
+    with pytest.raises(UserError, match="at guidance scale 1 it has no effect"):
+        sample(network, tmp_path / "none", "--guide-network", other, "--cfg-scale", 1)

@@ -9,9 +9,11 @@ from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.configs.sampling import Sampling
 from diffit.configs.schema import Config
-from diffit.diffusion.adm import schedule_of
+from diffit.diffusion.adm import predictor, schedule_of
 from diffit.diffusion.edm import denoiser, edm_sigmas
 from diffit.diffusion.samplers import euler, heun
+from diffit.errors import UserError
+from diffit.models import build
 from diffit.models.image import ImageDiffiT
 from diffit.sampling.labels import random_labels
 from diffit.sampling.model import Model, sample
@@ -185,3 +187,63 @@ def test_a_network_of_v_samples_as_the_network_of_its_noise(sampler):
             )
         )
     assert_close(*found, rtol=0, atol=1e-4)
+
+
+def another(num_classes: int = 0, **changes) -> Model:
+    """A network of other weights for the same images."""
+    net, config = tiny(num_classes)
+    torch.manual_seed(7)
+    torch.nn.init.normal_(net.head.weight, std=0.1)
+    return Model(net, config.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("of_guide", [0, CLASSES])
+def test_a_guide_stands_for_the_network_without_the_class(of_guide):
+    """g + s·(m − g) by hand, of the denoised images; a guide of classes sees the class too."""
+    model, guide = Model(*tiny(CLASSES, cfg_scale=3.0)), another(of_guide)
+    labels, x, sigma = torch.tensor([2, 4]), torch.randn(2, 3, 8, 12), torch.tensor(1.5)
+    ours = denoiser(model.net, labels)(x, sigma)
+    theirs = denoiser(guide.net, labels if of_guide else None)(x, sigma)
+    found = model.guided_by(guide).denoiser(labels)(x, sigma)
+    assert_close(found, theirs + 3 * (ours - theirs))
+    within = model.guided_by(guide).with_sampling(cfg_interval=(0.1, 1.0)).denoiser(labels)
+    assert_close(within(x, sigma), ours)
+
+
+def test_a_model_without_classes_is_guided_by_another_and_by_itself_not_at_all():
+    plain = Model(*tiny())
+    with pytest.raises(UserError, match="no classes to be guided to"):
+        plain.with_sampling(cfg_scale=2.0)
+    with pytest.raises(UserError, match="without guidance it has no effect"):
+        plain.guided_by(another()).with_sampling(cfg_interval=(0.1, 1.0))
+    noise = torch.randn(2, 3, 8, 12)
+    unguided = plain.sample(noise=noise)
+    assert_close(plain.guided_by(plain).sample(noise=noise, cfg_scale=2.0), unguided, atol=1e-4, rtol=1e-4)
+    assert (plain.guided_by(another()).sample(noise=noise, cfg_scale=2.0) - unguided).abs().max() > 0.05
+
+
+def test_on_a_discrete_schedule_a_guide_moves_the_noise_and_leaves_the_variances():
+    configs = [resolve("latent-debug", {}), resolve("latent-debug", {"prediction": "v"})]
+    torch.manual_seed(0)
+    nets = [build(config.model).eval() for config in configs]
+    for net in nets:
+        torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)
+    model, guide = (Model(net, config) for net, config in zip(nets, configs, strict=True))
+    schedule, t, x = schedule_of(configs[0].diffusion), torch.tensor([300.0]), torch.randn(2, 4, 4, 4)
+    ours, theirs = predictor(nets[0])(x, t), predictor(nets[1], v_on=schedule)(x, t)
+    guided = model.guided_by(guide).with_sampling(cfg_scale=2.0, cfg_channels="all")._guided(None, schedule)(x, t)
+    assert_close(guided[:, :4], theirs[:, :4] + 2 * (ours[:, :4] - theirs[:, :4]))
+    assert torch.equal(guided[:, 4:], ours[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"model": get_preset("debug").model}, r"samples .*: \(3, 16, 16\), not \(3, 8, 12\)"),
+        ({"diffusion": get_preset("imagenet256").diffusion}, "noise levels"),
+        ({"model": tiny(3)[1].model}, "classes .*: 3, not 5"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(changes, what):
+    with pytest.raises(UserError, match=f"the guide has other {what}"):
+        Model(*tiny(CLASSES)).guided_by(another(CLASSES, **changes))

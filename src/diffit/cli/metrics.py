@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffit.cli.options import GroupedCommand, Listed, Numbers, Options, with_options
-from diffit.cli.sample import ALIASES, PRECISIONS, SAMPLERS, SETTINGS
+from diffit.cli.sample import ALIASES, GUIDE, PRECISIONS, SAMPLERS, SETTINGS, require_scale, with_guide
 from diffit.configs.sampling import Sampling
 from diffit.errors import UserError
 
@@ -54,7 +54,7 @@ CALC: Options = {
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                  help="First seed of the samples, one per sample; with --images the seed that chooses among them."),
   ],
-  "Solver and guidance": SETTINGS,
+  "Solver and guidance": [*SETTINGS, GUIDE],
   "Machine": [
     VAE,
     BATCH,
@@ -93,7 +93,7 @@ def require_one(options: dict[str, Any]) -> None:
     """Either a network or images, and with images no option of how samples are generated."""
     if (options["network"] is None) == (options["images"] is None):
         raise UserError("pass either --network or --images: what is to be evaluated")
-    of_networks = {*Sampling.model_fields, "vae", "precision"}
+    of_networks = {*Sampling.model_fields, "guide_network", "vae", "precision"}
     params = click.get_current_context().command.params
     given = [param.opts[0] for param in params if param.name in of_networks and options[param.name] is not None]
     if options["images"] is not None and given:
@@ -123,10 +123,14 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
 
     network, batch, repeats = options["network"], options["batch"], options["repeats"]
     model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
+    model = with_guide(model, options["guide_network"])
     model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
+    require_scale(model)
     shape = model.config.image_shape
     suite = Suite(options["names"], options["ref"], shape, procs, **detection(options))
     facts = {"network": Path(network).name, "weights_sha256": digest_of(network)}
+    if options["guide_network"] is not None:
+        facts |= {"guide": Path(options["guide_network"]).name, "guide_sha256": digest_of(options["guide_network"])}
     labels = labels_of(options["ref"], model.config.model.num_classes)
     seeds = range(options["seed"], options["seed"] + repeats * suite.samples, suite.samples)
     runs = [

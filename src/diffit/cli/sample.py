@@ -52,6 +52,10 @@ SETTINGS = [
                  help="To the nearest level, or down as the official implementation does.  [default: the file's]"),
 ]  # fmt: skip
 
+GUIDE = click.option("--guide-network", metavar="FILE|RUN|ID",
+                     help="Guide away from this smaller or earlier network, in place of the network without the class "
+                     "(autoguidance); needs --cfg-scale.")  # fmt: skip
+
 OPTIONS: Options = {
   "Model and images": [
     click.option("--network", required=True, metavar="FILE|RUN|ID",
@@ -69,7 +73,7 @@ OPTIONS: Options = {
     click.option("--grid", type=Size(), metavar="WxH", help="Also write OUTDIR-grid.png with the first images."),
     switch("--trajectory", help="Also write OUTDIR-trajectory.gif: how the first 16 images come about."),
   ],
-  "Solver and guidance": SETTINGS,
+  "Solver and guidance": [*SETTINGS, GUIDE],
   "Machine and output": [
     click.option("--vae", metavar="PATH|ID", help="Autoencoder of a latent model.  [default: the file's]"),
     click.option("--no-verify", is_flag=True, help="Use a network file that is not as its checksum says."),
@@ -87,13 +91,13 @@ ALIASES = {
     "--ckpt": "--network", "--net": "--network", "--solver": "--sampler", "--num-sampling-steps": "--steps",
     "--guidance": "--cfg-scale", "--max-batch-size": "--batch", "--num-fid-samples": "--num-samples",
     "--per-proc-batch-size": "--batch", "--sample-dir": "--outdir", "--scale-power": "--scale-pow",
+    "--gnet": "--guide-network",
 }  # fmt: skip
 REFUSED = {
     "--disc": "EDM's choice of a discretisation; the noise levels here are EDM's own (--sigma-min, --sigma-max, --rho)",
     "--schedule": "EDM's choice of a noise schedule; the model's own is used, and --levels spaces its steps",
     "--scaling": "EDM's choice of a scaling; the model's own is used",
     "--trunc": "StyleGAN's truncation; use --cfg-scale",
-    "--gnet": "edm2's guiding network; use --cfg-scale",
 }
 
 
@@ -119,10 +123,13 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     with processes() as procs:
         file = locate(network)
         model = load(file, device=procs.device, precision=own.precision, vae=own.vae, verify=not own.no_verify)
-        model = model.with_sampling(**settings)
+        model = with_guide(model, own.guide_network, verify=not own.no_verify).with_sampling(**settings)
+        require_scale(model)
         indices = [] if own.classes is None else find_classes(own.classes, model.config, "--class")
         if own.compile:
             model.net.compile()
+            if model.guide is not None:
+                model.guide.net.compile()
         if procs.is_first:
             if file != Path(network):  # the newest of a run, or from the Hub
                 click.echo(f"network {file}")
@@ -146,6 +153,22 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
         if procs.is_first:
             seconds = time.monotonic() - began
             click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")
+
+
+def with_guide(model: "Model", network: str | None, *, verify: bool = True) -> "Model":
+    """``model`` guided by the network of a file, run or Hub id, where there is one."""
+    from diffit.sampling.model import Model, prepare
+    from diffit.weights import load_network
+
+    if network is None:
+        return model
+    net, config = load_network(network, model.device, verify=verify)
+    return model.guided_by(Model(prepare(net, model.precision), config, None, model.precision))
+
+
+def require_scale(model: "Model") -> None:
+    if model.guide is not None and model.config.sampling.cfg_scale == 1:
+        raise UserError("--guide-network: at guidance scale 1 it has no effect; give --cfg-scale 2, or leave it out")
 
 
 def check_together(own: SimpleNamespace) -> None:
@@ -183,10 +206,14 @@ def describe(model: "Model", count: int, classes: Sequence[int]) -> str:
     if config.model.num_classes:
         names = class_names(config)
         listed = [f"{i} ({names[i]})" if i < len(names) else str(i) for i in classes]
-        line += f", class {', '.join(listed) or 'chosen by the seed'}, guidance {sampling.cfg_scale:g}"
+        line += f", class {', '.join(listed) or 'chosen by the seed'}"
+    if config.model.num_classes or model.guide is not None:
+        line += f", guidance {sampling.cfg_scale:g}"
         if sampling.cfg_scale != 1:
             line += f", power-cosine {sampling.cfg_power:g}" if sampling.cfg_power else ", constant"
             line += f", first {sampling.cfg_channels} channels" if sampling.cfg_channels else ", all channels"
             if sampling.cfg_interval:
                 line += ", sigma in ({:g}, {:g}]".format(*sampling.cfg_interval)
+            if model.guide is not None:
+                line += f", away from another network ({model.guide.config.preset})"
     return line

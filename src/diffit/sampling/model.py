@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from diffit.configs.sampling import DISCRETE
-from diffit.configs.schema import ADMDiffusion, Config
+from diffit.configs.schema import ADMDiffusion, Config, EDMDiffusion
 from diffit.diffusion import adm, edm
-from diffit.diffusion.adm import Predictor, Schedule, schedule_of
+from diffit.diffusion.adm import Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
 from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, ddpm, keep
 from diffit.errors import UserError
@@ -42,12 +42,14 @@ class Model:
         config: its configuration; ``config.sampling`` is how it is sampled.
         autoencoder: decodes a latent model's samples; without it they stay latents. None for an image-space model.
         precision: of the network's arithmetic: fp32, bf16 or fp16.
+        guide: see :meth:`guided_by`.
     """
 
     net: DiffiT
     config: Config
     autoencoder: Autoencoder | None = None
     precision: str = "fp32"
+    guide: "Model | None" = None
 
     @property
     def device(self) -> torch.device:
@@ -55,21 +57,40 @@ class Model:
 
     def with_sampling(self, **changes: Any) -> "Model":
         """The same model sampled in another way; see :func:`diffit.sampling.settings.with_sampling`."""
-        return replace(self, config=with_sampling(self.config, **changes))
+        return replace(self, config=with_sampling(self.config, has_guide=self.guide is not None, **changes))
+
+    def guided_by(self, guide: "Model") -> "Model":
+        """Autoguidance (arXiv 2406.02507): away from what ``guide`` says, a smaller or earlier network for the same.
+
+        In place of the unconditional half, with the scale and the interval of the settings. A guide of an unconditional
+        model is that half as a network of its own. Raises :class:`UserError` where the two do not fit together.
+        """
+        ours, theirs = self.config, guide.config
+        facts = {
+            "samples": (ours.model.sample_shape, theirs.model.sample_shape),
+            "noise levels": (_levels(ours.diffusion), _levels(theirs.diffusion)),
+            "latents": tuple(None if c.autoencoder is None else c.autoencoder.scale for c in (ours, theirs)),
+            "classes": (ours.model.num_classes, theirs.model.num_classes or ours.model.num_classes),
+        }
+        for what, (own, other) in facts.items():
+            if own != other:
+                raise UserError(f"the guide has other {what} than the network: {other}, not {own}; use another guide")
+        return replace(self, guide=guide)
 
     def denoiser(self, labels: Tensor | None = None) -> Denoiser:
         """``denoise(x, sigma) -> x0``, guided as the settings say, for classes ``labels`` ``(B,)`` on the device."""
         diffusion = self.config.diffusion
         if diffusion.kind == "edm":
-            return self._guide(partial(edm.denoiser, self.net, sigma_data=diffusion.sigma_data), labels)
+            return self._guided(labels)
         schedule = schedule_of(diffusion)
-        return adm.denoiser(
-            self._guide(self._predictor(diffusion, schedule), labels, schedule), schedule, clip=diffusion.clip
-        )
+        return adm.denoiser(self._guided(labels, schedule), schedule, clip=diffusion.clip)
 
-    def _predictor(self, diffusion: ADMDiffusion, schedule: Schedule) -> Callable[[Tensor | None], Predictor]:
-        v_on = schedule if diffusion.prediction == "v" else None
-        return partial(adm.predictor, self.net, v_on=v_on)
+    def _unguided(self, labels: Tensor | None, schedule: Schedule | None) -> Denoiser:
+        """Of EDM's levels the denoiser, on a ``schedule`` the predictor of ε and perhaps variances."""
+        diffusion = self.config.diffusion
+        if diffusion.kind == "edm":
+            return edm.denoiser(self.net, labels, sigma_data=diffusion.sigma_data)
+        return adm.predictor(self.net, labels, v_on=schedule if diffusion.prediction == "v" else None)
 
     @torch.no_grad()
     def sample(
@@ -195,7 +216,10 @@ class Model:
             procs.require_same(fingerprint(self.net), source, "weights", "name one file")
         classes = choose_labels(self.config, seeds, labels)
         vae = None if self.autoencoder is None else self.autoencoder.sha256
-        job = Job(seeds, classes, self.net, self.config, {"network": source, "precision": self.precision, "vae": vae})
+        origin = {"network": source, "precision": self.precision, "vae": vae}
+        if self.guide is not None:
+            origin["guide"] = fingerprint(self.guide.net)
+        job = Job(seeds, classes, self.net, self.config, origin)
         with output.begin(job, procs):
             parts = self.generate(seeds, classes, procs=procs, batch=batch, progress=True, done=output.done)
             for start, images in parts:
@@ -233,35 +257,39 @@ class Model:
         diffusion, sampling = self.config.diffusion, self.config.sampling
         if isinstance(diffusion, ADMDiffusion) and sampling.sampler in DISCRETE:
             schedule = schedule_of(diffusion)
-            predict = self._guide(self._predictor(diffusion, schedule), labels, schedule)
+            predict = self._guided(labels, schedule)
             respaced = schedule.respace(sampling.steps, sampling.spacing)
             extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
             solver: Callable[..., Tensor] = ddim if sampling.sampler == "ddim" else ddpm
             return partial(solver, predict, schedule=respaced, clip=diffusion.clip, **extra)
         return partial(solver_of(sampling), self.denoiser(labels), sigmas=noise_levels(self.config))
 
-    def _guide(
-        self,
-        evaluate: Callable[[Tensor | None], Denoiser],
-        labels: Tensor | None,
-        schedule: Schedule | None = None,
-    ) -> Denoiser:
-        """``evaluate(labels)`` guided as the settings say.
-
-        On a ``schedule`` levels are timesteps and outputs hold ε and perhaps variances, which stay conditional.
-        """
+    def _guided(self, labels: Tensor | None, schedule: Schedule | None = None) -> Denoiser:
+        """:meth:`_unguided`, guided as the settings say; on a ``schedule`` variances stay conditional."""
         sampling, model = self.config.sampling, self.config.model
-        if labels is None or sampling.cfg_scale == 1:
-            return evaluate(labels)
+        evaluate = self._unguided(labels, schedule)
+        if sampling.cfg_scale == 1 or (labels is None and self.guide is None):
+            return evaluate
         scale: float | Scale = sampling.cfg_scale
         if sampling.cfg_power is not None:
             timesteps = 1000 if schedule is None else len(schedule)
             scale = power_cosine(sampling.cfg_scale, sampling.cfg_power, timesteps=timesteps)
         if sampling.cfg_interval is not None:
             scale = within(scale, *sampling.cfg_interval, None if schedule is None else schedule.sigma_of)
-        null = torch.full_like(labels, model.num_classes)
         channels = min(sampling.cfg_channels or model.sample_shape[0], model.sample_shape[0])
-        return guided(evaluate(labels), evaluate(null), scale, channels, tolerance=sampling.cfg_skip)
+        return guided(evaluate, self._worse(labels, schedule), scale, channels, tolerance=sampling.cfg_skip)
+
+    def _worse(self, labels: Tensor | None, schedule: Schedule | None) -> Denoiser:
+        """What guidance leads away from: the guide, or the network without the class."""
+        if self.guide is None:
+            assert labels is not None
+            return self._unguided(torch.full_like(labels, self.config.model.num_classes), schedule)
+        return self.guide._unguided(labels if self.guide.config.model.num_classes else None, schedule)
+
+
+def _levels(diffusion: EDMDiffusion | ADMDiffusion) -> tuple[str | int, ...]:
+    """What must be alike for two networks to mean the same by a level."""
+    return ("edm",) if diffusion.kind == "edm" else ("adm", diffusion.schedule, diffusion.timesteps)
 
 
 def beside(outdir: Path, name: str, suffix: str = ".png") -> Path:

@@ -17,8 +17,10 @@ SPELLED = {"cfg_power": "scale-pow"} | {name: name.replace("_", "-") for name in
 GUIDANCE = ("cfg_power", "cfg_interval", "cfg_channels", "cfg_skip")
 
 
-def with_sampling(config: Config, **changes: Any) -> Config:
+def with_sampling(config: Config, *, has_guide: bool = False, **changes: Any) -> Config:
     """``config`` with these fields of :class:`Sampling` changed; None leaves a field as it is.
+
+    A model that has a guide (:meth:`Model.guided_by`) needs no classes to be guided.
 
     ``steps`` alone, where the file has fitted levels for so many, also chooses the sampler that they were fitted for.
     ``guidance`` is another name of ``cfg_scale``; a ``cfg_power`` of 0 is a constant scale, ``cfg_channels`` may be
@@ -31,8 +33,11 @@ def with_sampling(config: Config, **changes: Any) -> Config:
     if not changes:
         return config
     scale = changes.get("cfg_scale", 1)
-    if scale != 1 and not config.model.num_classes:
-        raise UserError(f"guidance scale {scale:g}: the model has no classes to be guided to; leave it out")
+    can_guide = has_guide or config.model.num_classes > 0
+    if scale != 1 and not can_guide:
+        raise UserError(
+            f"guidance scale {scale:g}: the model has no classes to be guided to; leave it out, or give a guide network"
+        )
     if "steps" in changes:
         # A bare number; "ddim50" brings its own.
         changes.setdefault("spacing", "trailing" if config.sampling.spacing == "trailing" else "linspace")
@@ -55,11 +60,11 @@ def with_sampling(config: Config, **changes: Any) -> Config:
         changed = Config.model_validate(config.model_dump() | {"sampling": config.sampling.model_dump() | changes})
     except ValidationError as error:
         raise UserError(f"sampling options: {explain(error)}") from None
-    _refuse_without_effect(changed, changes)
+    _refuse_without_effect(changed, changes, can_guide)
     return changed
 
 
-def _refuse_without_effect(config: Config, changes: dict[str, Any]) -> None:
+def _refuse_without_effect(config: Config, changes: dict[str, Any], can_guide: bool) -> None:
     sampling, defaults = config.sampling, Sampling()
     for name in changes:
         value = getattr(sampling, name)
@@ -84,5 +89,5 @@ def _refuse_without_effect(config: Config, changes: dict[str, Any]) -> None:
             raise UserError(f"{option}: {sampling.sampler} has no such setting; use --sampler {KNOWN_BY[name][0]}")
         if name in ("S_min", "S_max", "S_noise") and not sampling.S_churn:
             raise UserError(f"{option}: no noise is added at S_churn 0; give --S-churn too, or leave it out")
-        if name in GUIDANCE and (sampling.cfg_scale == 1 or not config.model.num_classes):
+        if name in GUIDANCE and (sampling.cfg_scale == 1 or not can_guide):
             raise UserError(f"{option}: without guidance it has no effect; give --cfg-scale too, or leave it out")

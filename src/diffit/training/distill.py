@@ -220,7 +220,9 @@ def distill(
         kept = newest if judge.suite is None else best_file(outcome.run_dir, judge.suite.names[0])
         for count in (steps,) if order.method == "progressive" else order.steps:
             path = Path(outdir) / f"student-{count}.safetensors"
-            changes = {"steps": 2, "sigma_mid": find_sigma_mid(kept, judge)} if count != steps else {}
+            changes: dict[str, Any] = {}
+            if count != steps:
+                changes = {"steps": 2, "sigma_mid": find_sigma_mid(kept, judge)}
             with procs.together():
                 if procs.is_first:
                     state, made = read_network_file(kept)
