@@ -22,6 +22,7 @@ from experiments.learning import HeldOut, Results, distance, learn, spread
 from experiments.variants import VARIANTS, make
 
 NAMES = list(VARIANTS)
+MLP_RATIO = 4.0  # the paper's; variants with more parameters elsewhere have narrower ones
 
 
 @click.command()
@@ -47,7 +48,8 @@ def main(
             if any(Results(dest).find(**key)):
                 continue
             config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed}, facts_of(archive))
-            net = make(name, config.model, config.training.init, seed)
+            model = config.model.model_copy(update={"mlp_ratio": MLP_RATIO})
+            net = make(name, model, config.training.init, seed)
             parameters = sum(p.numel() for p in net.parameters())
             stepper, points = learn(net, config, archive, HeldOut(config, others))
             found = {"parameters": parameters, "distance": distance(stepper, config, val, detector)}

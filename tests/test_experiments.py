@@ -16,7 +16,7 @@ from diffit.models.cost import count_parameters
 from diffit.training.step import build_network
 from helpers import write_archive
 
-MODEL = get_preset("small16").model
+MODEL = get_preset("small16").model.model_copy(update={"mlp_ratio": 4.0})
 
 
 def inputs(requires_grad=False):
@@ -62,12 +62,12 @@ def test_the_time_token_takes_its_part_in_every_window_and_is_dropped():
     """By hand: softmax over the window's tokens and one more."""
     net = make("time token", MODEL, "xavier", 0)
     attention = net.encoder[0][0].block.attn
-    x, cond = torch.randn(1, 16, 16, 32), torch.randn(1, 128)
+    x, cond = torch.randn(1, 16, 16, 48), torch.randn(1, 128)
     qkv, time = attention.qkv(x)[0, :4, :4].reshape(16, -1), attention.qkv(attention.token(cond))[0]
-    q, k, v = torch.cat([qkv, time[None]]).view(17, 3, 1, 32).permute(1, 2, 0, 3)
+    q, k, v = torch.cat([qkv, time[None]]).view(17, 3, 1, 48).permute(1, 2, 0, 3)
     bias = torch.nn.functional.pad(attention.bias(cond, (4, 4)), (0, 1, 0, 1))
-    weights = (q @ k.mT / 32**0.5 + bias).softmax(-1)
-    expected = attention.proj((weights @ v).transpose(0, 1).reshape(17, 32)[:16])
+    weights = (q @ k.mT / 48**0.5 + bias).softmax(-1)
+    expected = attention.proj((weights @ v).transpose(0, 1).reshape(17, 48)[:16])
     assert_close(attention(x, cond)[0, :4, :4].reshape(16, -1), expected)
 
 

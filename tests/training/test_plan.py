@@ -82,7 +82,8 @@ def test_the_length_by_the_clock_is_the_rate_times_the_minutes(monkeypatch, tmp_
     config = plan(resolve("small16", {"minutes": 10.0}, FACTS), archive, ONE)
     training = config.training
     assert training.kimg == 33.0  # a tenth more than the clock will allow
-    assert training.lr_rampup_kimg == training.ema_halflife_kimg == pytest.approx(1.65)
+    assert training.ema_halflife_kimg == pytest.approx(1.65)
+    assert training.lr_rampup_kimg == 0.5  # the preset's is the upper limit
     assert 20 <= training.kimg / training.tick <= 100
     assert training.batch_gpu == training.batch
     spelled = plan(resolve("small16", {"kimg": 3.0}, FACTS), archive, ONE)

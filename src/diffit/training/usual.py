@@ -39,7 +39,7 @@ def usual_loss(config: Config, kimg: float) -> float | None:
     if curve is None or kimg < curve[0][0] or config.distillation is not None:
         return None
     ours, measured = config.training, get_preset(config.preset).training
-    if any(getattr(ours, name) != getattr(measured, name) for name in ("batch", "lr", "conv_lr", "init")):
+    if any(getattr(ours, name) != getattr(measured, name) for name in ("batch", "lr", "optimizer", "conv_lr", "init")):
         return None
     for (left, above), (right, below) in pairwise(curve):
         if kimg < right:
