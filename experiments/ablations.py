@@ -18,6 +18,8 @@ from benchmarks.measure import machine
 from diffit.configs.resolve import resolve
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
+from diffit.training.step import Stepper
+from diffit.utils.distributed import alone
 from experiments.learning import HeldOut, Results, distance, learn, spread
 from experiments.variants import VARIANTS, make
 
@@ -51,8 +53,9 @@ def main(
             model = config.model.model_copy(update={"mlp_ratio": MLP_RATIO})
             net = make(name, model, config.training.init, seed)
             parameters = sum(p.numel() for p in net.parameters())
-            stepper, points = learn(net, config, archive, HeldOut(config, others))
-            found = {"parameters": parameters, "distance": distance(stepper, config, val, detector)}
+            stepper = Stepper(config, alone("cpu"), net, "fp32")
+            points = list(learn(stepper, archive, HeldOut(config, others), points=5))
+            found = {"parameters": parameters, "distance": distance(stepper, val, detector)}
             Results(dest).add(points, **key, **found)
             click.echo(f"{name:14} seed {seed}  loss {points[-1].loss:.4f}  distance {found['distance']:.4g}")
     click.echo("\n" + table(list(Results(dest).find(**setting))))

@@ -17,7 +17,6 @@ from diffit.metrics.suite import Suite, headline
 from diffit.sampling.model import Model
 from diffit.training.batches import feed, microbatches
 from diffit.training.step import Stepper
-from diffit.utils.distributed import alone
 from diffit.utils.images import to_float
 
 LEVELS = 8
@@ -62,16 +61,16 @@ class HeldOut:
 
 
 def learn(
-    net: Any, config: Config, archive: ImageArchive, held_out: HeldOut, *, seconds: float | None = None, points: int = 8
-) -> tuple[Stepper, list[Point]]:
-    """Train ``net`` for the length of ``config``, or so many ``seconds`` of CPU time, with ``points`` on the way."""
-    stepper = Stepper(config, alone("cpu"), net, "fp32")
-    training = config.training
+    stepper: Stepper, archive: ImageArchive, held_out: HeldOut, *, seconds: float | None = None, points: int = 8
+) -> Iterator[Point]:
+    """Train for the length of the configuration, or so many ``seconds`` of CPU time, and say ``points`` times how far.
+
+    The time is that of the steps alone.
+    """
+    training, spent = stepper.config.training, 0.0
     order = microbatches(len(archive), training.seed, 0, training.batch, stepper.batch_gpu, 0, 1)
     images = feed(archive, order, torch.device("cpu"), resident=archive.load_all(), workers=0)
-    spent, found = 0.0, list[Point]()
-    while not found or (stepper.images_seen < stepper.end if seconds is None else spent < seconds):
-        part = (len(found) + 1) / points
+    for part in (number / points for number in range(1, points + 1)):
         while stepper.images_seen < part * stepper.end if seconds is None else spent < part * seconds:
             began = time.process_time()
             stepper.step(images)
@@ -79,12 +78,12 @@ def learn(
             if seconds is not None:  # the schedules follow the time, as in a run by the clock
                 stepper.end = round(stepper.images_seen * max(seconds / spent, 1))
         by_level = held_out(stepper)
-        found.append(Point(stepper.images_seen, round(spent, 2), fmean(by_level), by_level))
-    return stepper, found
+        yield Point(stepper.images_seen, round(spent, 2), fmean(by_level), by_level)
 
 
-def distance(stepper: Stepper, config: Config, reference: Path, detector: str, samples: int = SAMPLES) -> float:
+def distance(stepper: Stepper, reference: Path, detector: str, samples: int = SAMPLES) -> float:
     """Fréchet distance of so many samples to the images of ``reference`` in the features of ``detector``."""
+    config = stepper.config
     suite = Suite((f"fd{samples}_full:{detector}",), reference, config.image_shape, stepper.procs, batch=100)
     model = Model(stepper.ema, config, None, "fp32")
     labels = ImageArchive(reference, cond=True).labels if config.model.num_classes else None

@@ -1,12 +1,16 @@
 """Our small network against a U-Net at equal multiply-accumulates and equal seconds of one core.
 
-    python -m experiments.unet --data train16.zip --val test16.zip --minutes 10 --detector small.safetensors
+    python -m experiments.unet --data train16.zip --val test16.zip --detector small.safetensors
 
 The U-Net is diffusers' ``UNet2DModel``, as wide as makes its multiply-accumulates as many; both go through the same
-loss, steps, average and samplers. Ours has the recipe of its preset, the U-Net ``--unet-lr`` and ``--unet-batch``. A
-command that is started again goes on where it was, and two at a time share the work by their ``--seed``.
+loss, steps, average and samplers. Ours has the recipe of its preset, ``paper`` is the same network with that of
+``--recipe paper``; the U-Net has ours, but for what ``--unet-lr``,
+``--unet-batch``, ``--unet-optimizer`` and ``--unet-layers`` say. A command that is started again goes on where it was,
+and two at a time share the work by their ``--seed``.
 """
 
+import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,29 +26,34 @@ from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from diffit.training.step import build_network
-from experiments.learning import HeldOut, Results, distance, learn, spread
+from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import alone
+from experiments.learning import HeldOut, Point, Results, distance, learn, spread
 
-SIDES = ("ours", "unet")
+SIDES = ("ours", "paper", "unet")
+POINTS = 12  # of a curve; --minutes 10 and 30 are two of them
 
 
 class UNet(nn.Module):
-    """diffusers' U-Net with our networks' arguments; attention at the lowest resolution, two blocks a resolution."""
+    """diffusers' U-Net with our networks' arguments; attention at the lowest resolution."""
 
-    def __init__(self, model: ImageModel, width: int) -> None:
+    def __init__(self, model: ImageModel, width: int, layers: int = 2) -> None:
         from diffusers import UNet2DModel
 
         super().__init__()
         levels = len(model.stages)
-        self.net = UNet2DModel(
-            sample_size=model.image_size, in_channels=model.channels, out_channels=model.channels, layers_per_block=2,
+        net = UNet2DModel(
+            sample_size=model.image_size, in_channels=model.channels, out_channels=model.channels,
+            layers_per_block=layers,
             block_out_channels=tuple(width * 2**min(level, 1) for level in range(levels)), norm_num_groups=8,
             down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
             num_class_embeds=model.num_classes + 1 if model.num_classes else None,
         )  # fmt: skip
-        self.num_classes = model.num_classes
-        nn.init.zeros_(self.net.conv_out.weight)  # as ours and EDM's begin
+        # By our names first, so that Muon leaves alone what it leaves alone of ours.
+        self.tokenizer, self.head, self.t_embedder = net.conv_in, net.conv_out, net.time_embedding
+        self.net, self.num_classes = net, model.num_classes
+        nn.init.zeros_(self.head.weight)  # as ours and EDM's begin
 
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
@@ -65,63 +74,97 @@ def products(net: nn.Module, model: ImageModel) -> int:
     return counter.get_total_flops() // 2
 
 
-def unet_like(config: Config, seed: int) -> UNet:
+def unet_like(config: Config, seed: int, layers: int = 2) -> UNet:
     """Of the width, a multiple of 8, whose multiply-accumulates are nearest to those of our network."""
     model: Any = config.model
     wanted = products(build_network(config), model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return min((UNet(model, 8 * n) for n in range(1, 17)), key=lambda net: abs(products(net, model) - wanted))
+        return min(
+            (UNet(model, 8 * n, layers) for n in range(1, 17)), key=lambda net: abs(products(net, model) - wanted)
+        )
 
 
 @click.command()
 @click.option("--data", required=True, help="Images to learn from.")
 @click.option("--val", required=True, type=click.Path(path_type=Path), help="Others, for the loss and the distance.")
 @click.option("--detector", default="pixels", show_default=True, help="Whose features the distance is of.")
-@click.option("--minutes", type=float, default=10.0, show_default=True, help="Of one core, for each.")
+@click.option("--minutes", "marks", type=float, multiple=True, default=[10.0, 30.0], show_default=True,
+              help="Of one core, for each; judged at every one of them.")  # fmt: skip
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0, 1, 2], show_default=True)
 @click.option("--side", "sides", type=click.Choice(SIDES), multiple=True, default=SIDES)
 @click.option("--preset", help="Of our network.  [default: the small one for the images]")
-@click.option("--unet-lr", type=float, default=1e-3, show_default=True)
+@click.option("--unet-lr", type=float, default=2e-3, show_default=True)
 @click.option("--unet-batch", type=int, default=16, show_default=True)
+@click.option("--unet-optimizer", type=click.Choice(["adam", "muon"]), default="muon", show_default=True)
+@click.option("--unet-layers", type=int, default=2, show_default=True, help="Blocks a resolution.")
 @click.option("--dest", type=click.Path(path_type=Path), default="unet.jsonl", show_default=True)
 def main(
-    data: str, val: Path, detector: str, minutes: float, seeds: list[int], sides: list[str], preset: str,
-    unet_lr: float, unet_batch: int, dest: Path,
+    data: str, val: Path, detector: str, marks: list[float], seeds: list[int], sides: list[str], preset: str,
+    unet_lr: float, unet_batch: int, unet_optimizer: str, unet_layers: int, dest: Path,
 ) -> None:  # fmt: skip
     """Train both for the same seconds, and print the table of what is in the file."""
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
-    setting = {"minutes": minutes, "preset": preset, "data": archive.content_hash, "val": others.content_hash}
+    setting = {"preset": preset, "data": archive.content_hash, "val": others.content_hash}
     setting |= {"detector": detector, "machine": machine()}
-    recipes: dict[str, dict[str, Any]] = {"ours": {}, "unet": {"lr": unet_lr, "batch": unet_batch, "conv_lr": 1.0}}
+    other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers}
+    recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": {"recipe": "paper"}, "unet": other}
     for seed in seeds:
         for side in sides:
             key = {"name": side, "seed": seed, "recipe": recipes[side], **setting}
-            if any(Results(dest).find(**key)):
+            if all(any(Results(dest).find(minutes=minutes, **key)) for minutes in marks):
                 continue
-            options = {"data": data, "minutes": minutes, "seed": seed} | recipes[side]
+            options = {"data": data, "minutes": max(marks), "seed": seed}
+            options |= {name: value for name, value in recipes[side].items() if name != "layers"}
             config = resolve(preset, options, facts_of(archive))
-            net: Any = build_network(config) if side == "ours" else unet_like(config, seed)
-            found = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
-            stepper, points = learn(net, config, archive, HeldOut(config, others), seconds=60 * minutes)
-            found["distance"] = distance(stepper, config, val, detector)
-            Results(dest).add(points, **key, **found)
-            last = points[-1]
-            click.echo(
-                f"{side} seed {seed}  {last.images} images  loss {last.loss:.4f}  distance {found['distance']:.4g}"
+            net: Any = unet_like(config, seed, unet_layers) if side == "unet" else build_network(config)
+            key |= {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
+            stepper, left, points = Stepper(config, alone("cpu"), net, "fp32"), sorted(marks), list[Point]()
+            for point in learn(stepper, archive, HeldOut(config, others), seconds=60 * max(marks), points=POINTS):
+                points.append(point)
+                if point.seconds >= 60 * left[0]:
+                    key |= {"minutes": left.pop(0), "distance": distance(stepper, val, detector)}
+                    Results(dest).add(points, **key)
+                    click.echo(
+                        f"{side} seed {seed}  {key['minutes']:g} minutes  {point.images} images  "
+                        f"loss {point.loss:.4f}  distance {key['distance']:.4g}"
+                    )
+    done = [record for side in SIDES for record in Results(dest).find(name=side, recipe=recipes[side], **setting)]
+    click.echo("\n" + table(done, sorted(marks)))
+
+
+def table(records: list[dict[str, Any]], marks: list[float]) -> str:
+    """The last column: ours has the loss of the other side after this share of its images, and of its seconds."""
+    lines = [
+        "| minutes | | multiply-accumulates | parameters | images | held-out loss | distance | ours has it after |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ours = {record["seed"]: record["points"] for record in records if record["name"] == "ours"}
+    for minutes, side in itertools.product(marks, SIDES):
+        if its := [record for record in records if (record["minutes"], record["name"]) == (minutes, side)]:
+            last = {record["seed"]: record["points"][-1] for record in its}
+            shares = [
+                [place(ours[seed], point["loss"], unit) / point[unit] for seed, point in last.items() if seed in ours]
+                for unit in ("images", "seconds")
+            ]
+            lines.append(
+                f"| {minutes:g} | {side} | {its[0]['products']:,} | {its[0]['parameters']:,} | "
+                f"{statistics.fmean(point['images'] for point in last.values()):,.0f} | "
+                f"{spread([point['loss'] for point in last.values()])} | "
+                f"{spread([record['distance'] for record in its])} | "
+                f"{' of the images, '.join(spread(share) for share in shares if share)} of the seconds |"
             )
-    click.echo(
-        "\n| | multiply-accumulates | parameters | images | held-out loss | distance |\n|---|---|---|---|---|---|"
-    )
-    for side, recipe in recipes.items():
-        if records := list(Results(dest).find(name=side, recipe=recipe, **setting)):
-            last, distances = [record["points"][-1] for record in records], [record["distance"] for record in records]
-            images = statistics.fmean(point["images"] for point in last)
-            click.echo(
-                f"| {side} | {records[0]['products']:,} | {records[0]['parameters']:,} | {images:,.0f} | "
-                f"{spread([point['loss'] for point in last])} | {spread(distances)} |"
-            )
+    return "\n".join(lines)
+
+
+def place(points: list[dict[str, Any]], loss: float, unit: str) -> float:
+    """Images or seconds after which a curve reaches ``loss``, linear between its points; infinity if it does not."""
+    for before, after in itertools.pairwise([{"loss": 1.0, unit: 0}, *points]):
+        if after["loss"] <= loss:
+            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
+            return float(before[unit] + share * (after[unit] - before[unit]))
+    return math.inf
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from diffit.configs.presets import get_preset
 from diffit.configs.resolve import resolve
 from diffit.models.attention import TMSA
 from diffit.models.cost import count_parameters
+from diffit.training.muon import hidden_weights
 from diffit.training.step import build_network
 from helpers import write_archive
 
@@ -90,19 +91,42 @@ def test_a_command_that_is_started_again_does_only_what_is_missing(words, tmp_pa
     assert said.count("no bias        seed 0") == 1
     records = Results(tmp_path / "found.jsonl").records
     assert [record["name"] for record in records] == ["tmsa", "global", "no bias"]
-    assert [len(record["points"]) for record in records] == [8, 8, 8]
+    assert [len(record["points"]) for record in records] == [5, 5, 5]
     assert all(len(record["points"][-1]["by_level"]) == 8 for record in records)
     assert "| no bias |" in said.splitlines()[-1]
 
 
-def test_the_unet_has_as_many_multiply_accumulates_and_learns_for_as_long(words, tmp_path):
+def test_the_unet_has_as_many_multiply_accumulates_and_learns_for_as_long(words, tmp_path, capsys):
     pytest.importorskip("diffusers")
     config = resolve("small16", {})
     ours, other = (unet.products(net, config.model) for net in (build_network(config), unet.unet_like(config, 0)))
     assert abs(other / ours - 1) < 0.15
-    unet.main([*map(str, words), "--minutes", "0.02"], standalone_mode=False)
+    marks = ["--minutes", "0.01", "--minutes", "0.02", "--side", "ours", "--side", "unet"]
+    unet.main([*map(str, words), *marks], standalone_mode=False)
     records = Results(tmp_path / "found.jsonl").records
-    assert [record["name"] for record in records] == ["ours", "unet"]
+    assert [(record["name"], record["minutes"]) for record in records] == [
+        (side, minutes) for side in ("ours", "unet") for minutes in (0.01, 0.02)
+    ]
     for record in records:
-        assert 1.2 <= record["points"][-1]["seconds"] < 2.5
+        assert 60 * record["minutes"] <= record["points"][-1]["seconds"] < 60 * record["minutes"] + 1.3
         assert 0 < record["points"][-1]["loss"] < 3
+    said = capsys.readouterr().out
+    unet.main([*map(str, words), *marks], standalone_mode=False)  # nothing is left to do
+    assert said.endswith(capsys.readouterr().out)
+
+
+def test_where_a_curve_reaches_a_loss_is_read_off_between_its_points():
+    points = [{"loss": 0.8, "images": 100}, {"loss": 0.4, "images": 200}]
+    assert unet.place(points, 0.6, "images") == 150
+    assert unet.place(points, 0.9, "images") == pytest.approx(50)
+    assert unet.place(points, 0.3, "images") == float("inf")
+
+
+def test_of_the_unet_muon_moves_what_it_moves_of_ours():
+    pytest.importorskip("diffusers")
+    net = unet.UNet(MODEL, 8)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = {names[id(weight)] for weight in hidden_weights(net)}
+    outer = ("net.conv_in.weight", "net.conv_out.weight", "net.time_embedding.linear_1.weight")
+    assert {net.get_parameter(name) for name in outer}.isdisjoint(hidden_weights(net))
+    assert {"net.down_blocks.0.resnets.0.conv1.weight", "net.mid_block.attentions.0.to_q.weight"} <= found
