@@ -20,7 +20,7 @@ from diffit.training.step import Stepper
 from diffit.utils.images import to_float
 
 LEVELS = 8
-VALIDATION = 512  # images
+VALIDATION = 256  # images, each at all levels
 SAMPLES = 1000
 
 

@@ -115,7 +115,7 @@ class ImageDiffiT(nn.Module):
 
     def init_weights(self, scheme: str = "xavier") -> None:
         """``xavier`` for every layer; or ``fan_in``: convolutions by their inputs alone (He et al. 2015, gain 1), and
-        branches of attention and MLP that begin at 0. In docs/results.md it leaves the loss's first plateau earlier.
+        branches of attention and MLP that begin at 0. It leaves the loss's first plateau earlier.
         """
         self.apply(init_linear)
         if scheme == "fan_in":
