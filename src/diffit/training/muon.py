@@ -32,8 +32,8 @@ def hidden_weights(net: nn.Module) -> list[Tensor]:
 def orthogonal(matrices: Tensor) -> Tensor:
     """About U Vᵀ of each U S Vᵀ: ``(…, m, n)`` likewise, with singular values between 0.7 and 1.2.
 
-    Each iteration is x ← (a + b·x xᵀ + c·(x xᵀ)²) x. The factors are polynomials of the first x xᵀ, and commute: they are
-    multiplied with each other, m × m as they are, before one product with x.
+    Each iteration is x ← (a + b·x xᵀ + c·(x xᵀ)²) x. The factors are polynomials of the first x xᵀ, and so commute:
+    they are multiplied with each other, m × m as they are, before one product with x.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
