@@ -21,7 +21,7 @@ from diffit.weights import load_network
 from diffit.weights.file import save_network
 
 STEPS = 20
-BATCHES = {"small32": 8, "cifar10": 16}
+BATCHES = {"small32": 16, "cifar10": 16}
 GUARDS = {"on": {"on_spike": "skip", "grad_clip": 1e6}, "off": {"on_spike": "ignore", "grad_clip": None}}
 
 

@@ -327,3 +327,10 @@ def test_the_pipeline_loads_a_student(students):
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = DiffiTPipeline.from_network(files[0])([0, 1], latents=noise, output_type="latent").images
     assert_close(found, load(files[0], device="cpu").sample(labels=[0, 1], noise=noise))
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("progressive", "adam"), ("consistency", "radam")])
+def test_a_student_of_what_learned_by_muon_learns_as_students_were_measured(method, optimizer):
+    teacher = Teacher("net.safetensors", resolve("small16", {}), "0" * 64)
+    training = teacher.student(method, 1, {}, DataFacts(3, (16, 16), images=500)).training
+    assert (training.optimizer, training.conv_lr, training.lr) == (optimizer, 0.25, 1e-3)

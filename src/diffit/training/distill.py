@@ -35,6 +35,7 @@ RECIPES: dict[Method, dict[str, Any]] = {
     # Gradients double from stage to stage; 0.999 would divide them by the root of a mean over several stages.
     "consistency": {"lr_decay": 0.5, "optimizer": "radam", "betas": (0.9, 0.99), "metrics_ticks": 5},
 }
+MUONS = {"optimizer": "adam", "conv_lr": 0.25}  # students of what learned by Muon, as they were measured
 LR_SHARE = 0.5  # of the learning rate that the first teacher was trained with
 JUDGE, MOST_VALUES = "fd1k_full:pixels", 1024  # small images are judged by their pixels where no metric is named
 SIGMA_MID = 0.8  # where no metric is named; ECT has 0.821 for CIFAR-10
@@ -81,6 +82,8 @@ class Teacher:
         lr = teacher.training.lr * (LR_SHARE if teacher.distillation is None else 1.0)
         recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": lr}
         recipe |= {"augment": 0.0, "label_drop": 0.0, "mirror": teacher.training.mirror}
+        if own.optimizer == "muon":
+            recipe |= MUONS
         if teacher.autoencoder is None:
             recipe["metrics_ref"] = options.get("val")
             # A covariance takes a tenth as many images as it has dimensions.
