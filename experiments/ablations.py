@@ -18,9 +18,7 @@ from benchmarks.measure import machine
 from diffit.configs.resolve import resolve
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from diffit.training.step import Stepper
-from diffit.utils.distributed import alone
-from experiments.learning import HeldOut, Results, distance, learn, spread
+from experiments.learning import HeldOut, Results, begin, distance, learn, spread
 from experiments.variants import VARIANTS, make
 
 NAMES = list(VARIANTS)
@@ -53,7 +51,7 @@ def main(
             model = config.model.model_copy(update={"mlp_ratio": MLP_RATIO})
             net = make(name, model, config.training.init, seed)
             parameters = sum(p.numel() for p in net.parameters())
-            stepper = Stepper(config, alone("cpu"), net, "fp32")
+            stepper = begin(config, net)
             points = list(learn(stepper, archive, HeldOut(config, others), points=5))
             found = {"parameters": parameters, "distance": distance(stepper, val, detector)}
             Results(dest).add(points, **key, **found)

@@ -17,7 +17,9 @@ from diffit.metrics.suite import Suite, headline
 from diffit.sampling.model import Model
 from diffit.training.batches import feed, microbatches
 from diffit.training.step import Stepper
+from diffit.utils.distributed import alone
 from diffit.utils.images import to_float
+from diffit.utils.precision import autocast, resolve_precision
 
 LEVELS = 8
 VALIDATION = 256  # images, each at all levels
@@ -34,6 +36,12 @@ class Point:
     by_level: list[float]
 
 
+def begin(config: Config, net: Any) -> Stepper:
+    """Training of ``net``, on a GPU where there is one."""
+    procs = alone()
+    return Stepper(config, procs, net, resolve_precision(config.training.precision, procs.device))
+
+
 class HeldOut:
     """EDM's loss at the middles of eight equal parts of its noise distribution, with the same noise every time."""
 
@@ -48,14 +56,16 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, stepper: Stepper) -> list[float]:
-        generator, found = torch.Generator().manual_seed(0), []
+        device, found = stepper.procs.device, []
+        generator = torch.Generator(device).manual_seed(0)
         for level in self.levels:
             losses = []
             for start in range(0, len(self.images), 128):
-                images = self.images[start : start + 128]
-                labels = None if self.labels is None else self.labels[start : start + 128]
-                sigma = level.expand(len(images))
-                losses.append(stepper.loss(stepper.ema, images, labels, generator=generator, level=sigma))
+                images = self.images[start : start + 128].to(device)
+                labels = None if self.labels is None else self.labels[start : start + 128].to(device)
+                sigma = level.to(device).expand(len(images))
+                with autocast(device, stepper.precision):
+                    losses.append(stepper.loss(stepper.ema, images, labels, generator=generator, level=sigma))
             found.append(float(torch.cat(losses).mean()))
         return found
 
@@ -63,18 +73,21 @@ class HeldOut:
 def learn(
     stepper: Stepper, archive: ImageArchive, held_out: HeldOut, *, seconds: float | None = None, points: int = 8
 ) -> Iterator[Point]:
-    """Train for the length of the configuration, or so many ``seconds`` of CPU time, and say ``points`` times how far.
+    """Train for the length of the configuration, or so many ``seconds``, and say ``points`` times how far.
 
-    The time is that of the steps alone.
+    The time is that of the steps alone: of the processor, or of the clock where a GPU computes.
     """
-    training, spent = stepper.config.training, 0.0
+    training, device, spent = stepper.config.training, stepper.procs.device, 0.0
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     order = microbatches(len(archive), training.seed, 0, training.batch, stepper.batch_gpu, 0, 1)
-    images = feed(archive, order, torch.device("cpu"), resident=archive.load_all(), workers=0)
+    images = feed(archive, order, device, resident=archive.load_all(), workers=0)
     for part in (number / points for number in range(1, points + 1)):
         while stepper.images_seen < part * stepper.end if seconds is None else spent < part * seconds:
-            began = time.process_time()
+            began = clock()
             stepper.step(images)
-            spent += time.process_time() - began
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent += clock() - began
             if seconds is not None:  # the schedules follow the time, as in a run by the clock
                 stepper.end = round(stepper.images_seen * max(seconds / spent, 1))
         by_level = held_out(stepper)
@@ -85,7 +98,7 @@ def distance(stepper: Stepper, reference: Path, detector: str, samples: int = SA
     """Fréchet distance of so many samples, made by dpm++ in few steps, to the images of ``reference``."""
     config = stepper.config
     suite = Suite((f"fd{samples}_full:{detector}",), reference, config.image_shape, stepper.procs, batch=100)
-    model = Model(stepper.ema, config, None, "fp32").with_sampling(sampler="dpm++", steps=STEPS)
+    model = Model(stepper.ema, config, None, stepper.precision).with_sampling(sampler="dpm++", steps=STEPS)
     labels = ImageArchive(reference, cond=True).labels if config.model.num_classes else None
     (record,) = evaluate_network(suite, model, real_labels=labels, batch=100)
     return headline(record["results"])[1]

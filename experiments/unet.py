@@ -26,9 +26,8 @@ from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from diffit.training.step import Stepper, build_network
-from diffit.utils.distributed import alone
-from experiments.learning import HeldOut, Point, Results, distance, learn, spread
+from diffit.training.step import build_network
+from experiments.learning import HeldOut, Point, Results, begin, distance, learn, spread
 
 SIDES = ("ours", "paper", "unet")
 POINTS = 12  # of a curve; --minutes 10 and 30 are two of them
@@ -120,7 +119,7 @@ def main(
             config = resolve(preset, options, facts_of(archive))
             net: Any = unet_like(config, seed, unet_layers) if side == "unet" else build_network(config)
             key |= {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
-            stepper, left, points = Stepper(config, alone("cpu"), net, "fp32"), sorted(marks), list[Point]()
+            stepper, left, points = begin(config, net), sorted(marks), list[Point]()
             for point in learn(stepper, archive, HeldOut(config, others), seconds=60 * max(marks), points=POINTS):
                 points.append(point)
                 if point.seconds >= 60 * left[0]:

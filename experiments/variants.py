@@ -209,11 +209,13 @@ def nothing(net: ImageDiffiT) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """``window`` is that of all stages but the deepest; ``place`` is where the paper has what it is a row of."""
+    """``window`` is that of all stages but the deepest, 0 for their own and None for the whole map; ``place`` is where
+    the paper has what it is a row of.
+    """
 
     place: str
     change: Callable[[ImageDiffiT], None] = nothing
-    window: int | None = 4
+    window: int | None = 0
 
 
 VARIANTS = {
@@ -236,7 +238,7 @@ def make(name: str, model: ImageModel, init: str, seed: int) -> ImageDiffiT:
     variant, wanted = VARIANTS[name], count_parameters(model)
     last = len(model.stages) - 1
     stages = tuple(
-        stage if level == last else stage.model_copy(update={"window": variant.window})
+        stage if level == last or variant.window == 0 else stage.model_copy(update={"window": variant.window})
         for level, stage in enumerate(model.stages)
     )
 
