@@ -41,7 +41,7 @@ def main(
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
     setting = {"kimg": kimg, "preset": preset, "data": archive.content_hash, "val": others.content_hash}
-    setting |= {"detector": detector, "machine": machine()}
+    setting |= {"detector": Path(detector).name, "machine": machine()}
     for seed in seeds:
         for name in names:
             key = {"name": name, "seed": seed, **setting}

@@ -106,7 +106,7 @@ def main(
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
     setting = {"preset": preset, "data": archive.content_hash, "val": others.content_hash}
-    setting |= {"detector": detector, "machine": machine()}
+    setting |= {"detector": Path(detector).name, "machine": machine()}
     other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers}
     recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": {"recipe": "paper"}, "unet": other}
     for seed in seeds:
