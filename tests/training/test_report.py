@@ -76,7 +76,7 @@ def run(tmp_path):
 def test_the_report_begins_with_what_a_person_wants_to_know(run):
     page = Page(write_report(run).read_text())
     assert "40,000 images, 1 h 0 min of training" in page.text
-    assert "loss 0.025; 0.27 is usual after so many images" in page.text
+    assert "loss 0.025; 0.18 is usual after so many images" in page.text
     assert "best fd10:" in page.text
     assert "3 at 20 kimg" in page.text
     assert f"diffit metrics show '{run}'" in page.text
@@ -94,7 +94,7 @@ def test_curves_are_the_statistics_and_smoothing_is_a_weighted_mean(run):
         assert smoothed["y"][n - 1] == pytest.approx(np.average(loss["y"][:n], weights=weights))
     assert by_name["held-out images"]["y"] == [0.5] * 40
     assert by_name["σ 0 to 0.5"]["x"] == list(range(1, 41))
-    assert by_name["usual"]["y"][-1] == 0.27
+    assert by_name["usual"]["y"][-1] == 0.18
 
 
 def test_names_stay_text_and_nothing_is_fetched(run):
