@@ -4,9 +4,8 @@
 
 The U-Net is diffusers' ``UNet2DModel``, as wide as makes its multiply-accumulates as many; both go through the same
 loss, steps, average and samplers. Ours has the recipe of its preset, ``paper`` is the same network with that of
-``--recipe paper``; the U-Net has ours, but for what ``--unet-lr``,
-``--unet-batch``, ``--unet-optimizer`` and ``--unet-layers`` say. A command that is started again goes on where it was,
-and two at a time share the work by their ``--seed``.
+``--recipe paper``. The U-Net has ours but for what ``--unet-lr`` and the like say, and its own initialisation.
+A command that is started again goes on where it was, and two at a time share the work by their ``--seed``.
 """
 
 import itertools

@@ -20,7 +20,16 @@ import numpy.typing as npt
 
 from diffit.data.bounds import require_bytes
 from diffit.data.formats import IMAGE_SUFFIXES, unread
-from diffit.data.names import HIDDEN, are_plain, name_some, natural_key, natural_sorted, ordered, readable, safe_name
+from diffit.data.names import (
+    HIDDEN,
+    are_plain,
+    name_some,
+    natural_key,
+    natural_sorted,
+    readable,
+    safe_name,
+    visible_sorted,
+)
 from diffit.data.remote import DESCRIBING, Mirror, mirror_of
 from diffit.data.sums import REMEDY, SUMS, format_sums, parse_sums
 from diffit.data.zips import OTHER, Directory, Member, member_of, read_directory, read_member
@@ -166,10 +175,10 @@ class FileTree:
                 f"{error.filename or self.path} cannot be listed ({reason}): check its permissions"
             ) from error
         if shards:
-            return self._shard_names(shards) + ordered([name for name in names if name not in shards])
+            return self._shard_names(shards) + visible_sorted([name for name in names if name not in shards])
         # Python keeps bytes that are not UTF-8 as lone surrogates, which no file and no terminal takes.
         foreign = [name for name in names if not name.isascii() and not _is_text(name)]
-        return ordered(self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252")))
+        return visible_sorted(self._rename(names, foreign, readable([os.fsencode(name) for name in foreign], "cp1252")))
 
     def _shard_names(self, shards: Sequence[str]) -> list[str]:
         self.zips, names = [self.path / shard for shard in shards], []
@@ -238,7 +247,7 @@ class FileTree:
             return natural_sorted(list(dict.fromkeys(stored)))
         safe = [safe_name(texts.get(name, name), str(path)) for name in stored]
         changed = [(old, new) for old, new in zip(stored, safe, strict=True) if old != new]
-        return ordered(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
+        return visible_sorted(self._rename(stored, [old for old, _ in changed], [new for _, new in changed]))
 
     def _zip(self, part: int) -> zipfile.ZipFile:
         # After a fork the children share the parent's file offset, so a handle belongs to the process that made it.

@@ -90,7 +90,7 @@ def readable(raw: Sequence[bytes], fallback: str) -> list[str]:
     return [name.decode(fallback, "backslashreplace") for name in raw]
 
 
-def ordered(names: Sequence[str]) -> list[str]:
+def visible_sorted(names: Sequence[str]) -> list[str]:
     """Those that are not hidden, each once, in natural order."""
     names = list(dict.fromkeys(names))
     return natural_sorted(names if are_plain(names) else [name for name in names if not HIDDEN.search(name)])

@@ -35,7 +35,7 @@ RECIPES: dict[Method, dict[str, Any]] = {
     # Gradients double from stage to stage; 0.999 would divide them by the root of a mean over several stages.
     "consistency": {"lr_decay": 0.5, "optimizer": "radam", "betas": (0.9, 0.99), "metrics_ticks": 5},
 }
-MUONS = {"optimizer": "adam", "conv_lr": 0.25}  # students of what learned by Muon, as they were measured
+MUONS = {"optimizer": "adam", "conv_lr": 0.25}  # of presets that learn by Muon: as their students were measured
 LR_SHARE = 0.5  # of the learning rate that the first teacher was trained with
 JUDGE, MOST_VALUES = "fd1k_full:pixels", 1024  # small images are judged by their pixels where no metric is named
 SIGMA_MID = 0.8  # where no metric is named; ECT has 0.821 for CIFAR-10
@@ -223,9 +223,7 @@ def distill(
         kept = newest if judge.suite is None else best_file(outcome.run_dir, judge.suite.names[0])
         for count in (steps,) if order.method == "progressive" else order.steps:
             path = Path(outdir) / f"student-{count}.safetensors"
-            changes: dict[str, Any] = {}
-            if count != steps:
-                changes = {"steps": 2, "sigma_mid": find_sigma_mid(kept, judge)}
+            changes: dict[str, Any] = {"steps": 2, "sigma_mid": find_sigma_mid(kept, judge)} if count != steps else {}
             with procs.together():
                 if procs.is_first:
                     state, made = read_network_file(kept)

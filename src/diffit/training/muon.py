@@ -30,24 +30,29 @@ def hidden_weights(net: nn.Module) -> list[Tensor]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """About U Vᵀ of each U S Vᵀ: ``(…, m, n)`` likewise, with singular values between 0.7 and 1.2.
+    """About U Vᵀ of each U S Vᵀ: ``(…, m, n)`` likewise; all but the smallest singular values come to about 1.
 
     Each iteration is x ← (a + b·x xᵀ + c·(x xᵀ)²) x. The factors are polynomials of the first x xᵀ, and so commute:
     they are multiplied with each other, m × m as they are, before one product with x.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None
-    for _ in range(ITERATIONS):
-        factor = c * gram @ gram + b * gram
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
+    gram = x @ x.mT
+    product = factor = _factor(gram)
+    for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
-    assert product is not None
+        factor = _factor(gram)
+        product = factor @ product
     out: Tensor = product @ x
     return out.mT if tall else out
+
+
+def _factor(gram: Tensor) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
+    factor: Tensor = c * gram @ gram + b * gram
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 class Muon(torch.optim.Adam):
