@@ -13,15 +13,15 @@ from typing import Any
 
 import click
 import torch
-from benchmarks.measure import machine
 
 from diffit.configs.resolve import resolve
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from experiments.learning import HeldOut, Results, begin, distance, learn, spread
+from experiments.learning import HeldOut, Results, begin, distance, learn, setting, spread
 from experiments.variants import VARIANTS, make
 
 NAMES = list(VARIANTS)
+SHARES = 0.2, 0.4, 0.6, 0.8, 1.0  # of a run, after which it is judged
 MLP_RATIO = 4.0  # the paper's; variants with more parameters elsewhere have narrower ones
 
 
@@ -40,11 +40,10 @@ def main(
     """Train what is not in the file yet, and print the table of all that is."""
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
-    setting = {"kimg": kimg, "preset": preset, "data": archive.content_hash, "val": others.content_hash}
-    setting |= {"detector": Path(detector).name, "machine": machine()}
+    common = setting(archive, others, detector, kimg=kimg, preset=preset)
     for seed in seeds:
         for name in names:
-            key = {"name": name, "seed": seed, **setting}
+            key = {"name": name, "seed": seed, **common}
             if any(Results(dest).find(**key)):
                 continue
             config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed}, facts_of(archive))
@@ -52,11 +51,11 @@ def main(
             net = make(name, model, config.training.init, seed)
             parameters = sum(p.numel() for p in net.parameters())
             stepper = begin(config, net)
-            points = list(learn(stepper, archive, HeldOut(config, others), points=5))
+            points = list(learn(stepper, archive, HeldOut(config, others), SHARES))
             found = {"parameters": parameters, "distance": distance(stepper, val, detector)}
             Results(dest).add(points, **key, **found)
             click.echo(f"{name:14} seed {seed}  loss {points[-1].loss:.4f}  distance {found['distance']:.4g}")
-    click.echo("\n" + table(list(Results(dest).find(**setting))))
+    click.echo("\n" + table(list(Results(dest).find(**common))))
 
 
 def table(records: list[dict[str, Any]]) -> str:

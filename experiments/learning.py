@@ -2,20 +2,22 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
 
 import torch
+from benchmarks.measure import machine
 
 from diffit.configs.schema import Config
 from diffit.data.archive import ImageArchive
+from diffit.metrics.detectors import make_detector
 from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.suite import Suite, headline
 from diffit.sampling.model import Model
-from diffit.training.batches import feed, microbatches
+from diffit.training.batches import feed, image_indices, microbatches
 from diffit.training.step import Stepper
 from diffit.utils.distributed import alone
 from diffit.utils.images import to_float
@@ -36,6 +38,12 @@ class Point:
     by_level: list[float]
 
 
+def setting(archive: ImageArchive, others: ImageArchive, detector: str, **options: Any) -> dict[str, Any]:
+    """What two runs must have in common to be compared."""
+    key = make_detector(detector, alone()).key
+    return {**options, "data": archive.content_hash, "val": others.content_hash, "detector": key, "machine": machine()}
+
+
 def begin(config: Config, net: Any) -> Stepper:
     """Training of ``net``, on a GPU where there is one."""
     procs = alone()
@@ -50,9 +58,10 @@ class HeldOut:
         assert diffusion.kind == "edm"
         normal = NormalDist(diffusion.P_mean, diffusion.P_std)
         self.levels = [torch.tensor(normal.inv_cdf((i + 0.5) / LEVELS)).exp() for i in range(LEVELS)]
-        count = min(len(archive), VALIDATION)
-        self.images = to_float(archive.load(range(count)))
-        self.labels = None if archive.labels is None else archive.labels[:count]
+        # Shuffled: an archive may be in the order of its classes.
+        chosen = image_indices(len(archive), 0, 0, min(len(archive), VALIDATION))
+        self.images = to_float(torch.stack([archive[i] for i in chosen.tolist()]))
+        self.labels = None if archive.labels is None else archive.labels[chosen]
 
     @torch.no_grad()
     def __call__(self, stepper: Stepper) -> list[float]:
@@ -71,9 +80,9 @@ class HeldOut:
 
 
 def learn(
-    stepper: Stepper, archive: ImageArchive, held_out: HeldOut, *, seconds: float | None = None, points: int = 8
+    stepper: Stepper, archive: ImageArchive, held_out: HeldOut, shares: Iterable[float], seconds: float | None = None
 ) -> Iterator[Point]:
-    """Train for the length of the configuration, or so many ``seconds``, and say ``points`` times how far.
+    """Train for the length of the configuration, or so many ``seconds``, and say after these ``shares`` of it how far.
 
     The time is that of the steps alone: of the processor, or of the clock where a GPU computes.
     """
@@ -81,8 +90,8 @@ def learn(
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     order = microbatches(len(archive), training.seed, 0, training.batch, stepper.batch_gpu, 0, 1)
     images = feed(archive, order, device, resident=archive.load_all(), workers=0)
-    for part in (number / points for number in range(1, points + 1)):
-        while stepper.images_seen < part * stepper.end if seconds is None else spent < part * seconds:
+    for share in shares:
+        while stepper.images_seen < share * stepper.end if seconds is None else spent < share * seconds:
             began = clock()
             stepper.step(images)
             if device.type == "cuda":
@@ -121,6 +130,16 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def longest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each run, which writes a record whenever it is judged by samples, the one that goes farthest."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        key = json.dumps([record["name"], record["seed"], record.get("recipe")])
+        if key not in found or len(found[key]["points"]) < len(record["points"]):
+            found[key] = record
+    return list(found.values())
 
 
 def spread(values: Sequence[float]) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from experiments.learning import Results
+from experiments.learning import Results, longest
 
 
 def label(record: dict[str, Any]) -> str:
-    return f"{record['name']}, {record['recipe']}" if isinstance(record.get("recipe"), str) else record["name"]
+    """The name, and of a recipe what is said of it."""
+    return ", ".join([record["name"], *(f"{key} {value}" for key, value in (record.get("recipe") or {}).items())])
 
 
 @click.command()
@@ -26,7 +27,7 @@ def main(found: Path, dest: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = Results(found).records
+    records = longest(Results(found).records)
     names = list(dict.fromkeys(map(label, records)))
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
     colours = plt.get_cmap("tab20" if len(names) > 10 else "tab10")

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import torch
-from benchmarks.measure import machine
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,16 +25,17 @@ from diffit.configs.schema import Config, ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
 from diffit.training.step import build_network
-from experiments.learning import HeldOut, Point, Results, begin, distance, learn, spread
+from diffit.utils.precision import channels_last
+from experiments.learning import HeldOut, Point, Results, begin, distance, learn, longest, setting, spread
 
 SIDES = ("ours", "paper", "unet")
-POINTS = 12  # of a curve; --minutes 10 and 30 are two of them
+POINTS = 12  # of a curve, besides --minutes
 
 
 class UNet(nn.Module):
     """diffusers' U-Net with our networks' arguments; attention at the lowest resolution."""
 
-    def __init__(self, model: ImageModel, width: int, layers: int = 2) -> None:
+    def __init__(self, model: ImageModel, width: int, layers: int = 2, init: str = "fan_in") -> None:
         from diffusers import UNet2DModel
 
         super().__init__()
@@ -51,7 +51,18 @@ class UNet(nn.Module):
         # By our names first, so that Muon leaves alone what it leaves alone of ours.
         self.tokenizer, self.head, self.t_embedder = net.conv_in, net.conv_out, net.time_embedding
         self.net, self.num_classes = net, model.num_classes
+        if init == "fan_in":
+            self.init_weights()
         nn.init.zeros_(self.head.weight)  # as ours and EDM's begin
+
+    def init_weights(self) -> None:
+        """As our networks': weights by their inputs alone, and residual branches that begin at 0, as EDM's do too."""
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+                if name.endswith((".conv2", ".to_out.0")):
+                    nn.init.zeros_(module.weight)
 
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
@@ -72,15 +83,14 @@ def products(net: nn.Module, model: ImageModel) -> int:
     return counter.get_total_flops() // 2
 
 
-def unet_like(config: Config, seed: int, layers: int = 2) -> UNet:
+def unet_like(config: Config, seed: int, layers: int = 2, init: str = "fan_in") -> UNet:
     """Of the width, a multiple of 8, whose multiply-accumulates are nearest to those of our network."""
     model: Any = config.model
     wanted = products(build_network(config), model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return min(
-            (UNet(model, 8 * n, layers) for n in range(1, 17)), key=lambda net: abs(products(net, model) - wanted)
-        )
+        nets = [UNet(model, 8 * n, layers, init) for n in range(1, 17)]
+    return channels_last(min(nets, key=lambda net: abs(products(net, model) - wanted)))
 
 
 @click.command()
@@ -96,40 +106,43 @@ def unet_like(config: Config, seed: int, layers: int = 2) -> UNet:
 @click.option("--unet-batch", type=int, default=16, show_default=True)
 @click.option("--unet-optimizer", type=click.Choice(["adam", "muon"]), default="muon", show_default=True)
 @click.option("--unet-layers", type=int, default=2, show_default=True, help="Blocks a resolution.")
+@click.option("--unet-init", type=click.Choice(["own", "fan_in"]), default="fan_in", show_default=True,
+              help="diffusers' own, or branches that begin at 0.")  # fmt: skip
 @click.option("--dest", type=click.Path(path_type=Path), default="unet.jsonl", show_default=True)
 def main(
     data: str, val: Path, detector: str, marks: list[float], seeds: list[int], sides: list[str], preset: str,
-    unet_lr: float, unet_batch: int, unet_optimizer: str, unet_layers: int, dest: Path,
+    unet_lr: float, unet_batch: int, unet_optimizer: str, unet_layers: int, unet_init: str, dest: Path,
 ) -> None:  # fmt: skip
     """Train both for the same seconds, and print the table of what is in the file."""
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
-    setting = {"preset": preset, "data": archive.content_hash, "val": others.content_hash}
-    setting |= {"detector": Path(detector).name, "machine": machine()}
-    other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers}
+    common = setting(archive, others, detector, preset=preset)
+    other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers, "init": unet_init}
     recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": {"recipe": "paper"}, "unet": other}
-    for seed in seeds:
-        for side in sides:
-            key = {"name": side, "seed": seed, "recipe": recipes[side], **setting}
-            if all(any(Results(dest).find(minutes=minutes, **key)) for minutes in marks):
-                continue
-            options = {"data": data, "minutes": max(marks), "seed": seed}
-            options |= {name: value for name, value in recipes[side].items() if name != "layers"}
-            config = resolve(preset, options, facts_of(archive))
-            net: Any = unet_like(config, seed, unet_layers) if side == "unet" else build_network(config)
-            key |= {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
-            stepper, left, points = begin(config, net), sorted(marks), list[Point]()
-            for point in learn(stepper, archive, HeldOut(config, others), seconds=60 * max(marks), points=POINTS):
-                points.append(point)
-                if point.seconds >= 60 * left[0]:
-                    key |= {"minutes": left.pop(0), "distance": distance(stepper, val, detector)}
-                    Results(dest).add(points, **key)
-                    click.echo(
-                        f"{side} seed {seed}  {key['minutes']:g} minutes  {point.images} images  "
-                        f"loss {point.loss:.4f}  distance {key['distance']:.4g}"
-                    )
-    done = [record for side in SIDES for record in Results(dest).find(name=side, recipe=recipes[side], **setting)]
-    click.echo("\n" + table(done, sorted(marks)))
+    marks, length = sorted(marks), max(marks)
+    shares = sorted({number / POINTS for number in range(1, POINTS + 1)} | {minutes / length for minutes in marks})
+    for seed, side in itertools.product(seeds, sides):
+        key = {"name": side, "seed": seed, "recipe": recipes[side], **common}
+        left = [minutes for minutes in marks if not any(Results(dest).find(minutes=minutes, **key))]
+        if not left:
+            continue
+        options = {"data": data, "minutes": length, "seed": seed}
+        options |= {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
+        config = resolve(preset, options, facts_of(archive))
+        net: Any = unet_like(config, seed, unet_layers, unet_init) if side == "unet" else build_network(config)
+        key |= {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
+        stepper, points = begin(config, net), list[Point]()
+        for point in learn(stepper, archive, HeldOut(config, others), shares, 60 * length):
+            points.append(point)
+            while left and point.seconds >= 60 * left[0]:
+                key |= {"minutes": left.pop(0), "distance": distance(stepper, val, detector)}
+                Results(dest).add(points, **key)
+                click.echo(
+                    f"{side} seed {seed}  {key['minutes']:g} minutes  {point.images} images  "
+                    f"loss {point.loss:.4f}  distance {key['distance']:.4g}"
+                )
+    done = [record for side in SIDES for record in Results(dest).find(name=side, recipe=recipes[side], **common)]
+    click.echo("\n" + table(done, marks))
 
 
 def table(records: list[dict[str, Any]], marks: list[float]) -> str:
@@ -138,7 +151,7 @@ def table(records: list[dict[str, Any]], marks: list[float]) -> str:
         "| minutes | | multiply-accumulates | parameters | images | held-out loss | distance | ours has it after |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ours = {record["seed"]: record["points"] for record in records if record["name"] == "ours"}
+    ours = {record["seed"]: record["points"] for record in longest(records) if record["name"] == "ours"}
     for minutes, side in itertools.product(marks, SIDES):
         if its := [record for record in records if (record["minutes"], record["name"]) == (minutes, side)]:
             last = {record["seed"]: record["points"][-1] for record in its}
@@ -151,7 +164,7 @@ def table(records: list[dict[str, Any]], marks: list[float]) -> str:
                 f"{statistics.fmean(point['images'] for point in last.values()):,.0f} | "
                 f"{spread([point['loss'] for point in last.values()])} | "
                 f"{spread([record['distance'] for record in its])} | "
-                f"{' of the images, '.join(spread(share) for share in shares if share)} of the seconds |"
+                f"{f'{spread(shares[0])} of the images, {spread(shares[1])} of the seconds' if shares[0] else ''} |"
             )
     return "\n".join(lines)
 

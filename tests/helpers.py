@@ -21,14 +21,19 @@ import numpy as np
 from PIL import Image
 
 
-def write_archive(path: Path, count: int = 24, *, side: int = 16, channels: int = 3, classes: int = 3) -> Path:
-    """A zip laid out as EDM's tool lays it out: smooth pictures whose colour tells the class."""
+def write_archive(
+    path: Path, count: int = 24, *, side: int = 16, channels: int = 3, classes: int = 3, in_order: bool = False
+) -> Path:
+    """A zip laid out as EDM's tool lays it out: smooth pictures whose colour tells the class.
+
+    Its classes take turns, or follow one another ``in_order`` as those of a folder of folders do.
+    """
     rng = np.random.default_rng(count + side)
     y, x = np.mgrid[:side, :side] / side
     labels = []
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(count):
-            label = i % classes
+            label = i * classes // count if in_order else i % classes
             phase = rng.uniform(0, 2 * np.pi, size=channels)
             waves = [np.sin(2 * np.pi * ((label + 1) * x + y) + p) for p in phase]
             pixels = np.round(127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)

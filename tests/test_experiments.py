@@ -11,10 +11,12 @@ from torch.testing import assert_close
 
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import resolve
+from diffit.data.archive import ImageArchive
 from diffit.models.attention import TMSA
 from diffit.models.cost import count_parameters
 from diffit.training.muon import hidden_weights
 from diffit.training.step import build_network
+from diffit.utils.images import to_float
 from helpers import write_archive
 
 MODEL = get_preset("small16").model.model_copy(update={"mlp_ratio": 4.0})
@@ -113,6 +115,18 @@ def test_the_unet_has_as_many_multiply_accumulates_and_learns_for_as_long(words,
     said = capsys.readouterr().out
     unet.main([*map(str, words), *marks], standalone_mode=False)  # nothing is left to do
     assert said.endswith(capsys.readouterr().out)
+
+
+def test_held_out_images_are_of_all_classes_of_an_archive_that_is_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "VALIDATION", 30)
+    archive = ImageArchive(write_archive(tmp_path / "a.zip", 90, in_order=True), cond=True)
+    assert archive.labels[:30].unique().tolist() == [0]
+    held_out = learning.HeldOut(get_preset("debug"), archive)
+    assert held_out.labels.bincount().min() >= 5
+    every = to_float(archive.load_all()).flatten(1)
+    found = torch.cdist(held_out.images.flatten(1), every).argmin(1)
+    assert len(found.unique()) == 30
+    assert torch.equal(archive.labels[found], held_out.labels)
 
 
 def test_where_a_curve_reaches_a_loss_is_read_off_between_its_points():

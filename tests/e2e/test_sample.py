@@ -264,3 +264,26 @@ def test_a_guide_is_part_of_what_samples_are_made_with(network, tmp_path, capsys
         sample(network, guided, "--seeds", "0-3", "--guide-network", network, "--cfg-scale", 2)
     with pytest.raises(UserError, match="at guidance scale 1 it has no effect"):
         sample(network, tmp_path / "none", "--guide-network", other, "--cfg-scale", 1)
+
+
+def test_of_a_run_that_guides_the_snapshot_is_said_and_two_processes_make_the_same(network, tmp_path, capsys):
+    guide = tmp_path / "earlier/network-snapshot-000001.safetensors"
+    guide.parent.mkdir()
+    state, config = read_network_file(network)
+    save_network(guide, {name: tensor * 1.1 for name, tensor in state.items()}, config)
+    words = ["--seeds", "0-5", "--batch", "2", "--steps", "3", "--guide-network", guide.parent, "--cfg-scale", "2"]
+    alone = sample(network, tmp_path / "alone", *words)
+    assert f"guide {guide}\n" in capsys.readouterr().out
+    command("sample", "--network", network, "--outdir", tmp_path / "together", *words, processes=2)
+    assert_same_images(pixels(alone), pixels(tmp_path / "together"))
+
+
+def test_the_null_class_that_was_never_trained_does_not_guide_but_another_network_does(network, tmp_path):
+    state, config = read_network_file(network)
+    never = config.model_copy(update={"training": config.training.model_copy(update={"label_drop": 0.0})})
+    other = tmp_path / "other.safetensors"
+    save_network(other, state, never)
+    words = ["--seeds", "0", "--steps", "1", "--cfg-scale", "2"]
+    with pytest.raises(UserError, match="needs the null class, which label_drop 0 never trains"):
+        sample(other, tmp_path / "out", *words)
+    assert len(pixels(sample(other, tmp_path / "out", *words, "--guide-network", network))) == 1

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.configs.sampling import Sampling
-from diffit.configs.schema import Config
+from diffit.configs.schema import Config, Distillation
 from diffit.diffusion.adm import predictor, schedule_of
 from diffit.diffusion.edm import denoiser, edm_sigmas
 from diffit.diffusion.samplers import euler, heun
@@ -234,6 +234,14 @@ def test_on_a_discrete_schedule_a_guide_moves_the_noise_and_leaves_the_variances
     guided = model.guided_by(guide).with_sampling(cfg_scale=2.0, cfg_channels="all")._guided(None, schedule)(x, t)
     assert_close(guided[:, :4], theirs[:, :4] + 2 * (ours[:, :4] - theirs[:, :4]))
     assert torch.equal(guided[:, 4:], ours[:, 4:])
+
+
+def test_a_student_neither_guides_nor_is_guided():
+    spec = Distillation(method="consistency", teacher="a.safetensors", teacher_sha256="0" * 64)
+    plain, student = Model(*tiny()), another(distillation=spec)
+    for model, guide in ((plain, student), (student, plain)):
+        with pytest.raises(UserError, match="between two models that were not distilled"):
+            model.guided_by(guide)
 
 
 @pytest.mark.parametrize(

@@ -120,17 +120,19 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
     from diffit.metrics.record import summarise_repeats
     from diffit.metrics.suite import Suite
     from diffit.sampling import load
+    from diffit.weights import locate
 
-    network, batch, repeats = options["network"], options["batch"], options["repeats"]
+    network, batch, repeats = locate(options["network"]), options["batch"], options["repeats"]
+    guide = None if options["guide_network"] is None else locate(options["guide_network"])
     model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
-    model = with_guide(model, options["guide_network"])
+    model = with_guide(model, guide, procs)
     model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
     require_scale(model)
     shape = model.config.image_shape
     suite = Suite(options["names"], options["ref"], shape, procs, **detection(options))
-    facts = {"network": Path(network).name, "weights_sha256": digest_of(network)}
-    if options["guide_network"] is not None:
-        facts |= {"guide": Path(options["guide_network"]).name, "guide_sha256": digest_of(options["guide_network"])}
+    facts = {"network": network.name, "weights_sha256": digest_of(network)}
+    if guide is not None:
+        facts |= {"guide": guide.name, "guide_sha256": digest_of(guide)}
     labels = labels_of(options["ref"], model.config.model.num_classes)
     seeds = range(options["seed"], options["seed"] + repeats * suite.samples, suite.samples)
     runs = [
@@ -176,6 +178,7 @@ def steps(**options: Any) -> None:
     from diffit.sampling import load
     from diffit.utils.distributed import processes
     from diffit.utils.locks import exclusive
+    from diffit.weights import locate
 
     dest, given = options["dest"], [options[name] for name in ("evaluations", "samplers", "scales")]
     if dest.suffix != ".jsonl":
@@ -185,9 +188,10 @@ def steps(**options: Any) -> None:
     with processes() as procs, ExitStack() as held:
         candidates = []
         for network in options["networks"]:
-            model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
+            file = locate(network)
+            model = load(file, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
             labels = labels_of(options["ref"], model.config.model.num_classes)
-            candidates.append(Candidate(Path(network).name, model, digest_of(network), labels))
+            candidates.append(Candidate(Path(network).name, model, digest_of(file), labels))
         shapes = {candidate.model.config.image_shape for candidate in candidates}
         if len(shapes) > 1:
             raise UserError(f"--network: images of {len(shapes)} sizes; compare networks of one")
@@ -219,7 +223,7 @@ def summary(record: dict[str, Any]) -> str:
     )
 
 
-def digest_of(network: str) -> str:
+def digest_of(network: Path) -> str:
     """Of the weights as the file has them, whatever precision they were loaded in; that has checked them."""
     from diffit.weights import load_network, state_hash
 

@@ -16,6 +16,7 @@ from diffit.errors import UserError
 
 if TYPE_CHECKING:
     from diffit.sampling import Model
+    from diffit.utils.distributed import Processes
 
 TRAJECTORY_IMAGES = 16
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -123,7 +124,8 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
     with processes() as procs:
         file = locate(network)
         model = load(file, device=procs.device, precision=own.precision, vae=own.vae, verify=not own.no_verify)
-        model = with_guide(model, own.guide_network, verify=not own.no_verify).with_sampling(**settings)
+        guide = None if own.guide_network is None else locate(own.guide_network)
+        model = with_guide(model, guide, procs, verify=not own.no_verify).with_sampling(**settings)
         require_scale(model)
         indices = [] if own.classes is None else find_classes(own.classes, model.config, "--class")
         if own.compile:
@@ -133,6 +135,8 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
         if procs.is_first:
             if file != Path(network):  # the newest of a run, or from the Hub
                 click.echo(f"network {file}")
+            if guide is not None and guide != Path(own.guide_network):
+                click.echo(f"guide {guide}")
             click.echo(describe(model, len(chosen), indices))
         began = time.monotonic()
         if own.class_grid:
@@ -155,14 +159,17 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")
 
 
-def with_guide(model: "Model", network: str | None, *, verify: bool = True) -> "Model":
-    """``model`` guided by the network of a file, run or Hub id, where there is one."""
+def with_guide(model: "Model", file: Path | None, procs: "Processes", *, verify: bool = True) -> "Model":
+    """``model`` guided by the network of a file, where there is one. All processes call this together."""
     from diffit.sampling.model import Model, prepare
+    from diffit.sampling.outputs import fingerprint
     from diffit.weights import load_network
 
-    if network is None:
+    if file is None:
         return model
-    net, config = load_network(network, model.device, verify=verify)
+    net, config = load_network(file, model.device, verify=verify)
+    if procs.count > 1:
+        procs.require_same(fingerprint(net), file, "weights", "name one file")
     return model.guided_by(Model(prepare(net, model.precision), config, None, model.precision))
 
 

@@ -19,6 +19,7 @@ from diffit.configs.schema import (
     StageSpec,
     Training,
     explain,
+    require_null_class,
 )
 from diffit.errors import UserError
 
@@ -99,6 +100,7 @@ def resolve(
         config = Config.model_validate(changed)
     except ValidationError as error:
         raise UserError(f"the options do not fit together: {explain(error)}") from None
+    require_null_class(config)
     _check_grid(config)
     return config
 

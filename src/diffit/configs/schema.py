@@ -315,11 +315,6 @@ class Config(Frozen):
             raise ValueError("the power-cosine scale is a function of timesteps, which this model (EDM) has none of")
         if self.diffusion.kind == "adm":
             check_steps(self.sampling, self.diffusion.timesteps)
-        if self.sampling.cfg_scale != 1 and self.model.num_classes and self.training.label_drop == 0:
-            raise ValueError(
-                f"guidance (cfg_scale {self.sampling.cfg_scale:g}) needs the null class, which label_drop 0 never "
-                "trains: use cfg_scale 1"
-            )
         self._check_student()
         return self
 
@@ -359,6 +354,15 @@ class Config(Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UserError(f"{source}: {explain(error)}") from None
+
+
+def require_null_class(config: Config) -> None:
+    """Raises :class:`UserError` where a model of classes is to be guided by its null class, which was never trained."""
+    scale = config.sampling.cfg_scale
+    if scale != 1 and config.model.num_classes and config.training.label_drop == 0:
+        raise UserError(
+            f"guidance (cfg_scale {scale:g}) needs the null class, which label_drop 0 never trains: use cfg_scale 1"
+        )
 
 
 def student_title(config: Config) -> str:

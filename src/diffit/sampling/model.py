@@ -66,6 +66,8 @@ class Model:
         model is that half as a network of its own. Raises :class:`UserError` where the two do not fit together.
         """
         ours, theirs = self.config, guide.config
+        if ours.distillation is not None or theirs.distillation is not None:
+            raise UserError("autoguidance is between two models that were not distilled: a student makes its own steps")
         facts = {
             "samples": (ours.model.sample_shape, theirs.model.sample_shape),
             "noise levels": (_levels(ours.diffusion), _levels(theirs.diffusion)),

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffit.configs.sampling import CONTINUOUS, Sampling, steps_text
-from diffit.configs.schema import Config, explain
+from diffit.configs.schema import Config, explain, require_null_class
 from diffit.errors import UserError
 
 # Setting -> the samplers that know it.
@@ -30,10 +30,15 @@ def with_sampling(config: Config, *, has_guide: bool = False, **changes: Any) ->
     changes = {key: value for key, value in changes.items() if value is not None}
     if "guidance" in changes:
         changes["cfg_scale"] = changes.pop("guidance")
-    if not changes:
-        return config
-    scale = changes.get("cfg_scale", 1)
     can_guide = has_guide or config.model.num_classes > 0
+    changed = _changed(config, changes, can_guide) if changes else config
+    if not has_guide:
+        require_null_class(changed)
+    return changed
+
+
+def _changed(config: Config, changes: dict[str, Any], can_guide: bool) -> Config:
+    scale = changes.get("cfg_scale", 1)
     if scale != 1 and not can_guide:
         raise UserError(
             f"guidance scale {scale:g}: the model has no classes to be guided to; leave it out, or give a guide network"
