@@ -60,6 +60,56 @@ def test_matrices_of_one_shape_move_as_they_would_alone_and_a_convolution_as_a_m
     assert moves[0].square().mean().sqrt() == pytest.approx(0.2 * 0.1, rel=0.2)
 
 
+def test_large_stacks_go_in_parts_with_the_same_steps(monkeypatch):
+    gradients = torch.randn(5, 4, 12, generator=torch.Generator().manual_seed(3))
+    found = []
+    for together in (2**24, 100, 1):
+        monkeypatch.setattr("diffit.training.muon.TOGETHER", together)
+        weights = [weight_of(4, 12) for _ in gradients]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        Muon([{"params": weights, "muon": True}], lr=0.1).step()
+        found.append(torch.stack([weight.detach() for weight in weights]))
+    assert_close(found[1], found[0], atol=1e-6, rtol=0)
+    assert_close(found[2], found[0], atol=1e-6, rtol=0)
+
+
+def test_a_scaled_loss_moves_as_another_does_and_one_that_overflows_moves_nothing():
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    plain, scaled = weight_of(4, 6), weight_of(4, 6)
+    optimizers = [Muon([{"params": [weight], "muon": True}], lr=0.1) for weight in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor in (1.0, float("inf"), 1.0):
+        before, momentum = scaled.detach().clone(), dict(optimizers[1].state[scaled])
+        scaler.scale(factor * (x @ scaled.mT).square().sum()).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+        if factor == 1:
+            (x @ plain.mT).square().sum().backward()
+            optimizers[0].step()
+            assert_close(scaled, plain, atol=1e-6, rtol=0)
+        else:
+            assert torch.equal(scaled, before)
+            assert torch.equal(optimizers[1].state[scaled]["momentum_buffer"], momentum["momentum_buffer"])
+            scaled.grad = None
+
+
+def test_a_closure_gives_the_gradients_and_its_loss_comes_back():
+    weight, expected = weight_of(4, 6), weight_of(4, 6)
+    optimizer = Muon([{"params": [weight], "muon": True}], lr=0.1)
+    expected.square().sum().backward()
+    Muon([{"params": [expected], "muon": True}], lr=0.1).step()
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == weight_of(4, 6).square().sum()
+    assert torch.equal(weight, expected)
+    assert optimizer.param_groups[0]["momentum"] == 0.95
+
+
 def test_the_rest_moves_by_adam_to_the_bit():
     ours, theirs, matrix = weight_of(7), weight_of(7), weight_of(3, 3)
     optimizer = Muon([{"params": [matrix], "muon": True}, {"params": [ours]}], lr=0.1, betas=(0.8, 0.9))

@@ -20,6 +20,7 @@ STEPS, SPIKE = 20, 18
 # Batches of four microbatches: two processes accumulate gradients over two rounds.
 CONFIGS = {
     "image": resolve("debug", {"cond": True, "batch_gpu": 2, "grad_clip": 0.5}, DataFacts(3, (16, 16), 3)),
+    "muon": resolve("debug", {"cond": True, "recipe": "muon", "batch_gpu": 2}, DataFacts(3, (16, 16), 3)),
     "latent": resolve(
         "latent-debug",
         {"cond": True, "batch_gpu": 2, "grad_ckpt": True, "mirror": True, "optimizer": "muon"},
@@ -83,7 +84,7 @@ PROCESSES = """
 import os
 os.chdir(Path(__file__).parent)
 with processes() as procs:
-    for name in ("image", "latent"):
+    for name in ("image", "muon", "latent"):
         config, found = Config.from_json(Path(f"{name}.json").read_text(), name), {}
         for shard in (False, True):
             stepper = stepper_of(config, procs, shard)

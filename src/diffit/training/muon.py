@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffit.training.shard import divided, whole
+from diffit.training.shard import divided, part, whole
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a, b, c: the odd polynomial that draws singular values to about 1
 ITERATIONS = 5
+TOGETHER = 2**24  # values of matrices that are moved in one go: 64 MiB, and a few times that in between
 EDGES = ("tokenizer", "head", "x_embedder", "t_embedder", "y_embedder", "augment_embedder", "final_layer")
 
 
@@ -63,36 +64,48 @@ class Muon(torch.optim.Adam):
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, *, momentum: float = 0.95, **adam: Any) -> None:
+        groups = [{"momentum": momentum, **group} if group.get("muon") else group for group in groups]
         super().__init__(groups, lr=lr, fused=True, **adam)
-        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        found: Tensor | None = getattr(self, "found_inf", None)  # the scaler's: not 0 where the step is to be left out
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # The scaler's: not 0 where the step is to be left out, and what gradients are still multiplied by.
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for group in self.param_groups:
             alike = defaultdict(list)
             for parameter in group["params"] if group.get("muon") else ():
                 if parameter.grad is not None:
+                    if scale is not None:
+                        part(parameter.grad).div_(scale)
                     alike[parameter.shape].append(parameter)
-            for parameters in alike.values():
-                self._move(parameters, group["lr"], found)
-        return super().step(closure)
+            for shape, parameters in alike.items():
+                count = max(TOGETHER // shape.numel(), 1)
+                for start in range(0, len(parameters), count):
+                    self._move(parameters[start : start + count], group["lr"], group["momentum"], found)
+        super().step()
+        return loss
 
-    def _move(self, parameters: list[Tensor], lr: float, found: Tensor | None) -> None:
+    def _move(self, parameters: list[Tensor], lr: float, share: float, found: Tensor | None) -> None:
         """Weights of one shape; their gradients are used up, so that Adam leaves them alone."""
-        gradients = torch.stack([whole(p.grad).flatten(1) for p in parameters if p.grad is not None])
-        states = [self.state[parameter] for parameter in parameters]
-        for state, parameter in zip(states, parameters, strict=True):
+        ahead = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-        before = torch.stack([whole(state["momentum_buffer"]).flatten(1) for state in states])
-        momentum = before.lerp(gradients, 1 - self.momentum)
-        step = orthogonal(gradients.lerp(momentum, self.momentum))  # Nesterov's
+            momentum = part(state["momentum_buffer"])
+            moved = momentum.lerp(part(gradient), 1 - share)
+            part(gradient).lerp_(moved, share)  # Nesterov's
+            momentum.copy_(moved if found is None else torch.where(found == 0, moved, momentum))
+            ahead.append(whole(gradient).flatten(1))
+        step = orthogonal(torch.stack(ahead))
         step *= -0.2 * math.sqrt(max(step.shape[1:])) * lr
         if found is not None:
-            momentum = torch.where(found == 0, momentum, before)
             step = torch.where(found == 0, step, 0.0)
-        for parameter, state, m, d in zip(parameters, states, momentum, step, strict=True):
-            state["momentum_buffer"].copy_(divided(m.view(parameter.shape), parameter))
-            parameter.add_(divided(d.view(parameter.shape), parameter))
+        for parameter, move in zip(parameters, step, strict=True):
+            parameter.add_(divided(move.view(parameter.shape), parameter))
             parameter.grad = None
