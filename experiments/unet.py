@@ -43,7 +43,9 @@ class UNet(nn.Module):
         net = UNet2DModel(
             sample_size=model.image_size, in_channels=model.channels, out_channels=model.channels,
             layers_per_block=layers,
-            block_out_channels=tuple(width * 2**min(level, 1) for level in range(levels)), norm_num_groups=8,
+            block_out_channels=tuple(width * 2**min(level, 1) for level in range(levels)),
+            norm_num_groups=max(n for n in range(1, max(width // 4, 1) + 1) if width % n == 0),
+            attention_head_dim=None,  # one head, as EDM's
             down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
             num_class_embeds=model.num_classes + 1 if model.num_classes else None,
@@ -84,13 +86,17 @@ def products(net: nn.Module, model: ImageModel) -> int:
 
 
 def unet_like(config: Config, seed: int, layers: int = 2, init: str = "fan_in") -> UNet:
-    """Of the width, a multiple of 8, whose multiply-accumulates are nearest to those of our network."""
+    """Of the even width whose multiply-accumulates are nearest to those of our network."""
     model: Any = config.model
     wanted = products(build_network(config), model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        nets = [UNet(model, 8 * n, layers, init) for n in range(1, 17)]
-    return channels_last(min(nets, key=lambda net: abs(products(net, model) - wanted)))
+        with torch.device("meta"):
+            about = round(16 * (wanted / products(UNet(model, 32, layers), model)) ** 0.5)  # of 2 channels each
+            widths = {n: products(UNet(model, n, layers), model) for n in range(2 * about - 4, 2 * about + 5, 2)}
+        width = min(widths, key=lambda width: abs(widths[width] - wanted))
+        torch.manual_seed(seed)
+        return channels_last(UNet(model, width, layers, init))
 
 
 @click.command()
@@ -119,30 +125,31 @@ def main(
     common = setting(archive, others, detector, preset=preset)
     other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers, "init": unet_init}
     recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": {"recipe": "paper"}, "unet": other}
-    marks, length = sorted(marks), max(marks)
-    shares = sorted({number / POINTS for number in range(1, POINTS + 1)} | {minutes / length for minutes in marks})
+    length = max(marks)
+    due = {minutes / length: minutes for minutes in marks}
+    shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1))})
     for seed, side in itertools.product(seeds, sides):
         key = {"name": side, "seed": seed, "recipe": recipes[side], **common}
-        left = [minutes for minutes in marks if not any(Results(dest).find(minutes=minutes, **key))]
-        if not left:
+        if all(any(Results(dest).find(minutes=minutes, **key)) for minutes in marks):
             continue
         options = {"data": data, "minutes": length, "seed": seed}
         options |= {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
         config = resolve(preset, options, facts_of(archive))
         net: Any = unet_like(config, seed, unet_layers, unet_init) if side == "unet" else build_network(config)
-        key |= {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
+        facts = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
         stepper, points = begin(config, net), list[Point]()
-        for point in learn(stepper, archive, HeldOut(config, others), shares, 60 * length):
+        curve = learn(stepper, archive, HeldOut(config, others), shares, 60 * length)
+        for share, point in zip(shares, curve, strict=True):
             points.append(point)
-            while left and point.seconds >= 60 * left[0]:
-                key |= {"minutes": left.pop(0), "distance": distance(stepper, val, detector)}
-                Results(dest).add(points, **key)
+            if share in due and not any(Results(dest).find(minutes=due[share], **key)):
+                far = distance(stepper, val, detector)
+                Results(dest).add(points, **key, **facts, minutes=due[share], distance=far)
                 click.echo(
-                    f"{side} seed {seed}  {key['minutes']:g} minutes  {point.images} images  "
-                    f"loss {point.loss:.4f}  distance {key['distance']:.4g}"
+                    f"{side} seed {seed}  {due[share]:g} minutes  {point.images} images  "
+                    f"loss {point.loss:.4f}  distance {far:.4g}"
                 )
     done = [record for side in SIDES for record in Results(dest).find(name=side, recipe=recipes[side], **common)]
-    click.echo("\n" + table(done, marks))
+    click.echo("\n" + table(done, sorted(marks)))
 
 
 def table(records: list[dict[str, Any]], marks: list[float]) -> str:
