@@ -15,10 +15,10 @@ from diffit.configs.schema import ImageModel
 from diffit.models import build
 from diffit.models.attention import (
     TMSA,
+    join_heads,
     plain_attention,
     relative_position_bias,
-    window_partition,
-    window_unpartition,
+    split_heads,
 )
 from diffit.models.block import DiffiTBlock, Mlp
 from diffit.models.cost import count_parameters
@@ -50,14 +50,12 @@ class Attention(TMSA):
         return q, k, v, bias
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        B, H, W, D = x.shape
+        B, H, W, _ = x.shape
         window = (min(self.window[0], H), min(self.window[1], W))
-        qkv = window_partition(self.project(x, cond), window)
-        windows, N = qkv.shape[1:3]
-        q, k, v = qkv.reshape(B, windows, N, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
-        out = plain_attention(*self.more(q, k, v, self.bias(cond, window), cond))[..., :N, :]
-        out = out.transpose(2, 3).reshape(B, windows, N, D)
-        tokens: Tensor = self.proj(window_unpartition(out, window, (H, W)))
+        parts = split_heads(self.project(x, cond), window, 3, self.num_heads)
+        q, k, v = parts.unflatten(1, (B, -1))  # (B, windows, heads, N, d)
+        out = plain_attention(*self.more(q, k, v, self.bias(cond, window), cond))[..., : q.shape[-2], :]
+        tokens: Tensor = self.proj(join_heads(out.flatten(0, 1), window, (H, W)))
         return tokens
 
 

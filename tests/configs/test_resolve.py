@@ -364,5 +364,7 @@ def test_a_recipe_changes_how_weights_begin_and_move_and_options_go_before_it():
     assert (as_published.optimizer, as_published.init, as_published.conv_lr) == ("adam", "xavier", 1.0)
     assert as_published.lr == small.training.lr
     assert resolve("cifar10", {"recipe": "muon", "optimizer": "adam"}).training.optimizer == "adam"
+    latent = resolve("latent-s", {"recipe": "muon"}).training
+    assert (latent.optimizer, latent.init) == ("muon", resolve("latent-s", {}).training.init)
     with pytest.raises(UserError, match="recipe 'sgd': use paper or muon"):
         resolve("cifar10", {"recipe": "sgd"})

@@ -79,7 +79,7 @@ def resolve(
         options.setdefault("batch", options["batch_gpu"] * processes)
     changed = base.model_dump()
     if "recipe" in options:
-        changed["training"] |= _recipe(options["recipe"])
+        changed["training"] |= _recipe(options["recipe"], base)
     changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
     if changed["training"]["metrics_budget"] is not None and "metrics_ticks" not in options:
         changed["training"]["metrics_ticks"] = 1
@@ -105,10 +105,12 @@ def resolve(
     return config
 
 
-def _recipe(name: str) -> dict[str, Any]:
+def _recipe(name: str, base: Config) -> dict[str, Any]:
     if name not in RECIPES:
         raise UserError(f"recipe {name!r}: use {' or '.join(RECIPES)}")
-    return RECIPES[name]
+    image_space = ("init", "conv_lr")  # a latent model begins as the official one does, and has one convolution
+    has = isinstance(base.model, ImageModel)
+    return {key: value for key, value in RECIPES[name].items() if has or key not in image_space}
 
 
 def _check_grid(config: Config) -> None:

@@ -24,25 +24,25 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Split a map into non-overlapping windows, padding with zeros below and to the right where it does not divide.
+def split_heads(x: Tensor, window: tuple[int, int], parts: int, heads: int) -> Tensor:
+    """Split a map into windows and heads: ``(B, H, W, parts·heads·d) -> (parts, B·windows, heads, h·w, d)``.
 
-    ``(B, H, W, D) -> (B, windows, h·w, D)``, windows and the tokens in them in row-major order.
+    It is one copy, and of one window that is the whole map a view. Windows do not overlap; zeros pad the map below and
+    to the right where it does not divide. Windows, and the tokens in them, are in row-major order.
     """
-    B, H, W, D = x.shape
+    B, H, W, _ = x.shape
     h, w = window
     x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
-    rows, cols = x.shape[1] // h, x.shape[2] // w
-    return x.reshape(B, rows, h, cols, w, D).transpose(2, 3).reshape(B, rows * cols, h * w, D)
+    x = x.reshape(B, x.shape[1] // h, h, x.shape[2] // w, w, parts, heads, -1)
+    return x.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(parts, -1, heads, h * w, x.shape[-1])
 
 
-def window_unpartition(windows: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Join windows into the map that they were split from: ``(B, windows, h·w, D) -> (B, H, W, D)``."""
-    B, _, _, D = windows.shape
+def join_heads(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The map that a part of :func:`split_heads` is of: ``(B·windows, heads, h·w, d) -> (B, H, W, heads·d)``."""
     (h, w), (H, W) = window, size
     rows, cols = -(-H // h), -(-W // w)
-    x = windows.reshape(B, rows, cols, h, w, D).transpose(2, 3).reshape(B, rows * h, cols * w, D)
-    return x[:, :H, :W]
+    x = x.reshape(-1, rows, cols, x.shape[1], h, w, x.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(x.shape[0], rows * h, cols * w, -1)[:, :H, :W]
 
 
 def relative_position_bias(table: Tensor, table_window: tuple[int, int], window: tuple[int, int]) -> Tensor:
@@ -90,7 +90,7 @@ def _drop_index(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> 
 
 def padding_bias(window: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
     """−inf where a window's token lies beyond the map, else 0: ``(windows, 1, 1, N)``, to add to attention logits."""
-    inside = window_partition(torch.ones(1, *size, 1, device=device), window)[0, :, :, 0]
+    inside = split_heads(torch.ones(1, *size, 1, device=device), window, 1, 1)[0, :, 0, :, 0]
     return torch.zeros_like(inside).masked_fill(inside == 0, -math.inf)[:, None, None]
 
 
@@ -158,15 +158,14 @@ class TMSA(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_index)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        B, H, W, D = x.shape
+        B, H, W, _ = x.shape
         if self.is_global and (self.window[0] < H or self.window[1] < W):
             raise ValueError(f"a map of {H}×{W} tokens exceeds the {self.window[0]}×{self.window[1]} of the bias table")
         window = (min(self.window[0], H), min(self.window[1], W))
 
         qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # (B, H, W, 3D), Eq. 3–5
-        qkv = window_partition(qkv, window)  # (B, windows, N, 3D)
-        windows, N = qkv.shape[1:3]
-        q, k, v = qkv.reshape(B * windows, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B·windows, heads, N, d)
+        q, k, v = split_heads(qkv, window, 3, self.num_heads)  # (B·windows, heads, N, d)
+        windows, N = q.shape[0] // B, q.shape[2]
 
         bias = relative_position_bias(self.relative_position_bias_table, self.window, window)  # (heads, N, N)
         if H % window[0] or W % window[1]:
@@ -175,8 +174,7 @@ class TMSA(nn.Module):
             q, k, v = (part.reshape(B, windows * self.num_heads, N, -1) for part in (q, k, v))
         out = self.attention(q, k, v, bias)
 
-        out = out.reshape(B, windows, self.num_heads, N, -1).transpose(2, 3)
         if torch.compiler.is_exporting():  # else a view of the kernel's strides is recorded, which other kernels lack
             out = out.clone(memory_format=torch.contiguous_format)
-        tokens: Tensor = self.proj(window_unpartition(out.reshape(B, windows, N, D), window, (H, W)))
+        tokens: Tensor = self.proj(join_heads(out.reshape(B * windows, self.num_heads, N, -1), window, (H, W)))
         return tokens

@@ -30,7 +30,7 @@ from diffit.weights.file import locate, read_header, read_network_file, save_net
 Method = Literal["progressive", "consistency"]
 
 STEPS: dict[Method, tuple[int, ...]] = {"progressive": (8, 4, 2, 1), "consistency": (2, 1)}
-RECIPES: dict[Method, dict[str, Any]] = {
+METHODS: dict[Method, dict[str, Any]] = {
     "progressive": {"lr_decay": 1.0},
     # Gradients double from stage to stage; 0.999 would divide them by the root of a mean over several stages.
     "consistency": {"lr_decay": 0.5, "optimizer": "radam", "betas": (0.9, 0.99), "metrics_ticks": 5},
@@ -89,7 +89,7 @@ class Teacher:
             # A covariance takes a tenth as many images as it has dimensions.
             if prod(teacher.image_shape) <= min(MOST_VALUES, 10 * facts.images):
                 recipe["metrics"] = (JUDGE,)
-        training = own.model_copy(update=recipe | RECIPES[method])
+        training = own.model_copy(update=recipe | METHODS[method])
         base = teacher.model_copy(update={"training": training, "sampling": sampling, "distillation": spec})
         if isinstance(teacher.diffusion, ADMDiffusion):  # from ε an image cannot be had in a step
             diffusion = teacher.diffusion.model_copy(update={"prediction": "v"})
