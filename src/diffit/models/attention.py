@@ -32,7 +32,8 @@ def split_heads(x: Tensor, window: tuple[int, int], parts: int, heads: int) -> T
     """
     B, H, W, _ = x.shape
     h, w = window
-    x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
+    if H % h or W % w:  # else it would be a copy
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
     x = x.reshape(B, x.shape[1] // h, h, x.shape[2] // w, w, parts, heads, -1)
     return x.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(parts, -1, heads, h * w, x.shape[-1])
 
