@@ -29,13 +29,14 @@ from diffit.utils.precision import channels_last
 from experiments.learning import HeldOut, Point, Results, begin, distance, learn, longest, setting, spread
 
 SIDES = ("ours", "paper", "unet")
+PAPER = {"recipe": "paper", "lr": 2e-3, "batch": 16}  # as small presets had it
 POINTS = 12  # of a curve, besides --minutes
 
 
 class UNet(nn.Module):
     """diffusers' U-Net with our networks' arguments; attention at the lowest resolution."""
 
-    def __init__(self, model: ImageModel, width: int, layers: int = 2, init: str = "fan_in") -> None:
+    def __init__(self, model: ImageModel, width: int, layers: int = 1, init: str = "fan_in") -> None:
         from diffusers import UNet2DModel
 
         super().__init__()
@@ -85,7 +86,7 @@ def products(net: nn.Module, model: ImageModel) -> int:
     return counter.get_total_flops() // 2
 
 
-def unet_like(config: Config, seed: int, layers: int = 2, init: str = "fan_in") -> UNet:
+def unet_like(config: Config, seed: int, layers: int = 1, init: str = "fan_in") -> UNet:
     """Of the even width whose multiply-accumulates are nearest to those of our network."""
     model: Any = config.model
     wanted = products(build_network(config), model)
@@ -108,10 +109,10 @@ def unet_like(config: Config, seed: int, layers: int = 2, init: str = "fan_in") 
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0, 1, 2], show_default=True)
 @click.option("--side", "sides", type=click.Choice(SIDES), multiple=True, default=SIDES)
 @click.option("--preset", help="Of our network.  [default: the small one for the images]")
-@click.option("--unet-lr", type=float, default=2e-3, show_default=True)
-@click.option("--unet-batch", type=int, default=16, show_default=True)
+@click.option("--unet-lr", type=float, default=3e-3, show_default=True)
+@click.option("--unet-batch", type=int, default=32, show_default=True)
 @click.option("--unet-optimizer", type=click.Choice(["adam", "muon"]), default="muon", show_default=True)
-@click.option("--unet-layers", type=int, default=2, show_default=True, help="Blocks a resolution.")
+@click.option("--unet-layers", type=int, default=1, show_default=True, help="Blocks a resolution.")
 @click.option("--unet-init", type=click.Choice(["own", "fan_in"]), default="fan_in", show_default=True,
               help="diffusers' own, or branches that begin at 0.")  # fmt: skip
 @click.option("--dest", type=click.Path(path_type=Path), default="unet.jsonl", show_default=True)
@@ -124,7 +125,7 @@ def main(
     archive, others = ImageArchive(data), ImageArchive(val)
     common = setting(archive, others, detector, preset=preset)
     other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers, "init": unet_init}
-    recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": {"recipe": "paper"}, "unet": other}
+    recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": PAPER, "unet": other}
     length = max(marks)
     due = {minutes / length: minutes for minutes in marks}
     shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1))})

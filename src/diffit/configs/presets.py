@@ -96,11 +96,12 @@ def digits() -> Config:
     )
 
 
-def _small(preset: str, side: int, *widths: int, batch: int = 16) -> Config:
+def _small(preset: str, side: int, *widths: int, batch: int = 16, lr: float = 2e-3) -> Config:
     """Ours, for the machine at hand: the deepest stage attends globally, the others in windows of 4.
 
     Network and recipe were chosen by held-out loss after minutes of a core (docs/quality.md): Muon leaves the loss's
-    first plateau in a thousand images, narrow MLPs pay for wider stages, and small batches learn more in the time.
+    first plateau in a thousand images, narrow MLPs pay for wider stages, and small batches learn more in the time of a
+    few hundred steps.
 
     The length is the machine's: see :mod:`diffit.training.plan`. ``kimg`` is only that of a run of unknown speed.
     """
@@ -111,7 +112,7 @@ def _small(preset: str, side: int, *widths: int, batch: int = 16) -> Config:
         model=ImageModel(image_size=(side, side), stages=(*stages, last), cond_dim=128, mlp_ratio=2.0),
         sampling=Sampling(steps=18),
         training=Training(
-            batch=batch, kimg=50, lr=2e-3, lr_rampup_kimg=0.5, ema_halflife_kimg=2.5, tick=1, **RECIPES["muon"]
+            batch=batch, kimg=50, lr=lr, lr_rampup_kimg=0.5, ema_halflife_kimg=2.5, tick=1, **RECIPES["muon"]
         ),
     )
 
@@ -123,7 +124,7 @@ def small8() -> Config:
 
 def small16() -> Config:
     """16×16, for minutes on a CPU."""
-    return _small("small16", 16, 48, 96)
+    return _small("small16", 16, 48, 96, batch=32, lr=4e-3)
 
 
 def small32() -> Config:

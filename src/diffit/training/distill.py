@@ -35,7 +35,11 @@ METHODS: dict[Method, dict[str, Any]] = {
     # Gradients double from stage to stage; 0.999 would divide them by the root of a mean over several stages.
     "consistency": {"lr_decay": 0.5, "optimizer": "radam", "betas": (0.9, 0.99), "metrics_ticks": 5},
 }
-MUONS = {"optimizer": "adam", "conv_lr": 0.25}  # of presets that learn by Muon: as their students were measured
+MUONS = {
+    "optimizer": "adam",
+    "conv_lr": 0.25,
+    "lr": 1e-3,
+}  # of presets that learn by Muon: as their students were measured
 LR_SHARE = 0.5  # of the learning rate that the first teacher was trained with
 JUDGE, MOST_VALUES = "fd1k_full:pixels", 1024  # small images are judged by their pixels where no metric is named
 SIGMA_MID = 0.8  # where no metric is named; ECT has 0.821 for CIFAR-10
