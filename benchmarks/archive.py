@@ -44,9 +44,9 @@ def write_large(path: Path, count: int, classes: int = 1000) -> None:
 
     rng, pictures = np.random.default_rng(0), []
     for _ in range(64):
-        data = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(data, "PNG")
-        pictures.append(data.getvalue())
+        encoded = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(encoded, "PNG")
+        pictures.append(encoded.getvalue())
     sums = [zlib.crc32(picture) for picture in pictures]
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)]
     meta = json.dumps({"labels": [[name, i * classes // count] for i, name in enumerate(names)]}).encode()

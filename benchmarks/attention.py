@@ -4,6 +4,7 @@ With arguments, ``path window map_side``: runs one and prints its peak memory be
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,7 @@ from diffit.models.attention import TMSA
 WIDTH, COND, HEADS, BATCH = 256, 512, 4, 16
 
 
-def make(fused: bool, window: int, side: int):
+def make(fused: bool, window: int, side: int) -> Callable[[], None]:
     torch.manual_seed(0)
     layer = TMSA(WIDTH, COND, HEADS, grid_size=side, window_size=window, fused=fused).to(DEVICE)
     x = torch.randn(BATCH, side, side, WIDTH, device=DEVICE, requires_grad=True)

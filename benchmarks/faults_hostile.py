@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from benchmarks.faults_options import execute, make_inputs
-from diffit.weights.file import CONFIG_KEY
+from diffit.weights.header import CONFIG_KEY
 from helpers import png_claiming
 
 Attack = tuple[str, str, Callable[[Path], None], list[str]]
@@ -201,10 +201,10 @@ def bombs() -> Iterator[Attack]:
             yield "bomb", title, partial(_zip, "evil.zip", {f"a.{form}": data}), ["data", "check", "evil.zip"]
             words = ["data", "convert", "--source", "evil.zip", "--dest", "new", "--resolution", "8"]
             yield "bomb", title, partial(_zip, "evil.zip", {f"a.{form}": data}), words
-    for shape in ((60_000, 250, 240), (1, 2**31, 2**31), (2**32 - 1, 1, 1), (2**20, 2**10, 2**10)):
-        data = gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape) + bytes(100))
+    for sizes in ((60_000, 250, 240), (1, 2**31, 2**31), (2**32 - 1, 1, 1), (2**20, 2**10, 2**10)):
+        data = gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">3I", *sizes) + bytes(100))
         words = ["data", "convert", "--source", "train-images-idx3-ubyte.gz", "--dest", "new"]
-        yield "bomb", f"an idx of {shape}", partial(_write, words[3], data), words
+        yield "bomb", f"an idx of {sizes}", partial(_write, words[3], data), words
     for title, meta in (("brackets", b"[" * 4_000_000), ("entries", b'["a.png", 0],' * 400_000 + b'["a.png", 0]]}')):
         files = {"a.png": _png(), "dataset.json": b'{"labels": [' + meta}
         yield "bomb", f"{title} in labels", partial(_zip, "evil.zip", files), ["data", "check", "evil.zip", "--cond"]

@@ -186,9 +186,10 @@ class Place:
         if processes > 1:
             program = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", *program]  # fmt: skip
-        words = [*program, seconds, "streamed" if streamed else "resident", "train", "--outdir", self.folder / outdir]
+        words: list[object] = [*program, seconds, "streamed" if streamed else "resident"]
+        words += ["train", "--outdir", self.folder / outdir]
         words += ["--data", self.data, *OPTIONS, *options]
-        return Forked(*words, output=self.folder / f"{outdir}.log")
+        return Forked(*map(str, words), output=self.folder / f"{outdir}.log")
 
     def diffit(self, *words: object, program: str = "diffit") -> Forked:
         """Any command, or a file in the place of ``diffit``."""
@@ -222,7 +223,8 @@ class Place:
 
 def family(process: Forked) -> list[psutil.Process]:
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        found: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+        return found
     except psutil.NoSuchProcess:
         return []
 

@@ -212,7 +212,8 @@ def bias_price(windows: int, heads: int, tokens: int, width: int) -> dict[str, f
 
     def unbiased(*given: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(BACKENDS):
-            return in_parts(F.scaled_dot_product_attention, *given, limit=MAX_WINDOWS)
+            q, k, v = given
+            return in_parts(F.scaled_dot_product_attention, q, k, v, limit=MAX_WINDOWS)
 
     def timed(attention: Callable[..., torch.Tensor], *given: torch.Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attention(*given).float().sum(), given)
@@ -234,7 +235,7 @@ def kernels(preset: str, batch: int, precision: str) -> list[dict[str, Any]]:
         stepper.step(data)
     spent = "self_device_time_total" if GPU else "self_cpu_time_total"
     # On a GPU the kernels alone: what calls them has their time once more.
-    events = [row for row in seen.key_averages() if not GPU or row.device_type == torch.autograd.DeviceType.CUDA]
+    events = [row for row in seen.key_averages() if not GPU or row.device_type.name == "CUDA"]
     rows = sorted(events, key=lambda row: -getattr(row, spent))[:15]
     return [{"name": row.key[:120], "ms": getattr(row, spent) / 1000, "calls": row.count} for row in rows]
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from diffit.weights.file import save_network
 
 STEPS = 20
 BATCHES = {"small32": 16, "cifar10": 16}
-GUARDS = {"on": {"on_spike": "skip", "grad_clip": 1e6}, "off": {"on_spike": "ignore", "grad_clip": None}}
+GUARDS: dict[str, dict[str, Any]] = {
+    "on": {"on_spike": "skip", "grad_clip": 1e6},
+    "off": {"on_spike": "ignore", "grad_clip": None},
+}
 
 
 def prepare(preset: str, batch: int, **changes: object) -> tuple[Stepper, Iterator[tuple[Tensor, None]]]:

@@ -6,16 +6,17 @@ GPU the model is XL/2 whole; on a CPU four of its 28 blocks, of which a step is 
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from benchmarks.measure import DEVICE, in_turns, peak_mib, reset_peak
 from diffit.configs.presets import imagenet256
 from diffit.configs.schema import Config, LatentModel
-from diffit.diffusion.adm import predictor, schedule_of
-from diffit.models.cost import estimate
+from diffit.diffusion.adm import schedule_of
+from diffit.models.cost import count_work
 from diffit.models.latent import LatentDiffiT
-from diffit.sampling.model import guide, prepare, sample
+from diffit.sampling.model import Model, prepare, sample
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.utils.precision import autocast
@@ -46,8 +47,8 @@ def sampling_step(config: Config, precision: str, *, compiled: bool = False) -> 
     batch = config.training.batch
     x = torch.randn(batch, *config.model.sample_shape, device=DEVICE)
     labels = torch.arange(batch, device=DEVICE) % config.model.num_classes
-    schedule = schedule_of(config.diffusion)  # type: ignore[arg-type]
-    predict = guide(lambda own: predictor(net, own), config, labels, config.sampling, schedule)
+    assert config.diffusion.kind == "adm"
+    predict = Model(net, config)._guided(labels, schedule_of(config.diffusion))
 
     def run() -> object:
         with torch.no_grad(), autocast(DEVICE, precision):
@@ -96,14 +97,14 @@ def skipping(config: Config) -> None:
     net = prepare(fresh(config))
     count = [0]
     net.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-    constant = {"cfg_power": None}
+    constant = {"cfg_power": 0}
     walks, images, evaluations = [], [], []
     for changes in (constant, {}, {"cfg_skip": SKIP}):
-        how = config.sampling.model_copy(update={"sampler": "dpm++", "steps": 12, **changes})
+        walk = partial(sample, net, config, [0], sampler="dpm++", steps=12, **changes)
         count[0] = 0
-        images.append(sample(net, config, [0], sampling=how))
+        images.append(walk())
         evaluations.append(count[0])
-        walks.append(lambda how=how: sample(net, config, [0], sampling=how))
+        walks.append(walk)
     every, needed, skipped = in_turns(*walks, rounds=3)
     difference = (images[2] - images[1]).square().mean().sqrt() / images[1].std()
     print(
@@ -117,7 +118,7 @@ def skipping(config: Config) -> None:
 def main(depth: int | None = None, batch: int | None = None) -> None:
     on_gpu = DEVICE.type == "cuda"
     config = make(depth or (28 if on_gpu else 4), batch or (32 if on_gpu else 1))
-    macs = estimate(config, 1).macs
+    macs = count_work(config).macs
     print(f"{config.preset} at depth {config.model.model_dump()['depth']}, {macs / 1e9:.1f} GMAC an evaluation")
     compare("guided sampling step", sampling_step, config, 2 * macs)
     compare("training step", training_step, config, 3 * macs)

@@ -48,7 +48,7 @@ def features(folder: Path) -> None:
         batches = ((torch.arange(i, i + BATCH), images[i : i + BATCH]) for i in range(0, IMAGES, BATCH))
         gather({detector: [need]}, batches, ONE)
 
-    class Rows(torch.utils.data.Dataset):
+    class Rows(torch.utils.data.Dataset[torch.Tensor]):
         def __len__(self) -> int:
             return IMAGES
 

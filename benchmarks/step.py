@@ -25,7 +25,7 @@ class Recorder(TorchDispatchMode):
     """Keeps every product as (operator, arguments), tensors replaced by shape, strides and dtype."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -60,7 +60,7 @@ class Visitors:
         found = np.asarray(Image.open(path).convert("RGB"))
         Path(path).unlink()
         expected = grid_picture(self.model.sample([seed], seed % 10, steps=self.steps, guidance=1.0))
-        return "right" if np.array_equal(found, expected) else "wrong"
+        return "right" if np.array_equal(found, np.asarray(expected)) else "wrong"
 
     def cancel(self, client: Client, seed: int) -> str:
         job = client.submit(*self.fields(seed, LONG), api_name="/sample")

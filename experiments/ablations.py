@@ -15,6 +15,7 @@ import click
 import torch
 
 from diffit.configs.resolve import resolve
+from diffit.configs.schema import ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
 from experiments.learning import HeldOut, Results, begin, distance, learn, setting, spread
@@ -47,6 +48,7 @@ def main(
             if any(Results(dest).find(**key)):
                 continue
             config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed}, facts_of(archive))
+            assert isinstance(config.model, ImageModel)
             model = config.model.model_copy(update={"mlp_ratio": MLP_RATIO})
             net = make(name, model, config.training.init, seed)
             parameters = sum(p.numel() for p in net.parameters())

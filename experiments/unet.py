@@ -4,7 +4,7 @@
 
 The U-Net is diffusers' ``UNet2DModel``, as wide as makes its multiply-accumulates as many; both go through the same
 loss, steps, average and samplers. Ours has the recipe of its preset, ``paper`` is the same network with that of
-``--recipe paper``. The U-Net has ours but for what ``--unet-lr`` and the like say, and its own initialisation.
+``--recipe paper``. The U-Net has ours but for what ``--unet-lr`` and the like say.
 A command that is started again goes on where it was, and two at a time share the work by their ``--seed``.
 """
 
@@ -63,7 +63,8 @@ class UNet(nn.Module):
         for name, module in self.net.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
                 if name.endswith((".conv2", ".to_out.0")):
                     nn.init.zeros_(module.weight)
 
@@ -136,6 +137,7 @@ def main(
         options = {"data": data, "minutes": length, "seed": seed}
         options |= {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
         config = resolve(preset, options, facts_of(archive))
+        assert isinstance(config.model, ImageModel)
         net: Any = unet_like(config, seed, unet_layers, unet_init) if side == "unet" else build_network(config)
         facts = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
         stepper, points = begin(config, net), list[Point]()

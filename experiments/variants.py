@@ -145,12 +145,20 @@ class PlainBlock(DiffiTResBlock):
         return out
 
 
+def token_width(embedder: TimestepEmbedder) -> int:
+    last = embedder.mlp[-1]
+    assert isinstance(last, nn.Linear)
+    return last.out_features
+
+
 class Fourier(TimestepEmbedder):
     """Random Fourier features of the noise level in place of positional ones (Table 8; the scale is that of NCSN++)."""
 
     def __init__(self, like: TimestepEmbedder) -> None:
-        super().__init__(like.mlp[-1].out_features, like.feature_dim)
+        super().__init__(token_width(like), like.feature_dim)
         self.register_buffer("frequencies", torch.randn(like.feature_dim // 2) * 16)
+
+    frequencies: Tensor
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         angles = 2 * torch.pi * t.float()[:, None] * self.frequencies
@@ -177,7 +185,7 @@ def with_block(kind: type[DiffiTBlock], adapt: Callable[[Any, int], None]) -> Ca
     def change(net: ImageDiffiT) -> None:
         with_attention(WithoutTime)(net)
         for res_block in res_blocks(net):
-            adapt(res_block.block, net.t_embedder.mlp[-1].out_features)
+            adapt(res_block.block, token_width(net.t_embedder))
             res_block.block.__class__ = kind
 
     return change
