@@ -54,10 +54,10 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
     """
     (th, tw), (h, w) = table_window, window
     offsets = table.view(2 * th - 1, 2 * tw - 1, -1)[th - h : th + h - 1, tw - w : tw + w - 1]
-    offsets = offsets.permute(2, 0, 1).contiguous()  # heads first: the views below then read along memory
-    # Sliding views stand in for an index of N² entries: [head, yi, xi, a, b] is the offset row (yi + a, xi + b),
-    # and a = h − 1 − yj makes that yi − yj + h − 1.
-    return offsets.unfold(1, h, 1).unfold(2, w, 1).flip(-2, -1).reshape(-1, h * w, h * w)
+    # Along x as a sliding view, with Δy falling: rows[head, xi, Δy, xj]. Of the queries in a row yi of the window the
+    # offsets to all keys then lie side by side, and are copied whole where an index would have N² entries.
+    rows = offsets.permute(2, 0, 1).flip(1).unfold(2, w, 1).flip(-1).transpose(1, 2).flatten(2)
+    return torch.stack([rows[..., (h - 1 - y) * w :][..., : h * w] for y in range(h)], dim=1).flatten(1, 2)
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
@@ -168,7 +168,10 @@ class TMSA(nn.Module):
         q, k, v = split_heads(qkv, window, 3, self.num_heads)  # (B·windows, heads, N, d)
         windows, N = q.shape[0] // B, q.shape[2]
 
-        bias = relative_position_bias(self.relative_position_bias_table, self.window, window)  # (heads, N, N)
+        table = self.relative_position_bias_table
+        if not torch.is_grad_enabled():  # else the gradients of many places would be added up in q's few bits
+            table = table.to(q.dtype)
+        bias = relative_position_bias(table, self.window, window)  # (heads, N, N)
         if H % window[0] or W % window[1]:
             # Windows differ in what they must not see, so each becomes a group of heads with a bias of its own.
             bias = (bias + padding_bias(window, (H, W), x.device)).flatten(0, 1)  # (windows·heads, N, N)
