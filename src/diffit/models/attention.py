@@ -168,7 +168,7 @@ class TMSA(nn.Module):
         q, k, v = split_heads(qkv, window, 3, self.num_heads)  # (B·windows, heads, N, d)
         windows, N = q.shape[0] // B, q.shape[2]
 
-        table = self.relative_position_bias_table
+        table: Tensor = self.relative_position_bias_table
         if not torch.is_grad_enabled():  # else the gradients of many places would be added up in q's few bits
             table = table.to(q.dtype)
         bias = relative_position_bias(table, self.window, window)  # (heads, N, N)
