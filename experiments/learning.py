@@ -135,10 +135,9 @@ class Results:
 def longest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each run, which writes a record whenever it is judged by samples, the one that goes farthest."""
     found: dict[str, dict[str, Any]] = {}
-    for record in records:
-        key = json.dumps([record["name"], record["seed"], record.get("recipe")])
-        if key not in found or len(found[key]["points"]) < len(record["points"]):
-            found[key] = record
+    for record in sorted(records, key=lambda record: record["points"][-1]["seconds"]):
+        run = {key: value for key, value in record.items() if key not in ("points", "minutes", "distance")}
+        found[json.dumps(run, sort_keys=True)] = record
     return list(found.values())
 
 

@@ -154,11 +154,11 @@ def token_width(embedder: TimestepEmbedder) -> int:
 class Fourier(TimestepEmbedder):
     """Random Fourier features of the noise level in place of positional ones (Table 8; the scale is that of NCSN++)."""
 
+    frequencies: Tensor
+
     def __init__(self, like: TimestepEmbedder) -> None:
         super().__init__(token_width(like), like.feature_dim)
         self.register_buffer("frequencies", torch.randn(like.feature_dim // 2) * 16)
-
-    frequencies: Tensor
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         angles = 2 * torch.pi * t.float()[:, None] * self.frequencies

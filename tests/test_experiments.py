@@ -129,6 +129,15 @@ def test_held_out_images_are_of_all_classes_of_an_archive_that_is_in_their_order
     assert torch.equal(archive.labels[found], held_out.labels)
 
 
+def test_of_a_run_the_record_that_goes_farthest_is_drawn_and_runs_of_other_settings_are_others():
+    def record(seconds, points, **facts):
+        return {"name": "ours", "seed": 0, "points": [{"seconds": seconds}] * points, "minutes": seconds / 60, **facts}
+
+    short, long, other = record(600, 12), record(1800, 12), record(60, 12, kimg=6.0)
+    found = learning.longest([long, other, short])
+    assert [each["points"][-1]["seconds"] for each in found] == [60, 1800]
+
+
 def test_where_a_curve_reaches_a_loss_is_read_off_between_its_points():
     points = [{"loss": 0.8, "images": 100}, {"loss": 0.4, "images": 200}]
     assert unet.place(points, 0.6, "images") == 150

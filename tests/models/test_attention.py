@@ -372,3 +372,36 @@ def test_windows_and_heads_are_taken_apart_and_joined_again(H, W, h, w):
         expected = patch.unflatten(-1, (3, 2, 2))[:, :, :, head].permute(2, 0, 1, 3)
         assert_close(cell[:, : patch.shape[0], : patch.shape[1]], expected, rtol=0, atol=0)
         assert cell.count_nonzero() == expected.numel(), "padding is not zero"
+
+
+@pytest.mark.parametrize(("size", "window"), [((6, 6), 3), ((5, 4), 3), ((4, 4), None)], ids=str)
+def test_it_compiles_as_one_graph(size, window):
+    torch.compiler.reset()
+    module, arguments = tmsa(size, window), inputs(size)
+    expected = gradients(module, *arguments)
+    module.compile(fullgraph=True, backend="aot_eager")
+    assert_all_close(gradients(module, *arguments), expected, 1e-12)
+
+
+@pytest.mark.slow
+def test_inductor_agrees_with_eager():
+    torch.compiler.reset()
+    shape = {"dim": 32, "cond_dim": 8}
+    arguments = inputs((5, 8), dtype=torch.float32, **shape)
+    module = tmsa((5, 8), 4, dtype=torch.float32, **shape)
+    expected = gradients(module, *arguments)
+    module.compile(fullgraph=True)
+    assert_all_close(gradients(module, *arguments), expected, 5e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_padding_is_never_attended_to_in_half_precision_either(grad):
+    module, (x, cond) = tmsa((5, 5), 4), inputs((5, 5))
+    with torch.set_grad_enabled(grad):
+        half = tmsa((5, 5), 4, dtype=torch.bfloat16)(x.bfloat16(), cond.bfloat16())
+    assert_close(half, module(x, cond), rtol=0, atol=0.15, check_dtype=False)
+
+
+def test_the_kernel_of_the_library_is_used_unless_told_otherwise():
+    assert TMSA(8, 8, 2, grid_size=4).attention is fused_attention
+    assert TMSA(8, 8, 2, grid_size=4, fused=False).attention is plain_attention

@@ -236,6 +236,16 @@ def test_on_a_discrete_schedule_a_guide_moves_the_noise_and_leaves_the_variances
     assert torch.equal(guided[:, 4:], ours[:, 4:])
 
 
+def test_a_null_class_that_was_never_trained_guides_nothing():
+    net, config = tiny(CLASSES, cfg_scale=2.0)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"label_drop": 0.0})})
+    labels = torch.tensor([0])
+    for do in (lambda: Model(net, config).denoiser(labels), lambda: Model(net, config).sample([0], [0])):
+        with pytest.raises(UserError, match="needs the null class, which label_drop 0 never trains"):
+            do()
+    assert Model(net, config).guided_by(another()).sample([0], [0], steps=1).isfinite().all()
+
+
 def test_a_student_neither_guides_nor_is_guided():
     spec = Distillation(method="consistency", teacher="a.safetensors", teacher_sha256="0" * 64)
     plain, student = Model(*tiny()), another(distillation=spec)

@@ -334,3 +334,5 @@ def test_a_student_of_what_learned_by_muon_learns_as_students_were_measured(meth
     teacher = Teacher("net.safetensors", resolve("small16", {}), "0" * 64)
     training = teacher.student(method, 1, {}, DataFacts(3, (16, 16), images=500)).training
     assert (training.optimizer, training.conv_lr, training.lr) == (optimizer, 0.25, 1e-3)
+    other = Teacher("net.safetensors", resolve("small16", {"lr": 1e-4}), "0" * 64)
+    assert other.student(method, 1, {}, DataFacts(3, (16, 16), images=500)).training.lr == 5e-5

@@ -42,7 +42,7 @@ OPTIONS: Options = {
     ],
     "Recipe": [
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the teacher's]"),
-        click.option("--lr", type=float, help="Learning rate.  [default: half of the first teacher's]"),
+        click.option("--lr", type=float, help="Learning rate.  [default: half of the teacher's; 1e-3 after Muon]"),
         click.option("--lr-rampup-kimg", type=float, help="Learning rate's linear ramp-up.  [default: 5 % of the run]"),
         click.option("--lr-decay", type=float,
                      help="Share of the run over which the learning rate falls to 0.  [default: the method's]"),

@@ -131,6 +131,7 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
     shape = model.config.image_shape
     suite = Suite(options["names"], options["ref"], shape, procs, **detection(options))
     facts = {"network": network.name, "weights_sha256": digest_of(network)}
+    procs.require_same(facts["weights_sha256"], network, "weights", "name one file")  # a run that trains writes newer
     if guide is not None:
         facts |= {"guide": guide.name, "guide_sha256": digest_of(guide)}
     labels = labels_of(options["ref"], model.config.model.num_classes)
@@ -191,7 +192,9 @@ def steps(**options: Any) -> None:
             file = locate(network)
             model = load(file, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
             labels = labels_of(options["ref"], model.config.model.num_classes)
-            candidates.append(Candidate(Path(network).name, model, digest_of(file), labels))
+            digest = digest_of(file)
+            procs.require_same(digest, file, "weights", "name one file")
+            candidates.append(Candidate(Path(network).name, model, digest, labels))
         shapes = {candidate.model.config.image_shape for candidate in candidates}
         if len(shapes) > 1:
             raise UserError(f"--network: images of {len(shapes)} sizes; compare networks of one")

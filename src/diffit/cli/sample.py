@@ -55,7 +55,7 @@ SETTINGS = [
 
 GUIDE = click.option("--guide-network", metavar="FILE|RUN|ID",
                      help="Guide away from this smaller or earlier network, in place of the network without the class "
-                     "(autoguidance); needs --cfg-scale.")  # fmt: skip
+                     "(autoguidance); with a guidance scale other than 1.")  # fmt: skip
 
 OPTIONS: Options = {
   "Model and images": [

@@ -100,8 +100,8 @@ def _small(preset: str, side: int, *widths: int, batch: int = 16, lr: float = 2e
     """Ours, for the machine at hand: the deepest stage attends globally, the others in windows of 4.
 
     Network and recipe were chosen by held-out loss after minutes of a core (docs/quality.md): Muon leaves the loss's
-    first plateau in a thousand images, narrow MLPs pay for wider stages, and small batches learn more in the time of a
-    few hundred steps.
+    first plateau in a thousand images, narrow MLPs pay for wider stages, and where steps are long, small batches learn
+    more in the time. Where they are short, larger ones with a larger rate are as good from three minutes on.
 
     The length is the machine's: see :mod:`diffit.training.plan`. ``kimg`` is only that of a run of unknown speed.
     """

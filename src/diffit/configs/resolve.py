@@ -108,9 +108,9 @@ def resolve(
 def _recipe(name: str, base: Config) -> dict[str, Any]:
     if name not in RECIPES:
         raise UserError(f"recipe {name!r}: use {' or '.join(RECIPES)}")
-    image_space = ("init", "conv_lr")  # a latent model begins as the official one does, and has one convolution
-    has = isinstance(base.model, ImageModel)
-    return {key: value for key, value in RECIPES[name].items() if has or key not in image_space}
+    # A latent model begins as the official one does, and has one convolution.
+    skipped = () if isinstance(base.model, ImageModel) else ("init", "conv_lr")
+    return {key: value for key, value in RECIPES[name].items() if key not in skipped}
 
 
 def _check_grid(config: Config) -> None:

@@ -361,7 +361,8 @@ def require_null_class(config: Config) -> None:
     scale = config.sampling.cfg_scale
     if scale != 1 and config.model.num_classes and config.training.label_drop == 0:
         raise UserError(
-            f"guidance (cfg_scale {scale:g}) needs the null class, which label_drop 0 never trains: use cfg_scale 1"
+            f"guidance (cfg_scale {scale:g}) needs the null class, which label_drop 0 never trains: use cfg_scale 1, "
+            "or sample with a guide network"
         )
 
 

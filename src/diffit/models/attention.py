@@ -57,7 +57,7 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
     # Along x as a sliding view, with Δy falling: rows[head, xi, Δy, xj]. Of the queries in a row yi of the window the
     # offsets to all keys then lie side by side, and are copied whole where an index would have N² entries.
     rows = offsets.permute(2, 0, 1).flip(1).unfold(2, w, 1).flip(-1).transpose(1, 2).flatten(2)
-    return torch.stack([rows[..., (h - 1 - y) * w :][..., : h * w] for y in range(h)], dim=1).flatten(1, 2)
+    return torch.stack([rows[..., y * w : (y + h) * w] for y in reversed(range(h))], dim=1).flatten(1, 2)
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
@@ -166,11 +166,11 @@ class TMSA(nn.Module):
 
         qkv = self.qkv(x) + self.qkv_temb(cond)[:, None, None]  # (B, H, W, 3D), Eq. 3–5
         q, k, v = split_heads(qkv, window, 3, self.num_heads)  # (B·windows, heads, N, d)
-        windows, N = q.shape[0] // B, q.shape[2]
+        windows, N = -(-H // window[0]) * -(-W // window[1]), q.shape[2]
 
         table: Tensor = self.relative_position_bias_table
-        if not torch.is_grad_enabled():  # else the gradients of many places would be added up in q's few bits
-            table = table.to(q.dtype)
+        if not (torch.is_grad_enabled() and table.requires_grad):
+            table = table.to(q.dtype)  # before it is copied; gradients of many places are added up in float32
         bias = relative_position_bias(table, self.window, window)  # (heads, N, N)
         if H % window[0] or W % window[1]:
             # Windows differ in what they must not see, so each becomes a group of heads with a bias of its own.

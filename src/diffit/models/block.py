@@ -12,12 +12,13 @@ def dropped_linear(x: Tensor, layer: nn.Linear, p: float) -> Tensor:
 
     There one draw is for four values, ``p`` a multiple of 1/65,536, and the weights are scaled in place of the values.
     """
-    drop, values = round(p * 2**16), 2**16
-    if x.device.type != "cpu" or torch.compiler.is_compiling():  # fast as they are
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(layer) is not nn.Linear:
         return layer(F.dropout(x, p))
+    steps = 2**16
+    drop = min(round(p * steps), steps - 1)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - values // 2
-    return F.linear(torch.where(keep, x, 0.0), layer.weight * (values / (values - drop)), layer.bias)
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - steps // 2
+    return F.linear(torch.where(keep, x, 0.0), layer.weight * (steps / (steps - drop)), layer.bias)
 
 
 class Mlp(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffit.configs.sampling import DISCRETE
-from diffit.configs.schema import ADMDiffusion, Config, EDMDiffusion
+from diffit.configs.schema import ADMDiffusion, Config, EDMDiffusion, require_null_class
 from diffit.diffusion import adm, edm
 from diffit.diffusion.adm import Schedule, schedule_of
 from diffit.diffusion.guidance import Denoiser, Scale, guided, power_cosine, within
@@ -285,6 +285,7 @@ class Model:
         """What guidance leads away from: the guide, or the network without the class."""
         if self.guide is None:
             assert labels is not None
+            require_null_class(self.config)
             return self._unguided(torch.full_like(labels, self.config.model.num_classes), schedule)
         return self.guide._unguided(labels if self.guide.config.model.num_classes else None, schedule)
 

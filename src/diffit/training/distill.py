@@ -35,11 +35,9 @@ METHODS: dict[Method, dict[str, Any]] = {
     # Gradients double from stage to stage; 0.999 would divide them by the root of a mean over several stages.
     "consistency": {"lr_decay": 0.5, "optimizer": "radam", "betas": (0.9, 0.99), "metrics_ticks": 5},
 }
-MUONS = {
-    "optimizer": "adam",
-    "conv_lr": 0.25,
-    "lr": 1e-3,
-}  # of presets that learn by Muon: as their students were measured
+# Of a teacher that learned as a preset with Muon does: as such students were measured.
+AFTER_MUON = {"optimizer": "adam", "conv_lr": 0.25}
+LR_AFTER_MUON = 1e-3
 LR_SHARE = 0.5  # of the learning rate that the first teacher was trained with
 JUDGE, MOST_VALUES = "fd1k_full:pixels", 1024  # small images are judged by their pixels where no metric is named
 SIGMA_MID = 0.8  # where no metric is named; ECT has 0.821 for CIFAR-10
@@ -87,7 +85,9 @@ class Teacher:
         recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": lr}
         recipe |= {"augment": 0.0, "label_drop": 0.0, "mirror": teacher.training.mirror}
         if own.optimizer == "muon":
-            recipe |= MUONS
+            recipe |= AFTER_MUON
+            if teacher.distillation is None and teacher.training.lr == own.lr:
+                recipe["lr"] = LR_AFTER_MUON
         if teacher.autoencoder is None:
             recipe["metrics_ref"] = options.get("val")
             # A covariance takes a tenth as many images as it has dimensions.

@@ -2,7 +2,7 @@
 
 Muon (K. Jordan et al. 2024) moves a matrix by its momentum made orthogonal, so that no direction of it is left behind.
 PyTorch has one, of one matrix at a time, which asks the device whether the gradient is finite; here matrices of one
-shape go together, and nothing waits.
+shape go together, as many as are not too large, and nothing waits.
 """
 
 import math
@@ -64,8 +64,8 @@ class Muon(torch.optim.Adam):
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, *, momentum: float = 0.95, **adam: Any) -> None:
-        groups = [{"momentum": momentum, **group} if group.get("muon") else group for group in groups]
         super().__init__(groups, lr=lr, fused=True, **adam)
+        self.defaults["momentum"] = momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -85,22 +85,22 @@ class Muon(torch.optim.Adam):
             for shape, parameters in alike.items():
                 count = max(TOGETHER // shape.numel(), 1)
                 for start in range(0, len(parameters), count):
-                    self._move(parameters[start : start + count], group["lr"], group["momentum"], found)
+                    self._move(parameters[start : start + count], group["lr"], found)
         super().step()
         return loss
 
-    def _move(self, parameters: list[Tensor], lr: float, share: float, found: Tensor | None) -> None:
-        """Weights of one shape; their gradients are used up, so that Adam leaves them alone."""
-        ahead = []
+    def _move(self, parameters: list[Tensor], lr: float, found: Tensor | None) -> None:
+        """Weights of one shape; their gradients are overwritten and left out, so that Adam leaves them alone."""
+        ahead, momentum = [], self.defaults["momentum"]
         for parameter in parameters:
             state, gradient = self.state[parameter], parameter.grad
             assert gradient is not None
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = part(state["momentum_buffer"])
-            moved = momentum.lerp(part(gradient), 1 - share)
-            part(gradient).lerp_(moved, share)  # Nesterov's
-            momentum.copy_(moved if found is None else torch.where(found == 0, moved, momentum))
+            buffer = part(state["momentum_buffer"])
+            moved = buffer.lerp(part(gradient), 1 - momentum)
+            part(gradient).lerp_(moved, momentum)  # Nesterov's
+            buffer.copy_(moved if found is None else torch.where(found == 0, moved, buffer))
             ahead.append(whole(gradient).flatten(1))
         step = orthogonal(torch.stack(ahead))
         step *= -0.2 * math.sqrt(max(step.shape[1:])) * lr
