@@ -27,8 +27,8 @@ def main(found: Path, dest: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = longest(Results(found).records)
-    names = list(dict.fromkeys(map(label, records)))
+    every = Results(found).records
+    records, names = longest(every), list(dict.fromkeys(map(label, every)))
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
     colours = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
     for number, name in enumerate(names):
@@ -43,6 +43,9 @@ def main(found: Path, dest: Path) -> None:
     panels[0].set(xlabel="thousands of images", ylabel="held-out loss", yscale="log")
     panels[1].set(xlabel="minutes of a core", yscale="log")
     panels[2].set(xlabel="eighth of the noise levels, low to high", ylabel="held-out loss at the end")
+    for panel in panels[:2]:
+        panel.yaxis.set_major_formatter("{x:.3g}")
+        panel.yaxis.set_minor_formatter("{x:.3g}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(names) - 1) // 6), 1, 1))
     figure.savefig(dest, dpi=110)
