@@ -405,3 +405,10 @@ def test_padding_is_never_attended_to_in_half_precision_either(grad):
 def test_the_kernel_of_the_library_is_used_unless_told_otherwise():
     assert TMSA(8, 8, 2, grid_size=4).attention is fused_attention
     assert TMSA(8, 8, 2, grid_size=4, fused=False).attention is plain_attention
+
+
+def test_padded_windows_are_exported_for_any_batch():
+    module, batch = tmsa((5, 5), 4).requires_grad_(False), torch.export.Dim("batch")
+    exported = torch.export.export(module, inputs((5, 5), batch=3), dynamic_shapes=({0: batch}, {0: batch})).module()
+    larger = inputs((5, 5), batch=7)
+    assert_close(exported(*larger), module(*larger))
