@@ -92,7 +92,6 @@ def unet_like(config: Config, seed: int, layers: int = 1, init: str = "fan_in") 
     model: Any = config.model
     wanted = products(build_network(config), model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         with torch.device("meta"):
             about = round(16 * (wanted / products(UNet(model, 32, layers), model)) ** 0.5)  # of 2 channels each
             widths = {n: products(UNet(model, n, layers), model) for n in range(2 * about - 4, 2 * about + 5, 2)}

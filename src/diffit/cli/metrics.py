@@ -125,15 +125,16 @@ def evaluate_file(options: dict[str, Any], procs: "Processes") -> list[dict[str,
     network, batch, repeats = locate(options["network"]), options["batch"], options["repeats"]
     guide = None if options["guide_network"] is None else locate(options["guide_network"])
     model = load(network, device=procs.device, precision=options["precision"] or "fp32", vae=options["vae"])
-    model = with_guide(model, guide, procs)
+    model = with_guide(model, guide)
     model = model.with_sampling(**{name: options[name] for name in Sampling.model_fields if name in options})
     require_scale(model)
     shape = model.config.image_shape
     suite = Suite(options["names"], options["ref"], shape, procs, **detection(options))
     facts = {"network": network.name, "weights_sha256": digest_of(network)}
-    procs.require_same(facts["weights_sha256"], network, "weights", "name one file")  # a run that trains writes newer
     if guide is not None:
         facts |= {"guide": guide.name, "guide_sha256": digest_of(guide)}
+    weights = [facts[key] for key in facts if key.endswith("_sha256")]
+    procs.require_same(weights, network, "weights", "name one file")  # a run that trains writes newer ones
     labels = labels_of(options["ref"], model.config.model.num_classes)
     seeds = range(options["seed"], options["seed"] + repeats * suite.samples, suite.samples)
     runs = [

@@ -16,7 +16,6 @@ from diffit.errors import UserError
 
 if TYPE_CHECKING:
     from diffit.sampling import Model
-    from diffit.utils.distributed import Processes
 
 TRAJECTORY_IMAGES = 16
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -125,7 +124,7 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
         file = locate(network)
         model = load(file, device=procs.device, precision=own.precision, vae=own.vae, verify=not own.no_verify)
         guide = None if own.guide_network is None else locate(own.guide_network)
-        model = with_guide(model, guide, procs, verify=not own.no_verify).with_sampling(**settings)
+        model = with_guide(model, guide, verify=not own.no_verify).with_sampling(**settings)
         require_scale(model)
         indices = [] if own.classes is None else find_classes(own.classes, model.config, "--class")
         if own.compile:
@@ -159,17 +158,14 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             click.echo(f"{count} images in {seconds:.1f} s ({count / seconds:.3g} img/s): {path}")
 
 
-def with_guide(model: "Model", file: Path | None, procs: "Processes", *, verify: bool = True) -> "Model":
-    """``model`` guided by the network of a file, where there is one. All processes call this together."""
+def with_guide(model: "Model", file: Path | None, *, verify: bool = True) -> "Model":
+    """``model`` guided by the network of a file, where there is one."""
     from diffit.sampling.model import Model, prepare
-    from diffit.sampling.outputs import fingerprint
     from diffit.weights import load_network
 
     if file is None:
         return model
     net, config = load_network(file, model.device, verify=verify)
-    if procs.count > 1:
-        procs.require_same(fingerprint(net), file, "weights", "name one file")
     return model.guided_by(Model(prepare(net, model.precision), config, None, model.precision))
 
 

@@ -214,13 +214,14 @@ class Model:
         if grid is not None and grid[0] * grid[1] > len(seeds):
             raise UserError(f"--grid {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} images, there are {len(seeds)}")
         procs = procs or Processes(0, 1, self.device)
+        weights = [fingerprint(model.net) for model in (self, self.guide) if model is not None]
         if procs.count > 1:  # a run that trains writes newer ones
-            procs.require_same(fingerprint(self.net), source, "weights", "name one file")
+            procs.require_same(weights, source, "weights", "name one file")
         classes = choose_labels(self.config, seeds, labels)
         vae = None if self.autoencoder is None else self.autoencoder.sha256
         origin = {"network": source, "precision": self.precision, "vae": vae}
         if self.guide is not None:
-            origin["guide"] = fingerprint(self.guide.net)
+            origin["guide"] = weights[1]
         job = Job(seeds, classes, self.net, self.config, origin)
         with output.begin(job, procs):
             parts = self.generate(seeds, classes, procs=procs, batch=batch, progress=True, done=output.done)
