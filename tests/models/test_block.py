@@ -2,47 +2,56 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from diffit.models.block import dropped_linear
+from diffit.models.block import Mlp
 
 COUNT = 400_003  # no multiple of 4
 
 
-def identity(size):
-    layer = nn.Linear(size, size, bias=False)
-    nn.init.eye_(layer.weight)
-    return layer
+def copies(p, size=1):
+    """A layer of so many values that gives GELU(10) = 10 of each that it keeps, times what it scales by."""
+    mlp = Mlp(size, size, dropout=p)
+    for layer in (mlp.fc1, mlp.fc2):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return mlp
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.13, 0.5, 0.9])
-def test_values_are_dropped_as_often_as_is_said_and_the_others_scaled(p):
-    unit = identity(1)
+def test_values_are_dropped_as_often_as_is_said_and_the_others_scaled(p, dtype):
     torch.manual_seed(0)
-    out = dropped_linear(torch.ones(COUNT, 1), unit, p).flatten()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        out = copies(p)(torch.full((COUNT, 1), 10.0)).flatten().float()
     kept = out != 0
     assert abs(float(kept.double().mean()) - (1 - p)) < 4 * (p * (1 - p) / COUNT) ** 0.5
-    assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)), rtol=1e-4, atol=0)  # p is a multiple of 2⁻¹⁶
+    # p is a multiple of 2⁻¹⁶
+    assert_close(
+        out[kept], torch.full_like(out[kept], 10 / (1 - p)), rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=0
+    )
 
 
 def test_values_of_one_draw_are_dropped_independently():
-    unit = identity(1)
     torch.manual_seed(0)
-    kept = (dropped_linear(torch.ones(COUNT, 1), unit, 0.3).flatten()[: COUNT - 3] != 0).double()
+    kept = (copies(0.3)(torch.full((COUNT, 1), 10.0)).flatten()[: COUNT - 3] != 0).double()
     four = kept.view(-1, 4) - 0.7
     covariance = four.T @ four / len(four)
     assert_close(covariance, 0.21 * torch.eye(4, dtype=torch.float64), rtol=0, atol=4 * 0.21 / len(four) ** 0.5)
 
 
-def test_a_layer_and_its_inputs_learn_from_what_is_kept():
-    layer, unit, x = nn.Linear(5, 3), identity(5), torch.randn(7, 5, requires_grad=True)
+@pytest.mark.parametrize("p", [1e-7, 0.4, 1.0])
+def test_what_is_learned_is_that_of_the_written_out_layer(p):
+    mlp, x = Mlp(5, 6, dropout=p), torch.randn(7, 3, 5, requires_grad=True)
+    mask = copies(p, 6)
     torch.manual_seed(1)
-    kept = dropped_linear(torch.ones(7, 5), unit, 0.4)
+    keep = (mask(torch.full((7, 3, 6), 10.0)) / 10).detach()
     torch.manual_seed(1)
-    out = dropped_linear(x, layer, 0.4)
-    assert_close(out, layer(x * kept))
+    out = mlp(x)
+    expected = mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh") * keep)
+    assert_close(out, expected)
     weights = torch.randn_like(out)
-    found = torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()])
-    expected = torch.autograd.grad((layer(x * kept) * weights).sum(), [x, *layer.parameters()])
-    assert_close(found, expected)
+    found = torch.autograd.grad((out * weights).sum(), [x, *mlp.parameters()])
+    assert_close(found, torch.autograd.grad((expected * weights).sum(), [x, *mlp.parameters()]))

@@ -13,10 +13,14 @@ from diffit.models.block import DiffiTBlock, init_linear
 from diffit.models.embeddings import LabelEmbedder, TimestepEmbedder
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least four channels, as many as divide the width."""
-    groups = next(n for n in range(min(32, max(channels // 4, 1)), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels)
+class GroupNorm(nn.GroupNorm):
+    """At most 32 groups of at least four channels, as many as divide the width; in the dtype of its weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(next(n for n in range(min(32, max(channels // 4, 1)), 0, -1) if channels % n == 0), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))  # as autocast has it on CUDA; a CPU's in bfloat16 is slow
 
 
 class DiffiTResBlock(nn.Module):
@@ -24,7 +28,7 @@ class DiffiTResBlock(nn.Module):
 
     def __init__(self, spec: StageSpec, cond_dim: int, *, grid_size: tuple[int, int], **block: float) -> None:
         super().__init__()
-        self.norm = group_norm(spec.width)
+        self.norm = GroupNorm(spec.width)
         self.conv = nn.Conv2d(spec.width, spec.width, 3, padding=1)
         self.block = DiffiTBlock(
             spec.width, cond_dim, spec.heads, grid_size=grid_size, window_size=spec.window, **block
@@ -104,7 +108,7 @@ class ImageDiffiT(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(w, w_next, 3, stride=2, padding=1) for w, w_next in deeper)
         self.up = nn.ModuleList(Upsample(w_next, w) for w, w_next in reversed(deeper))
         self.decoder = nn.ModuleList(stage(level) for level in reversed(range(len(stages) - 1)))
-        self.head_norm = group_norm(widths[0])
+        self.head_norm = GroupNorm(widths[0])
         self.head = nn.Conv2d(widths[0], channels, 3, padding=1)
         self.init_weights()
 

@@ -26,6 +26,7 @@ from diffit.training.muon import Muon, hidden_weights
 from diffit.training.shard import gathered, part, shard, whole
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
+from diffit.utils.memory import keep_freed_memory
 from diffit.utils.precision import autocast, channels_last
 from diffit.utils.randomness import DROPOUT, INIT, STEP, derive_seed
 from diffit.weights.file import require_weights
@@ -118,6 +119,8 @@ class Stepper:
         self, config: Config, procs: Processes, net: DiffiT, precision: str, autoencoder: Autoencoder | None = None
     ) -> None:
         training = config.training
+        if procs.device.type == "cpu":
+            keep_freed_memory()
         self.config, self.procs, self.precision, self.autoencoder = config, procs, precision, autoencoder
         self.batch_gpu, self.rounds = accumulation(training.batch, training.batch_gpu, procs.count)
         self.net, self.ema = net.train(), copy.deepcopy(net).eval().requires_grad_(False)
