@@ -357,14 +357,17 @@ def test_a_grid_too_large_to_be_read_again_is_refused_with_one_that_is_not():
 def test_a_recipe_changes_how_weights_begin_and_move_and_options_go_before_it():
     published, small = get_preset("cifar10"), get_preset("small16")
     training = resolve("cifar10", {"recipe": "muon"}).training
-    changed = {"optimizer": "muon", "init": "fan_in"}
+    changed = {"optimizer": "muon", "init": "fan_in", "weighting": "uncertainty"}
     assert training == published.training.model_copy(update=changed)
     assert resolve("cifar10", {"recipe": "paper"}).training == published.training
     as_published = resolve("small16", {"recipe": "paper"}).training
     assert (as_published.optimizer, as_published.init, as_published.conv_lr) == ("adam", "xavier", 1.0)
+    assert (as_published.weighting, small.training.weighting) == ("own", "uncertainty")
     assert as_published.lr == small.training.lr
     assert resolve("cifar10", {"recipe": "muon", "optimizer": "adam"}).training.optimizer == "adam"
     latent = resolve("latent-s", {"recipe": "muon"}).training
     assert (latent.optimizer, latent.init) == ("muon", resolve("latent-s", {}).training.init)
+    # Where losses of noise levels differ a hundredfold, another weighting is another model.
+    assert latent.weighting == resolve("small16", {"diffusion": "cosine"}).training.weighting == "own"
     with pytest.raises(UserError, match="recipe 'sgd': use paper or muon"):
         resolve("cifar10", {"recipe": "sgd"})

@@ -238,3 +238,21 @@ def test_cached_and_live_latents_are_the_same_draws_mirrored_by_the_same_coin(tm
             assert_close(drawn, (mean + std * noise) * 0.5, rtol=1e-4, atol=1e-5)
         assert 0 < coin.sum() < 16 or not mirror
     assert (plain - mirrored).abs().mean() > 0.01, "these images are their own mirror images"
+
+
+def test_a_run_goes_on_with_the_weights_that_it_had_and_its_statistics_are_of_the_loss_itself(tmp_path):
+    stepper, images = make(tmp_path, weighting="uncertainty", batch_gpu=4)
+    stepper.net.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        stepper.step(images)
+    assert not torch.equal(stepper.weighting.means, torch.ones_like(stepper.weighting.means))
+    stepper.save(tmp_path / "state")
+    again, _ = make(tmp_path, weighting="uncertainty", batch_gpu=4)
+    again.restore(tmp_path / "state")
+    assert torch.equal(again.weighting.means, stepper.weighting.means)
+    plain, _ = make(tmp_path, batch_gpu=4)
+    plain.restore(tmp_path / "state")
+    batch = next(images)
+    weighted, loss = again.microbatch_loss(*batch, 0), plain.microbatch_loss(*batch, 0)
+    assert not torch.equal(weighted, loss)
+    assert torch.equal(again.meter.last_loss, loss.mean())

@@ -115,8 +115,8 @@ OPTIONS: Options = {
     ],
     "Recipe": [
         click.option("--recipe", type=click.Choice(list(RECIPES)),
-                     help="Initialisation and optimiser: as published (Adam), or that of the small presets (Muon). "
-                     "[default: the preset's]"),
+                     help="Initialisation, optimiser and weights of noise levels: as published (Adam), or those of the "
+                     "small presets (Muon).  [default: the preset's]"),
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the preset's]"),
         click.option("--lr", type=float, help="Learning rate.  [default: the preset's]"),
         click.option("--lr-rampup-kimg", type=float,

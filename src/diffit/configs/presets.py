@@ -22,10 +22,10 @@ from diffit.configs.schema import (
 from diffit.errors import UserError
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0},
-    "muon": {"optimizer": "muon", "init": "fan_in", "conv_lr": 1.0},
+    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0, "weighting": "own"},
+    "muon": {"optimizer": "muon", "init": "fan_in", "conv_lr": 1.0, "weighting": "uncertainty"},
 }
-"""How a network's weights begin and move: as published, or as the small presets have it (docs/quality.md)."""
+"""How weights begin and move, and noise levels weigh: as published, or as in the small presets (docs/quality.md)."""
 
 
 def cifar10() -> Config:

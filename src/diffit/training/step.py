@@ -24,6 +24,7 @@ from diffit.training.losses import build_loss
 from diffit.training.meter import Meter
 from diffit.training.muon import Muon, hidden_weights
 from diffit.training.shard import gathered, part, shard, whole
+from diffit.training.weighting import UncertaintyWeighting
 from diffit.utils.distributed import Processes
 from diffit.utils.images import to_float
 from diffit.utils.memory import keep_freed_memory
@@ -150,6 +151,8 @@ class Stepper:
                 self.net, process_group=procs.steps, gradient_as_bucket_view=True, broadcast_buffers=False
             )
         self.loss = build_loss(config, procs.device, precision, lambda: self.images_seen / self.end)
+        uncertain = training.weighting == "uncertainty"
+        self.weighting = UncertaintyWeighting(self.loss, procs.device) if uncertain else None
         self.augment = Augment(training.augment) if training.augment else None
         self.generator = torch.Generator(procs.device)
         self.meter = Meter(self.loss, procs.device)
@@ -175,6 +178,8 @@ class Stepper:
         norm = whole(torch.nn.utils.get_total_norm(gradients)) / self.scaler.scale(self.one)
         skip = self.guard.skips(norm)
         self.meter.add_gradients(norm, skip)
+        if self.weighting is not None:
+            self.weighting.update(self.procs, skip)
         # The scaler leaves out the step, on all processes alike, where it finds a gradient that is not finite.
         gradients[0].mul_(torch.where(skip, torch.nan, 1.0))
         self.scaler.unscale_(self.optimizer)
@@ -208,6 +213,7 @@ class Stepper:
             "judged": self.judged,
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
+            "weighting": None if self.weighting is None else self.weighting.means.tolist(),
             "skipped": [int(self.meter.skipped), int(self.meter.skipped_in_a_row)],
             "config": self.config.model_dump(mode="json"),
         }
@@ -244,6 +250,8 @@ class Stepper:
             skipped, in_a_row = metadata["skipped"]
             self.meter.skipped.fill_(skipped)
             self.meter.skipped_in_a_row.fill_(in_a_row)
+        if self.weighting is not None and metadata.get("weighting"):
+            self.weighting.means.copy_(torch.tensor(metadata["weighting"]))
         self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
         ended, took = metadata.get("judged", self.judged)
         self.judged = ended, took
@@ -266,7 +274,7 @@ class Stepper:
         )
 
     def microbatch_loss(self, data: Tensor, labels: Tensor | None, m: int) -> Tensor:
-        """Per-sample loss of the m-th microbatch of this step; ``data`` as in :func:`clean_samples`."""
+        """Per-sample loss of the m-th microbatch of this step, weighted; ``data`` as in :func:`clean_samples`."""
         training = self.config.training
         self.generator.manual_seed(derive_seed(training.seed, STEP, self.images_seen, m))
         torch.manual_seed(derive_seed(training.seed, DROPOUT, self.images_seen, m))  # dropout has no generator
@@ -279,4 +287,4 @@ class Stepper:
         with autocast(self.procs.device, self.precision):
             loss = self.loss(self.ddp, x, labels, augment_labels, generator=self.generator, level=level)
         self.meter.add_losses(level, loss.detach())
-        return loss
+        return loss if self.weighting is None else self.weighting(level, loss)

@@ -6,7 +6,7 @@ losses: many plain surfaces lower ones, noise and fine texture higher ones.
 
 from itertools import pairwise
 
-from diffit.configs.presets import get_preset
+from diffit.configs.presets import RECIPES, get_preset
 from diffit.configs.schema import Config
 
 CURVES: dict[str, tuple[tuple[float, float], ...]] = {
@@ -38,7 +38,7 @@ def usual_loss(config: Config, kimg: float) -> float | None:
     if curve is None or kimg < curve[0][0] or config.distillation is not None:
         return None
     ours, measured = config.training, get_preset(config.preset).training
-    if any(getattr(ours, name) != getattr(measured, name) for name in ("batch", "lr", "optimizer", "conv_lr", "init")):
+    if any(getattr(ours, name) != getattr(measured, name) for name in ("batch", "lr", *RECIPES["paper"])):
         return None
     for (left, above), (right, below) in pairwise(curve):
         if kimg < right:

@@ -13,7 +13,6 @@ def keep_freed_memory() -> bool:
     times what it takes to compute an elementwise function on them. A process that needs as much again in every step
     holds no more than before.
     """
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if not hasattr(libc, "mallopt"):
+    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
     return bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, 2**31 - 1))
