@@ -17,7 +17,10 @@ from diffit.configs.presets import cifar10
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward"}
+FUSED = "mkldnn::_linear_pointwise"
+PRODUCTS = {
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward", FUSED
+}  # fmt: skip
 BATCH = 16
 
 
@@ -29,8 +32,9 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().split(".")[0] in PRODUCTS:
-            self.calls.append((func, *tree_map(self.describe, (args, kwargs or {}))))
+        if (name := func.name().split(".")[0]) in PRODUCTS:
+            alone = (*args[:3], "none", [], "") if name == FUSED else args
+            self.calls.append((func, *tree_map(self.describe, (alone, kwargs or {}))))
         return func(*args, **(kwargs or {}))
 
     @staticmethod

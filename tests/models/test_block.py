@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from diffit.models.block import Mlp
+from diffit.models.block import Mlp, has_fused_gelu, linear_gelu
 
 COUNT = 400_003  # no multiple of 4
 
@@ -55,3 +55,17 @@ def test_what_is_learned_is_that_of_the_written_out_layer(p):
     weights = torch.randn_like(out)
     found = torch.autograd.grad((out * weights).sum(), [x, *mlp.parameters()])
     assert_close(found, torch.autograd.grad((expected * weights).sum(), [x, *mlp.parameters()]))
+
+
+@pytest.mark.skipif(not has_fused_gelu(), reason="this CPU does not multiply bfloat16 by oneDNN")
+def test_gelu_of_a_layer_in_one_kernel_is_no_farther_from_the_formula_than_two_are():
+    layer, x = nn.Linear(40, 24).to(torch.bfloat16), torch.randn(3, 5, 40)
+    exact = F.linear(x.to(torch.bfloat16).double(), layer.weight.double(), layer.bias.double())
+    exact = 0.5 * exact * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        two = linear_gelu(x, layer)
+        assert two.requires_grad
+        with torch.no_grad():
+            one = linear_gelu(x, layer)
+    assert not torch.equal(one, two)
+    assert (one - exact).abs().max() <= (two - exact).abs().max() < 0.02

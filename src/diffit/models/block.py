@@ -1,5 +1,7 @@
 """The transformer block that both families are made of, and the initialisation of their linear layers."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,31 @@ def drop_before_gelu(x: Tensor, p: float) -> float:
     return steps / (steps - drop)
 
 
+@cache
+def has_fused_gelu() -> bool:
+    """Whether this CPU multiplies bfloat16 by oneDNN, with the operator that PyTorch's own compiler uses."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.ops.mkldnn._linear_pointwise)
+    except (AttributeError, RuntimeError):  # another build of PyTorch
+        return False
+
+
+def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """``F.gelu(layer(x), approximate="tanh")``, on a CPU that samples in bfloat16 as one kernel: a sixth faster."""
+    if (
+        x.device.type == "cpu"
+        and type(layer) is nn.Linear  # not a quantised one
+        and layer.weight.dtype == torch.bfloat16
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and has_fused_gelu()
+    ):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(torch.bfloat16), layer.weight, layer.bias, "gelu", [], "tanh"
+        )
+        return fused
+    return F.gelu(layer(x), approximate="tanh")
+
+
 class Mlp(nn.Module):
     """Linear, tanh-approximated GELU, dropout, linear: ``(…, dim) -> (…, dim)``."""
 
@@ -35,11 +62,12 @@ class Mlp(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x, p = self.fc1(x), self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         if p and x.device.type == "cpu" and not torch.compiler.is_compiling() and type(self.fc2) is nn.Linear:
+            x = self.fc1(x)
             scale = drop_before_gelu(x, p)
             return F.linear(F.gelu(x, approximate="tanh"), self.fc2.weight * scale, self.fc2.bias)
-        out: Tensor = self.fc2(F.dropout(F.gelu(x, approximate="tanh"), p, self.training))
+        out: Tensor = self.fc2(F.dropout(linear_gelu(x, self.fc1), p, self.training))
         return out
 
 
