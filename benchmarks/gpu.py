@@ -240,6 +240,16 @@ def kernels(preset: str, batch: int, precision: str) -> list[dict[str, Any]]:
     return [{"name": row.key[:120], "ms": getattr(row, spent) / 1000, "calls": row.count} for row in rows]
 
 
+def three_losses(procs: Processes, shard: bool) -> list[float]:
+    """Losses of three steps. Nothing that holds on to the process group is left when it is taken down."""
+    stepper, data = stepper_of("cifar10" if GPU else "debug", 4, "fp32", procs, shard=shard, augment=0.0)
+    losses = []
+    for _ in range(3):
+        stepper.step(data)
+        losses.append(stepper.meter.read(procs)["loss"])
+    return losses
+
+
 def collectives() -> dict[str, Any]:
     """By all processes, under torchrun: an all-reduce, and the losses of whole and of sharded weights."""
     found: dict[str, Any] = {}
@@ -249,13 +259,8 @@ def collectives() -> dict[str, Any]:
         found["sum"] = float(ones.double().mean())
         (seconds,) = in_turns(lambda: dist.all_reduce(ones), rounds=3)
         found["all-reduce GB per second"] = 2 * (procs.count - 1) / procs.count * ones.nbytes / seconds / 1e9
-        for shard in (False, True):
-            stepper, data = stepper_of("cifar10" if GPU else "debug", 4, "fp32", procs, shard=shard, augment=0.0)
-            losses = []
-            for _ in range(3):
-                stepper.step(data)
-                losses.append(stepper.meter.read(procs)["loss"])
-            found["sharded losses" if shard else "losses"] = losses
+        for name, shard in {"losses": False, "sharded losses": True}.items():
+            found[name] = three_losses(procs, shard)
         found["processes"] = procs.count
     return found if procs.is_first else {}
 
