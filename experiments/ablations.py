@@ -18,7 +18,7 @@ from diffit.configs.resolve import resolve
 from diffit.configs.schema import ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from experiments.learning import HeldOut, Results, begin, distance, learn, setting, spread
+from experiments.learning import HeldOut, Results, begin, distance, learn, recipe_of, setting, spread
 from experiments.variants import VARIANTS, make
 
 NAMES = list(VARIANTS)
@@ -41,7 +41,8 @@ def main(
     """Train what is not in the file yet, and print the table of all that is."""
     torch.set_num_threads(1)
     archive, others = ImageArchive(data), ImageArchive(val)
-    common = setting(archive, others, detector, kimg=kimg, preset=preset)
+    recipe = recipe_of(resolve(preset, {"data": data, "kimg": kimg}, facts_of(archive)))
+    common = setting(archive, others, detector, kimg=kimg, preset=preset, training=recipe)
     for seed in seeds:
         for name in names:
             key = {"name": name, "seed": seed, **common}

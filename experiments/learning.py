@@ -44,6 +44,11 @@ def setting(archive: ImageArchive, others: ImageArchive, detector: str, **option
     return {**options, "data": archive.content_hash, "val": others.content_hash, "detector": key, "machine": machine()}
 
 
+def recipe_of(config: Config) -> dict[str, Any]:
+    """What a preset decides and may decide otherwise one day."""
+    return config.training.model_dump(include={"optimizer", "init", "weighting", "batch", "lr"})
+
+
 def begin(config: Config, net: Any) -> Stepper:
     """Training of ``net``, on a GPU where there is one."""
     procs = alone()

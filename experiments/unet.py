@@ -26,7 +26,7 @@ from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
 from diffit.training.step import build_network
 from diffit.utils.precision import channels_last
-from experiments.learning import HeldOut, Point, Results, begin, distance, learn, longest, setting, spread
+from experiments.learning import HeldOut, Point, Results, begin, distance, learn, longest, recipe_of, setting, spread
 
 SIDES = ("ours", "paper", "unet")
 PAPER = {"recipe": "paper", "lr": 2e-3, "batch": 16}  # as small presets had it
@@ -129,13 +129,19 @@ def main(
     length = max(marks)
     due = {minutes / length: minutes for minutes in marks}
     shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1))})
+
+    def config_of(side: str, seed: int = 0) -> Config:
+        options = {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
+        return resolve(preset, {"data": data, "minutes": length, "seed": seed, **options}, facts_of(archive))
+
+    keys = {
+        side: {"name": side, "recipe": recipes[side], "training": recipe_of(config_of(side)), **common}
+        for side in SIDES
+    }
     for seed, side in itertools.product(seeds, sides):
-        key = {"name": side, "seed": seed, "recipe": recipes[side], **common}
+        key, config = keys[side] | {"seed": seed}, config_of(side, seed)
         if all(any(Results(dest).find(minutes=minutes, **key)) for minutes in marks):
             continue
-        options = {"data": data, "minutes": length, "seed": seed}
-        options |= {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
-        config = resolve(preset, options, facts_of(archive))
         assert isinstance(config.model, ImageModel)
         net: Any = unet_like(config, seed, unet_layers, unet_init) if side == "unet" else build_network(config)
         facts = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
@@ -150,7 +156,7 @@ def main(
                     f"{side} seed {seed}  {due[share]:g} minutes  {point.images} images  "
                     f"loss {point.loss:.4f}  distance {far:.4g}"
                 )
-    done = [record for side in SIDES for record in Results(dest).find(name=side, recipe=recipes[side], **common)]
+    done = [record for side in SIDES for record in Results(dest).find(**keys[side])]
     click.echo("\n" + table(done, sorted(marks)))
 
 

@@ -362,12 +362,15 @@ def test_a_recipe_changes_how_weights_begin_and_move_and_options_go_before_it():
     assert resolve("cifar10", {"recipe": "paper"}).training == published.training
     as_published = resolve("small16", {"recipe": "paper"}).training
     assert (as_published.optimizer, as_published.init, as_published.conv_lr) == ("adam", "xavier", 1.0)
-    assert (as_published.weighting, small.training.weighting) == ("own", "uncertainty")
+    assert (as_published.weighting, small.training.weighting) == (None, "uncertainty")
     assert as_published.lr == small.training.lr
     assert resolve("cifar10", {"recipe": "muon", "optimizer": "adam"}).training.optimizer == "adam"
     latent = resolve("latent-s", {"recipe": "muon"}).training
     assert (latent.optimizer, latent.init) == ("muon", resolve("latent-s", {}).training.init)
-    # Where losses of noise levels differ a hundredfold, another weighting is another model.
-    assert latent.weighting == resolve("small16", {"diffusion": "cosine"}).training.weighting == "own"
+    cosine = resolve("small16", {"diffusion": "cosine"})
+    for other in (latent, cosine.training, resolve(cosine, {"recipe": "muon"}).training):
+        assert other.weighting is None
+    asked = resolve("small16", {"diffusion": "cosine", "weighting": "uncertainty"})
+    assert asked.training.weighting == "uncertainty"
     with pytest.raises(UserError, match="recipe 'sgd': use paper or muon"):
         resolve("cifar10", {"recipe": "sgd"})

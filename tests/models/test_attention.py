@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from diffit.models import attention as module_of_attention
 from diffit.models.attention import (
     MAX_WINDOWS,
     TMSA,
@@ -18,6 +19,7 @@ from diffit.models.attention import (
     in_parts,
     is_relative_position_index,
     join_heads,
+    kernel_attention,
     plain_attention,
     relative_position_index,
     split_heads,
@@ -135,9 +137,10 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
 
 
 @cases
-@pytest.mark.parametrize("fused", [True, False])
-def test_it_is_equations_3_to_6_token_by_token(size, window, fused):
-    module, (x, cond) = tmsa(size, window, fused=fused), inputs(size)
+@pytest.mark.parametrize("attention", [fused_attention, kernel_attention, plain_attention])
+def test_it_is_equations_3_to_6_token_by_token(size, window, attention):
+    module, (x, cond) = tmsa(size, window), inputs(size)
+    module.attention = attention
     expected = torch.from_numpy(token_by_token(module, x, cond, size, window))
     assert_close(module(x, cond), expected, rtol=1e-12, atol=1e-12)
 
@@ -237,11 +240,40 @@ def test_an_index_in_a_file_is_checked_and_not_kept(window):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("head_width", [64, 72])
 @pytest.mark.parametrize(("size", "window"), [((4, 8), 4), ((8, 8), None), ((6, 5), 4), ((16, 16), None)], ids=str)
-def test_fused_and_plain_agree_with_all_gradients(size, window, head_width, dtype):
+@pytest.mark.parametrize("attention", [fused_attention, kernel_attention])
+def test_fused_and_plain_agree_with_all_gradients(size, window, head_width, dtype, attention):
     shape = {"dim": 2 * head_width, "cond_dim": 8}
     plain = gradients(tmsa(size, window, fused=False, **shape), *inputs(size, **shape))
-    fused = gradients(tmsa(size, window, dtype=dtype, **shape), *inputs(size, dtype=dtype, **shape))
+    module = tmsa(size, window, dtype=dtype, **shape)
+    module.attention = attention
+    fused = gradients(module, *inputs(size, dtype=dtype, **shape))
     assert_all_close(fused, plain, 1e-13 if dtype == torch.float64 else 5e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_on_a_cpu_kernels_compute_where_no_bias_learns(grad, monkeypatch):
+    called = []
+    monkeypatch.setattr(module_of_attention, "kernel_attention", lambda q, *_: called.append(len(q)) or q)
+    module, arguments = tmsa((4, 4), 2), inputs((4, 4))
+    with torch.set_grad_enabled(grad):
+        module(*arguments)
+    assert bool(called) is not grad
+    module.requires_grad_(False)(*arguments)
+    assert called
+
+
+def test_where_a_bias_learns_a_cpu_computes_attention_in_float32_under_autocast():
+    module, arguments = tmsa((4, 4), 2, dtype=torch.float32), inputs((4, 4), dtype=torch.float32)
+    seen = []
+    module.attention = lambda q, k, v, bias: seen.extend((q, k, v, bias)) or fused_attention(q, k, v, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(*arguments)
+    q, k, v, bias = seen
+    assert [part.dtype for part in seen] == [torch.bfloat16] * 3 + [torch.float32]
+    exact = plain_attention(q.double(), k.double(), v.double(), bias.double())
+    found = fused_attention(q, k, v, bias)
+    assert found.dtype == out.dtype == torch.bfloat16
+    assert_close(found, exact.to(torch.bfloat16), rtol=2**-8, atol=1e-6)  # one rounding, of the result
 
 
 @pytest.mark.gpu
@@ -273,7 +305,7 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole_with_its_gradients(count, size
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.append(len(q))
-        return fused_attention(q, k, v, parts[3])
+        return kernel_attention(q, k, v, parts[3])
 
     expected, found = plain_attention(*whole), in_parts(attention, *parts[:3], limit=6)
     assert seen == sizes
@@ -300,7 +332,7 @@ def test_a_batch_may_have_more_windows_than_a_kernel_takes(device):
     module = tmsa((1, 2), None, dtype=torch.float32).to(device)
     x, cond = (part.to(device) for part in inputs((1, 2), batch=70_000, dtype=torch.float32))
     results = []
-    for attention in (fused_attention, plain_attention):
+    for attention in (kernel_attention, plain_attention):
         module.attention = attention
         module.zero_grad()
         out = module(x, cond)

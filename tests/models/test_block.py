@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from diffit.configs.resolve import resolve
+from diffit.models import block
 from diffit.models.block import Mlp, has_fused_gelu, linear_gelu
+from diffit.sampling.model import prepare
+from diffit.training.step import build_network
+from diffit.utils.precision import autocast
 
 COUNT = 400_003  # no multiple of 4
 
@@ -57,15 +62,44 @@ def test_what_is_learned_is_that_of_the_written_out_layer(p):
     assert_close(found, torch.autograd.grad((expected * weights).sum(), [x, *mlp.parameters()]))
 
 
-@pytest.mark.skipif(not has_fused_gelu(), reason="this CPU does not multiply bfloat16 by oneDNN")
-def test_gelu_of_a_layer_in_one_kernel_is_no_farther_from_the_formula_than_two_are():
-    layer, x = nn.Linear(40, 24).to(torch.bfloat16), torch.randn(3, 5, 40)
-    exact = F.linear(x.to(torch.bfloat16).double(), layer.weight.double(), layer.bias.double())
-    exact = 0.5 * exact * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3)))
+def test_no_value_of_a_network_is_large_enough_not_to_be_dropped():
     with torch.autocast("cpu", torch.bfloat16):
-        two = linear_gelu(x, layer)
-        assert two.requires_grad
-        with torch.no_grad():
-            one = linear_gelu(x, layer)
-    assert not torch.equal(one, two)
-    assert (one - exact).abs().max() <= (two - exact).abs().max() < 0.02
+        out = copies(0.5)(torch.full((1000, 1), 2000.0))
+    assert 0.4 < (out == 0).double().mean() < 0.6
+
+
+def test_a_graph_has_the_dropout_of_pytorch():
+    mlp = copies(0.5)
+    torch.manual_seed(0)
+    graph = torch.compile(mlp, fullgraph=True, backend="eager")
+    found = graph(torch.full((400, 1), 10.0))
+    torch.manual_seed(0)
+    assert_close(found, F.dropout(torch.full((400, 1), 10.0), 0.5))
+
+
+@pytest.mark.skipif(not has_fused_gelu(), reason="this CPU has no such kernel")
+def test_gelu_of_a_layer_in_one_kernel_is_as_near_to_the_formula_as_two_are():
+    torch.manual_seed(0)
+    mlp, x = Mlp(40, 24).to(torch.bfloat16), torch.randn(300, 5, 40)
+    exact = F.linear(x.to(torch.bfloat16).double(), mlp.fc1.weight.double(), mlp.fc1.bias.double())
+    exact = 0.5 * exact * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3)))
+    one = linear_gelu(x.to(torch.bfloat16), mlp.fc1.weight, mlp.fc1.bias).double()
+    two = F.gelu(mlp.fc1(x.to(torch.bfloat16)), approximate="tanh").double()
+    assert (one - exact).square().mean() < (two - exact).square().mean() < 1e-4
+
+
+@pytest.mark.skipif(not has_fused_gelu(), reason="this CPU has no such kernel")
+@pytest.mark.parametrize(("precision", "used"), [("bf16", True), ("fp32", False)])
+def test_the_kernel_is_that_of_networks_prepared_for_sampling_in_bfloat16(precision, used, monkeypatch):
+    called = []
+    monkeypatch.setattr(block, "linear_gelu", lambda *args: called.append(args) or linear_gelu(*args))
+    config = resolve("debug", {})
+    net = build_network(config)
+    inputs = torch.randn(2, 3, 16, 16), torch.zeros(2)
+    with autocast(torch.device("cpu"), "bf16"), torch.no_grad():
+        net.eval()(*inputs)
+    assert not called
+    net = prepare(net, precision)
+    with autocast(torch.device("cpu"), precision), torch.no_grad():
+        net(*inputs)
+    assert bool(called) is used

@@ -13,7 +13,7 @@ from diffit.configs.schema import Config, ImageModel, StageSpec, Training
 from diffit.diffusion import edm
 from diffit.models import build
 from diffit.models.cost import count_work, estimate
-from diffit.models.image import DiffiTResBlock, ImageDiffiT
+from diffit.models.image import DiffiTResBlock, GroupNorm, ImageDiffiT
 from diffit.training.step import build_network
 
 STAGES = (
@@ -299,3 +299,10 @@ def test_how_weights_begin_is_the_recipe_s_and_of_the_same_seed():
     assert nets[1].encoder[0][0].block.mlp.fc2.weight.any()
     for a, b in zip(nets[0].parameters(), nets[2].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_under_autocast_a_cpu_normalises_in_the_dtype_of_the_weights_and_otherwise_in_that_of_the_map():
+    norm, x = GroupNorm(8), torch.randn(2, 8, 5, 5).to(torch.bfloat16)
+    assert norm(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), norm(x.float()))

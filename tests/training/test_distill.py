@@ -333,6 +333,6 @@ def test_the_pipeline_loads_a_student(students):
 def test_a_student_of_what_learned_by_muon_learns_as_students_were_measured(method, optimizer):
     teacher = Teacher("net.safetensors", resolve("small16", {}), "0" * 64)
     training = teacher.student(method, 1, {}, DataFacts(3, (16, 16), images=500)).training
-    assert (training.optimizer, training.conv_lr, training.lr) == (optimizer, 0.25, 1e-3)
+    assert (training.optimizer, training.conv_lr, training.lr, training.weighting) == (optimizer, 0.25, 1e-3, None)
     other = Teacher("net.safetensors", resolve("small16", {"lr": 1e-4}), "0" * 64)
     assert other.student(method, 1, {}, DataFacts(3, (16, 16), images=500)).training.lr == 5e-5

@@ -22,7 +22,7 @@ from diffit.configs.schema import (
 from diffit.errors import UserError
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0, "weighting": "own"},
+    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0, "weighting": None},
     "muon": {"optimizer": "muon", "init": "fan_in", "conv_lr": 1.0, "weighting": "uncertainty"},
 }
 """How weights begin and move, and noise levels weigh: as published, or as in the small presets (docs/quality.md)."""

@@ -85,6 +85,8 @@ def resolve(
         changed["training"]["metrics_ticks"] = 1
     _in_proportion(changed["training"], base.training, options)
     _change_diffusion(changed, options)
+    if changed["diffusion"]["kind"] != "edm" and "weighting" not in options:
+        changed["training"]["weighting"] = None  # losses of a discrete schedule differ a hundredfold, EDM's threefold
     changed["sampling"] |= {key: options[key] for key in Sampling.model_fields if key in options}
     # A recipe that was not asked for does not ask for labels.
     cond = options.get("cond", preset is not None and base.data.cond)
@@ -108,8 +110,8 @@ def resolve(
 def _recipe(name: str, base: Config) -> dict[str, Any]:
     if name not in RECIPES:
         raise UserError(f"recipe {name!r}: use {' or '.join(RECIPES)}")
-    # A latent model begins as the official one does, has one convolution, and losses that differ a hundredfold.
-    skipped = () if isinstance(base.model, ImageModel) else ("init", "conv_lr", "weighting")
+    # A latent model begins as the official one does, and has one convolution.
+    skipped = () if isinstance(base.model, ImageModel) else ("init", "conv_lr")
     return {key: value for key, value in RECIPES[name].items() if key not in skipped}
 
 
@@ -217,9 +219,6 @@ def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> No
     if name == "edm" and not was_edm:
         raise UserError("--diffusion edm: the latent model has a discrete schedule; use linear or cosine")
     if name not in (None, "edm"):
-        changed["training"]["weighting"] = options.get(
-            "weighting", "own"
-        )  # EDM's losses are alike, within a factor of 3
         changed["diffusion"] = ADMDiffusion(schedule=name, clip=was_edm).model_dump()
         if was_edm:
             changed["sampling"] |= {"sampler": "ddim", "steps": 50}

@@ -151,8 +151,8 @@ class Training(Frozen):
     lr_rampup_kimg: NonNegative = 10_000.0
     lr_decay: Probability = 0.0
     """Share of the run, its last, over which the learning rate falls to 0 linearly."""
-    weighting: Literal["own", "uncertainty"] = "own"
-    """Of noise levels: as the loss has it, or besides that by 1 / the mean loss of each (EDM2's)."""
+    weighting: Literal["uncertainty"] | None = None
+    """Of noise levels, besides what the loss has: each by 1 / its mean loss (EDM2's)."""
     optimizer: Literal["adam", "radam", "muon"] = "adam"
     """muon: weights between hidden layers by Muon, all others by Adam."""
     betas: tuple[Share, Share] = (0.9, 0.999)

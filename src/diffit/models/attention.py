@@ -103,10 +103,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad:
-        # No kernel of a CPU's has the bias's gradient. PyTorch's way without one is this with more copies.
+    learns = torch.is_grad_enabled() and bias.requires_grad
+    if q.device.type == "cpu" and learns and not torch.compiler.is_exporting():
+        # No kernel of a CPU's gives the bias its gradient, and without one PyTorch takes longer than the formula.
         with torch.autocast("cpu", enabled=False):
             return plain_attention(q.to(bias.dtype), k.to(bias.dtype), v.to(bias.dtype), bias).to(q.dtype)
+    return kernel_attention(q, k, v, bias)
+
+
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same by PyTorch's choice among its kernels."""
     bias = bias.to(q.dtype)[None]  # a float32 bias next to a bfloat16 q is misread by some kernels
     attention = partial(in_parts, partial(F.scaled_dot_product_attention, attn_mask=bias), limit=MAX_WINDOWS)
     if not q.is_cuda:

@@ -18,7 +18,7 @@ def drop_before_gelu(x: Tensor, p: float) -> float:
     ``p`` a multiple of 1/65,536, and the gradient needs no mask.
     """
     steps = 2**16
-    drop = min(max(round(p * steps), 1), steps - 1)
+    drop = min(max(round(p * steps), 1), steps - 1)  # neither end would fit into 16 bits below
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     first_kept = drop - steps // 2
     # −1 where a value is dropped, else 0; comparisons and masks are several times slower.
@@ -29,31 +29,29 @@ def drop_before_gelu(x: Tensor, p: float) -> float:
 
 @cache
 def has_fused_gelu() -> bool:
-    """Whether this CPU multiplies bfloat16 by oneDNN, with the operator that PyTorch's own compiler uses."""
+    """Whether this CPU has bfloat16's product and GELU in one kernel, the one that PyTorch's own compiler uses."""
+    x, weight = torch.ones(1, 16, dtype=torch.bfloat16), torch.full((2, 16), 0.1, dtype=torch.bfloat16)
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.ops.mkldnn._linear_pointwise)
-    except (AttributeError, RuntimeError):  # another build of PyTorch
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.allclose(
+            linear_gelu(x, weight, None), F.gelu(F.linear(x, weight), approximate="tanh"), rtol=1e-2
+        )
+    except (AttributeError, RuntimeError, TypeError):  # another build of PyTorch
         return False
 
 
-def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """``F.gelu(layer(x), approximate="tanh")``, on a CPU that samples in bfloat16 as one kernel: a sixth faster."""
-    if (
-        x.device.type == "cpu"
-        and type(layer) is nn.Linear  # not a quantised one
-        and layer.weight.dtype == torch.bfloat16
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        and has_fused_gelu()
-    ):
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(torch.bfloat16), layer.weight, layer.bias, "gelu", [], "tanh"
-        )
-        return fused
-    return F.gelu(layer(x), approximate="tanh")
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU of a linear layer, a sixth faster than one after the other; without a gradient."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+    return out
 
 
 class Mlp(nn.Module):
     """Linear, tanh-approximated GELU, dropout, linear: ``(…, dim) -> (…, dim)``."""
+
+    fuses_gelu = False
+    """Whether it may be sampled by :func:`linear_gelu`: see :func:`diffit.sampling.model.prepare`."""
+    keeps_mask = False
+    """Whether dropout draws a mask on a CPU too, as it does elsewhere."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -62,12 +60,16 @@ class Mlp(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        if p and x.device.type == "cpu" and not torch.compiler.is_compiling() and type(self.fc2) is nn.Linear:
+        by_hand = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if by_hand and self.fuses_gelu and not torch.is_grad_enabled():
+            hidden = linear_gelu(x.to(self.fc1.weight.dtype), self.fc1.weight, self.fc1.bias)
+        elif by_hand and self.training and self.dropout and not self.keeps_mask and type(self.fc2) is nn.Linear:
             x = self.fc1(x)
-            scale = drop_before_gelu(x, p)
+            scale = drop_before_gelu(x, self.dropout)
             return F.linear(F.gelu(x, approximate="tanh"), self.fc2.weight * scale, self.fc2.bias)
-        out: Tensor = self.fc2(F.dropout(linear_gelu(x, self.fc1), p, self.training))
+        else:
+            hidden = F.dropout(F.gelu(self.fc1(x), approximate="tanh"), self.dropout, self.training)
+        out: Tensor = self.fc2(hidden)
         return out
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffit.configs.schema import Config, ImageModel, LatentModel
 from diffit.models import DiffiTBlock, DiffiTResBlock, build
 from diffit.models.attention import TMSA
+from diffit.models.block import Mlp
 from diffit.utils.precision import autocast
 
 TIME = ("t_embedder", "augment_embedder", "qkv_temb")
@@ -136,6 +137,8 @@ def _trace(model: ImageModel | LatentModel, batch: int, grad_ckpt: bool, precisi
             for module in net.modules():
                 if isinstance(module, TMSA):
                     module.attention = _FusedAttention.apply
+                elif isinstance(module, Mlp):
+                    module.keeps_mask = True
         kept: dict[int, int] = {}  # storage -> bytes: a tensor and its views are kept once
 
         def pack(tensor: Tensor) -> Tensor:

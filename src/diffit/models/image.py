@@ -14,13 +14,15 @@ from diffit.models.embeddings import LabelEmbedder, TimestepEmbedder
 
 
 class GroupNorm(nn.GroupNorm):
-    """At most 32 groups of at least four channels, as many as divide the width; in the dtype of its weights."""
+    """At most 32 groups of at least four channels, as many as divide the width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(next(n for n in range(min(32, max(channels // 4, 1)), 0, -1) if channels % n == 0), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))  # as autocast has it on CUDA; a CPU's in bfloat16 is slow
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            x = x.to(self.weight.dtype)  # as autocast has it on CUDA by itself; a CPU's in bfloat16 is slow
+        return super().forward(x)
 
 
 class DiffiTResBlock(nn.Module):

@@ -18,6 +18,7 @@ from diffit.diffusion.samplers import AfterStep, Callback, NoiseSource, ddim, dd
 from diffit.errors import UserError
 from diffit.models import DiffiT
 from diffit.models.autoencoder import Autoencoder, autoencoder_of
+from diffit.models.block import Mlp, has_fused_gelu
 from diffit.models.latent import LatentDiffiT
 from diffit.sampling.labels import Labels, choose_labels, class_names, class_title
 from diffit.sampling.levels import noise_levels, solver_of
@@ -313,6 +314,8 @@ def prepare(net: DiffiT, precision: str = "fp32") -> DiffiT:
         for module in net.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(DTYPES[precision])
+            elif isinstance(module, Mlp):
+                module.fuses_gelu = precision == "bf16" and has_fused_gelu()
     return net if isinstance(net, LatentDiffiT) else channels_last(net)
 
 

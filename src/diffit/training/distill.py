@@ -83,7 +83,7 @@ class Teacher:
         own = get_preset(teacher.preset).training
         lr = teacher.training.lr * (LR_SHARE if teacher.distillation is None else 1.0)
         recipe: dict[str, Any] = {"batch": teacher.training.batch, "lr": lr}
-        recipe |= {"weighting": "own", "augment": 0.0, "label_drop": 0.0, "mirror": teacher.training.mirror}
+        recipe |= {"weighting": None, "augment": 0.0, "label_drop": 0.0, "mirror": teacher.training.mirror}
         if own.optimizer == "muon":
             recipe |= AFTER_MUON
             if teacher.distillation is None and teacher.training.lr == own.lr:

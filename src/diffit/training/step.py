@@ -173,13 +173,15 @@ class Stepper:
                 loss = self.microbatch_loss(images, labels, self.procs.rank + round_ * self.procs.count)
                 self.scaler.scale(loss.mean() / self.rounds).backward()
 
+        if self.weighting is not None:
+            self.weighting.gather(self.procs)
         parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients)) / self.scaler.scale(self.one)
         skip = self.guard.skips(norm)
         self.meter.add_gradients(norm, skip)
         if self.weighting is not None:
-            self.weighting.update(self.procs, skip)
+            self.weighting.update(skip)
         # The scaler leaves out the step, on all processes alike, where it finds a gradient that is not finite.
         gradients[0].mul_(torch.where(skip, torch.nan, 1.0))
         self.scaler.unscale_(self.optimizer)

@@ -27,13 +27,18 @@ class UncertaintyWeighting:
     def __call__(self, level: Tensor, loss: Tensor) -> Tensor:
         """Per-sample ``loss`` ``(B,)`` at noise ``level`` ``(B,)``, weighted."""
         bins = torch.bucketize(level, self.edges)
-        self.sums.index_add_(1, bins, torch.stack([loss.detach().float(), torch.ones_like(self.sums[0, bins])]))
+        inside = bins[:, None] == torch.arange(LEVELS, device=bins.device)
+        # A sum of parts in their order: adding by index has none on CUDA, and these figures go into the next step.
+        self.sums += torch.stack([torch.where(inside, loss.detach().float()[:, None], 0.0), inside.float()]).sum(dim=1)
         return loss / self.means[bins]
 
-    def update(self, procs: Processes, skip: Tensor) -> None:
-        """After a step, with what all processes have seen in it; not where the step is left out."""
+    def gather(self, procs: Processes) -> None:
+        """At the end of a step's backward passes: what all processes have seen."""
         if procs.count > 1:
             dist.all_reduce(self.sums, group=procs.steps)
+
+    def update(self, skip: Tensor) -> None:
+        """By what was gathered, if the step is taken."""
         losses, counts = self.sums
         means = (losses / counts.clamp(min=1)).lerp(self.means, MEMORY**counts).clamp(min=SMALLEST)
         self.means = torch.where(means.isfinite() & ~skip, means, self.means)

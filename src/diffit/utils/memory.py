@@ -11,8 +11,19 @@ def keep_freed_memory() -> bool:
 
     By default blocks of over 32 MiB go back to the system, which clears their pages when it lends them again: four
     times what it takes to compute an elementwise function on them. A process that needs as much again in every step
-    holds no more than before.
+    holds no more than before. It holds of its first thread's memory, which is the one that computes.
     """
-    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return False
-    return bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, 2**31 - 1))
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, -1))
+
+
+def give_back_memory() -> None:
+    """What this process keeps and does not use, to the system: before it is asked how much is free."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
