@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import DEVICE, in_turns, peak_mib, reset_peak
-from benchmarks.step import Recorder, replay
+from benchmarks.step import beside_products
 from diffit.configs.presets import imagenet256
 from diffit.configs.schema import Config, LatentModel
 from diffit.diffusion.adm import schedule_of
@@ -56,16 +56,6 @@ def sampling_step(config: Config, precision: str, *, compiled: bool = False) -> 
             return predict(x, torch.zeros(1))
 
     return run
-
-
-def share_of_products(config: Config) -> float:
-    """Of a guided step in bf16: what its matrix products take alone, those within attention's kernel left out."""
-    step = sampling_step(config, "bf16")
-    step()
-    with Recorder() as recorder:
-        step()
-    whole, products = in_turns(step, replay(recorder.calls), rounds=7)
-    return products / whole
 
 
 def training_step(config: Config, precision: str, *, compiled: bool = False) -> Callable[[], None]:
@@ -132,8 +122,10 @@ def main(depth: int | None = None, batch: int | None = None) -> None:
     macs = count_work(config).macs
     print(f"{config.preset} at depth {config.model.model_dump()['depth']}, {macs / 1e9:.1f} GMAC an evaluation")
     compare("guided sampling step", sampling_step, config, 2 * macs)
+    whole, products, _ = beside_products(sampling_step(config, "bf16"), rounds=7)
     print(
-        f"guided sampling step, bf16 eager: its matrix products alone take {share_of_products(config):.2f} of its time"
+        f"guided sampling step, bf16 eager: its matrix products alone, those of attention's kernel left out, take "
+        f"{products / whole:.2f} of its time"
     )
     compare("training step", training_step, config, 3 * macs)
     skipping(config)

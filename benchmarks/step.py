@@ -68,6 +68,15 @@ def replay(calls: list[tuple[Any, Any, Any]]) -> Callable[[], None]:
     return run
 
 
+def beside_products(step: Callable[[], object], rounds: int) -> tuple[float, float, int]:
+    """Seconds of ``step`` and of its products alone, in turns, and how many products there are."""
+    step()
+    with Recorder() as recorder:
+        step()
+    whole, products = in_turns(step, replay(recorder.calls), rounds=rounds)
+    return whole, products, len(recorder.calls)
+
+
 def main() -> None:
     config = cifar10()
     training = config.training.model_copy(update={"batch": BATCH})
@@ -79,12 +88,9 @@ def main() -> None:
         def step(stepper: Stepper = stepper, images: Tensor = images) -> None:
             stepper.step(iter([(images, None)]))
 
-        step()
-        with Recorder() as recorder:
-            step()
-        whole, products = in_turns(step, replay(recorder.calls), rounds=3)
+        whole, products, count = beside_products(step, rounds=3)
         print(
-            f"cifar10 step, batch {BATCH}, {precision}: {whole / products:.2f} times its {len(recorder.calls)} matrix "
+            f"cifar10 step, batch {BATCH}, {precision}: {whole / products:.2f} times its {count} matrix "
             f"products alone ({whole * 1e3:.0f} ms : {products * 1e3:.0f} ms)",
             flush=True,
         )

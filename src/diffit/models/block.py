@@ -40,7 +40,7 @@ def has_fused_gelu() -> bool:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU of a linear layer, a sixth faster than one after the other; without a gradient."""
+    """GELU of a linear layer, in a seventh less time than one after the other; without a gradient."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
     return out
 
