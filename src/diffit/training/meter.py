@@ -12,6 +12,15 @@ from diffit.utils.distributed import Processes
 BINS = 5
 
 
+def sums_by_level(level: Tensor, loss: Tensor, edges: Tensor) -> Tensor:
+    """Of ``(B,)`` losses in each part between ``edges`` the sum, and their number: ``(2, parts)``.
+
+    The sums are of parts in the order of the batch: adding by index has none on CUDA.
+    """
+    inside = torch.bucketize(level, edges)[:, None] == torch.arange(len(edges) + 1, device=edges.device)
+    return torch.stack([torch.where(inside, loss[:, None], 0.0), inside.to(loss.dtype)]).sum(dim=1)
+
+
 class Meter:
     """Mean loss, also by noise level in bins that training visits equally often; gradient norm; skipped steps."""
 
@@ -27,9 +36,7 @@ class Meter:
         self.skipped_in_a_row = torch.zeros((), device=device)
 
     def add_losses(self, level: Tensor, loss: Tensor) -> None:
-        bins = torch.bucketize(level, self.edges)
-        values = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
-        self.sums.index_add_(1, bins, values)
+        self.sums += sums_by_level(level, loss.double(), self.edges)
         self.last_loss = loss.mean()
 
     def add_gradients(self, norm: Tensor, skipped: Tensor) -> None:

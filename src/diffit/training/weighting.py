@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffit.training.losses import Loss
+from diffit.training.meter import sums_by_level
 from diffit.utils.distributed import Processes
 
 LEVELS = 32
@@ -26,11 +27,8 @@ class UncertaintyWeighting:
 
     def __call__(self, level: Tensor, loss: Tensor) -> Tensor:
         """Per-sample ``loss`` ``(B,)`` at noise ``level`` ``(B,)``, weighted."""
-        bins = torch.bucketize(level, self.edges)
-        inside = bins[:, None] == torch.arange(LEVELS, device=bins.device)
-        # A sum of parts in their order: adding by index has none on CUDA, and these figures go into the next step.
-        self.sums += torch.stack([torch.where(inside, loss.detach().float()[:, None], 0.0), inside.float()]).sum(dim=1)
-        return loss / self.means[bins]
+        self.sums += sums_by_level(level, loss.detach().float(), self.edges)
+        return loss / self.means[torch.bucketize(level, self.edges)]
 
     def gather(self, procs: Processes) -> None:
         """At the end of a step's backward passes: what all processes have seen."""
