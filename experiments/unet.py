@@ -11,6 +11,7 @@ A command that is started again goes on where it was, and two at a time share th
 import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from diffit.training.step import build_network
+from diffit.training.step import Stepper, build_network
 from diffit.utils.precision import channels_last
 from experiments.learning import HeldOut, Point, Results, begin, distance, learn, longest, recipe_of, setting, spread
 
@@ -127,8 +128,6 @@ def main(
     other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers, "init": unet_init}
     recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": PAPER, "unet": other}
     length = max(marks)
-    due = {minutes / length: minutes for minutes in marks}
-    shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1))})
 
     def config_of(side: str, seed: int = 0) -> Config:
         options = {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
@@ -140,24 +139,35 @@ def main(
     }
     for seed, side in itertools.product(seeds, sides):
         key, config = keys[side] | {"seed": seed}, config_of(side, seed)
-        if all(any(Results(dest).find(minutes=minutes, **key)) for minutes in marks):
+        missing = [minutes for minutes in marks if not any(Results(dest).find(minutes=minutes, **key))]
+        if not missing:
             continue
         assert isinstance(config.model, ImageModel)
         net: Any = unet_like(config, seed, unet_layers, unet_init) if side == "unet" else build_network(config)
         facts = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
-        stepper, points = begin(config, net), list[Point]()
-        curve = learn(stepper, archive, HeldOut(config, others), shares, 60 * length)
-        for share, point in zip(shares, curve, strict=True):
-            points.append(point)
-            if share in due and not any(Results(dest).find(minutes=due[share], **key)):
-                far = distance(stepper, val, detector)
-                Results(dest).add(points, **key, **facts, minutes=due[share], distance=far)
-                click.echo(
-                    f"{side} seed {seed}  {due[share]:g} minutes  {point.images} images  "
-                    f"loss {point.loss:.4f}  distance {far:.4g}"
-                )
+        stepper, held_out = begin(config, net), HeldOut(config, others)
+        for minutes, points in until(missing, stepper, archive, held_out, length):
+            far = distance(stepper, val, detector)
+            Results(dest).add(points, **key, **facts, minutes=minutes, distance=far)
+            click.echo(
+                f"{side} seed {seed}  {minutes:g} minutes  {points[-1].images} images  loss {points[-1].loss:.4f}  "
+                f"distance {far:.4g}"
+            )
     done = [record for side in SIDES for record in Results(dest).find(**keys[side])]
     click.echo("\n" + table(done, sorted(marks)))
+
+
+def until(
+    marks: list[float], stepper: Stepper, archive: ImageArchive, held_out: HeldOut, length: float
+) -> Iterator[tuple[float, list[Point]]]:
+    """Train for ``length`` minutes of a core; at each of the ``marks`` among them, the curve so far."""
+    due = {minutes / length: minutes for minutes in marks}
+    shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1))})
+    points: list[Point] = []
+    for share, point in zip(shares, learn(stepper, archive, held_out, shares, 60 * length), strict=True):
+        points.append(point)
+        if share in due:
+            yield due[share], points
 
 
 def table(records: list[dict[str, Any]], marks: list[float]) -> str:
