@@ -27,7 +27,7 @@ from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
 from diffit.training.step import Stepper, build_network
 from diffit.utils.precision import channels_last
-from experiments.learning import HeldOut, Point, Results, begin, distance, learn, longest, recipe_of, setting, spread
+from experiments.learning import HeldOut, Point, Results, begin, distance, learn, recipe_of, setting, spread
 
 SIDES = ("ours", "paper", "unet")
 PAPER = {"recipe": "paper", "lr": 2e-3, "batch": 16}  # as small presets had it
@@ -176,12 +176,16 @@ def table(records: list[dict[str, Any]], marks: list[float]) -> str:
         "| minutes | | multiply-accumulates | parameters | images | held-out loss | distance | ours has it after |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ours = {record["seed"]: record["points"] for record in longest(records) if record["name"] == "ours"}
+    ours = {(record["minutes"], record["seed"]): record["points"] for record in records if record["name"] == "ours"}
     for minutes, side in itertools.product(marks, SIDES):
         if its := [record for record in records if (record["minutes"], record["name"]) == (minutes, side)]:
             last = {record["seed"]: record["points"][-1] for record in its}
             shares = [
-                [place(ours[seed], point["loss"], unit) / point[unit] for seed, point in last.items() if seed in ours]
+                [
+                    place(ours[minutes, seed], point["loss"], unit) / point[unit]
+                    for seed, point in last.items()
+                    if (minutes, seed) in ours
+                ]
                 for unit in ("images", "seconds")
             ]
             lines.append(
