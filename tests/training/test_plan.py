@@ -3,7 +3,6 @@
 import itertools
 import json
 import time
-from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -233,62 +232,3 @@ def test_the_end_of_a_run_is_where_the_clock_ends_it_or_its_length(tmp_path):
     assert run.expected_end(15.0) == 80_000
     run.log = None
     assert run.expected_end(15.0) == 0  # another process
-
-
-@pytest.mark.parametrize(
-    ("preset", "options", "processes", "compiled"),
-    [
-        ("cifar10", {"minutes": 10.0}, 1, True),
-        ("cifar10", {"minutes": 9.0}, 1, False),
-        ("cifar10", {}, 1, True),  # 200 million images
-        ("cifar10", {"kimg": 100.0}, 1, False),
-        ("cifar10", {}, 4, False),
-        ("cifar10", {"shard": True}, 1, False),
-        ("cifar10", {"grad_ckpt": True}, 1, False),
-        ("imagenet256", {}, 1, False),
-        ("cifar10", {"kimg": 100.0, "compile": True}, 1, True),
-        ("cifar10", {"compile": False}, 1, False),
-    ],
-)
-def test_a_network_is_compiled_where_it_pays_or_as_asked_for(preset, options, processes, compiled, monkeypatch):
-    monkeypatch.setattr(planning, "can_compile", lambda device: True)
-    monkeypatch.setattr(planning, "fit_batch", lambda config, procs: 8)
-    monkeypatch.setattr(planning, "measure", lambda config, *rest: (config, 1.0))
-    config = resolve(preset, options)
-    planned = plan(config, None, Processes(0, processes, ONE.device))
-    assert planned.training.compile is compiled
-    assert ("compile" in planned.training.chosen) == ("compile" not in options)
-
-
-def test_a_run_that_goes_on_is_compiled_as_it_was_where_the_machine_can(monkeypatch):
-    monkeypatch.setattr(planning, "fit_batch", lambda config, procs: 8)
-    asked = resolve("cifar10", {})
-    for began, here, expected in [(True, True, True), (True, False, False), (False, True, False)]:
-        monkeypatch.setattr(planning, "can_compile", lambda device, can=began: can)
-        recorded = plan(asked, None, ONE)
-        monkeypatch.setattr(planning, "can_compile", lambda device, can=here: can)
-        for again in (asked, recorded):  # by its options, and by its own file
-            assert plan(again, None, ONE, recorded=recorded).training.compile is expected
-    forced = plan(resolve("cifar10", {"compile": True}), None, ONE)
-    monkeypatch.setattr(planning, "can_compile", lambda device: False)
-    assert plan(asked, None, ONE, recorded=forced).training.compile is True
-
-
-def test_this_cpu_is_not_compiled_for():
-    assert not planning.can_compile(torch.device("cpu"))
-
-
-def test_where_the_compiler_fails_a_run_goes_on_without_it_unless_it_was_asked_for(monkeypatch, tmp_path, caplog):
-    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
-
-    def broken(graph, inputs):
-        raise OSError("no such compiler\nat all")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=broken))
-    asked = resolve("debug", {"compile": True, "batch_gpu": 2}, FACTS)
-    with pytest.raises(RuntimeError, match="no such compiler"):
-        measure(asked, archive, ONE, None)
-    chosen = asked.training.model_copy(update={"chosen": ("compile",)})
-    found, _ = measure(asked.model_copy(update={"training": chosen}), archive, ONE, None)
-    assert found.training.compile is False
-    assert "no such compiler" in caplog.text

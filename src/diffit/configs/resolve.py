@@ -28,7 +28,6 @@ NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "w
 """Options that spell out a network: with one of them and no preset, the published recipe of that size is meant."""
 NOISE = ("P_mean", "P_std", "sigma_data")
 OTHER = ("recipe", "diffusion", "prediction", "vae", "data", "val", "cond")
-BY_MACHINE = ("batch_gpu", "compile")  # decided when a run begins, where nobody gives them
 SHARE = 0.05  # of a run that is shorter than its preset's: the learning-rate ramp, and the EMA half-life
 GRID_PIXELS = 45_000_000  # of a grid of samples
 LINES = 50  # a run prints so many ticks
@@ -211,7 +210,7 @@ def unasked(config: Config) -> set[str]:
     training, preset = config.training, get_preset(config.preset).training
     defaults = ("lr_rampup_kimg", "ema_halflife_kimg", "ema_decay", "tick")
     found = {name for name in defaults if getattr(training, name) == getattr(preset, name)}
-    return found | set(training.chosen) | {name for name in BY_MACHINE if getattr(training, name) is None}
+    return found | set(training.chosen) | ({"batch_gpu"} if training.batch_gpu is None else set())
 
 
 def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> None:

@@ -177,8 +177,7 @@ class Training(Frozen):
     grad_ckpt: bool = False
     shard: bool = False
     """Whether each process keeps a part of weights, average and moments, and not all."""
-    compile: bool | None = None
-    """None: where the machine can and the run is long enough for it to pay (:mod:`diffit.training.plan`)."""
+    compile: bool = False
     grad_clip: Positive | None = None
     """Norm that a gradient is scaled down to."""
     on_spike: Literal["skip", "rollback", "ignore"] = "skip"

@@ -1,25 +1,20 @@
 """What a run takes on this machine, found out before it begins: the microbatch that fits, and a length by the clock."""
 
-import importlib.util
 import logging
 import math
-import os
-import shutil
-import sysconfig
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from diffit.configs.resolve import BY_MACHINE, accumulation, unasked, with_length
-from diffit.configs.schema import Config, ImageModel, Training
+from diffit.configs.resolve import accumulation, unasked, with_length
+from diffit.configs.schema import Config, Training
 from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
-from diffit.models.cost import FORWARDS, count_work, estimate
+from diffit.models.cost import FORWARDS, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
@@ -35,8 +30,6 @@ PROGRAM = int(0.5 * GIB)  # torch itself
 MARGIN = 1.1  # on the length by the clock
 TICK_SECONDS = 3.0  # at least, between lines of statistics where nobody said how many images
 MEASURED_SECONDS = 8.0  # of steps, for the rate
-COMPILED_MINUTES = 10.0  # of a run by the clock, from which on it is compiled: that takes one or two
-COMPILED_FLOPS = 5e16  # of a run in images: about as long on an H100, longer on others
 GRID_SHARE = 1 / 20  # of the minutes that a grid of samples may take where nobody asked for its size
 
 
@@ -59,16 +52,11 @@ def plan(
     if recorded is not None:
         timed = timed and recorded.training.minutes != config.training.minutes
         config = take_over(config, recorded)
-    chosen = config.training.chosen + tuple(name for name in BY_MACHINE if getattr(config.training, name) is None)
+    chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
     batch_gpu = fit_batch(config, procs)
     if recorded is not None and recorded.training.batch_gpu is not None:
         batch_gpu = keep_batch(batch_gpu, recorded.training.batch_gpu, config, procs)
-    compiled = config.training.compile
-    if "compile" in chosen:
-        worthwhile = recorded.training.compile if recorded is not None else pays_to_compile(config, procs.count)
-        compiled = bool(worthwhile) and can_compile(procs.device)
-    changes = {"batch_gpu": batch_gpu, "compile": compiled, "chosen": chosen}
-    training = config.training.model_copy(update=changes)
+    training = config.training.model_copy(update={"batch_gpu": batch_gpu, "chosen": chosen})
     config = config.model_copy(update={"training": training})
     if timed or (procs.device.type == "cuda" and recorded is None):
         config, rate = measure(config, archive, procs, autoencoder)
@@ -115,29 +103,6 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] * SHARE["cuda"])
     give_back_memory()
     return int(psutil.virtual_memory().available * SHARE["cpu"])
-
-
-def pays_to_compile(config: Config, processes: int) -> bool:
-    """Whether to compile the network on a GPU where nobody said: for a run of :data:`COMPILED_MINUTES` or more.
-
-    Only for what it was measured to pay (docs/results.md): an image-space network in one process.
-    """
-    training = config.training
-    others = processes > 1 or training.shard or training.grad_ckpt or config.distillation is not None
-    if others or not isinstance(config.model, ImageModel):
-        return False
-    if training.clock_minutes is not None:
-        return training.clock_minutes >= COMPILED_MINUTES
-    return 2 * FORWARDS * count_work(config).macs * training.kimg * 1000 >= COMPILED_FLOPS
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile can make kernels for ``device``, a GPU of 2017 or later, with what is installed here."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
-        return False
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
-    return bool(headers and compiler and importlib.util.find_spec("triton"))
 
 
 def fit_batch(config: Config, procs: Processes) -> int:
@@ -199,11 +164,7 @@ def _divisors(share: int, limit: int) -> list[int]:
 def measure(
     config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None
 ) -> tuple[Config, float]:
-    """Steps of a network that is thrown away: images a second, and what made a step possible.
-
-    The microbatch is halved until a step fits the GPU; a network that cannot be compiled is not, unless it was asked
-    for.
-    """
+    """Steps of a network that is thrown away: images a second, and the microbatch halved until a step fits the GPU."""
     while True:
         try:
             return config, _rate(config, archive, procs, autoencoder)
@@ -220,13 +181,6 @@ def measure(
                 ) from None
             fitting = next((n for n in smaller if n <= size // 2), smaller[-1])
             training = config.training.model_copy(update={"batch_gpu": fitting})
-            config = config.model_copy(update={"training": training})
-        except RuntimeError as error:
-            if not (config.training.compile and "compile" in config.training.chosen):
-                raise
-            reason = " ".join(str(error).split("\n")[:2])  # who failed, and with what
-            logger.warning("not compiled, torch.compile failed: %s", reason)
-            training = config.training.model_copy(update={"compile": False})
             config = config.model_copy(update={"training": training})
 
 
@@ -246,13 +200,9 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
         def __next__(self) -> tuple[Tensor, Tensor | None]:
             return data, labels
 
-    if config.training.compile:
-        logger.warning("compiling the network: one or two minutes, then steps are faster (--compile=False: without)")
-        stepper.step(Same())
-        float(stepper.meter.last_loss)
     steps, began = 0, time.monotonic()
     stepper.step(Same())
-    float(stepper.meter.last_loss)  # the first step fills caches
+    float(stepper.meter.last_loss)  # the first step pays for compilation and caches
     if config.training.minutes is None:
         return 0.0
     first, began = time.monotonic() - began, time.monotonic()
