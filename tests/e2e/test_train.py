@@ -377,7 +377,8 @@ ARGUMENTS = ["--preset", "debug", "--cond", "--batch-gpu", "2", "--grid", "2x2"]
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(pets, tmp_path):
+@pytest.mark.parametrize("recipe", ["paper", "muon"])  # the second weighs noise levels by what all processes have seen
+def test_two_processes_learn_what_one_does(recipe, pets, tmp_path):
     for processes in (1, 2):
         command(
             "train",
@@ -386,6 +387,8 @@ def test_two_processes_learn_what_one_does(pets, tmp_path):
             "--data",
             pets,
             *ARGUMENTS,
+            "--recipe",
+            recipe,
             "--kimg",
             0.08,
             processes=processes,
@@ -396,7 +399,7 @@ def test_two_processes_learn_what_one_does(pets, tmp_path):
     for name in ("images", "loss", "grad_norm"):
         assert_close([line[name] for line in two], [line[name] for line in one], rtol=1e-5, atol=0)
     # And one process can take up what two have left.
-    command("train", "--outdir", tmp_path / "2", "--data", pets, *ARGUMENTS, "--kimg", 0.16)
+    command("train", "--outdir", tmp_path / "2", "--data", pets, *ARGUMENTS, "--recipe", recipe, "--kimg", 0.16)
     assert [path.name for path in (tmp_path / "2").iterdir()] == [runs[1].name]
     assert json.loads((runs[1] / "stats.jsonl").read_text().splitlines()[-1])["images"] == 160
 

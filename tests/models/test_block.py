@@ -103,3 +103,16 @@ def test_the_kernel_is_that_of_networks_prepared_for_sampling_in_bfloat16(precis
     with autocast(torch.device("cpu"), precision), torch.no_grad():
         net(*inputs)
     assert bool(called) is used
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+def test_a_layer_that_another_has_taken_the_place_of_is_called(name):
+    """As quantisation and adapters do."""
+    mlp, called = copies(0.5).to(torch.bfloat16), []
+    setattr(mlp, name, nn.Sequential(getattr(mlp, name)))
+    getattr(mlp, name).register_forward_hook(lambda *_: called.append(name))
+    mlp.fuses_gelu = has_fused_gelu()
+    with torch.no_grad():
+        mlp(torch.ones(4, 1, dtype=torch.bfloat16))
+    mlp.train()(torch.ones(4, 1, dtype=torch.bfloat16))
+    assert called == [name, name]

@@ -7,7 +7,7 @@ import pytest
 
 PAGES = """
 import resource, threading, torch
-from diffit.utils.memory import give_back_memory, keep_freed_memory
+from diffit.utils.memory import free_memory, keep_freed_memory
 torch.set_num_threads(1)
 kept = {keep} and keep_freed_memory()
 def fetched():
@@ -20,7 +20,7 @@ print(int(kept), fetched())
 thread = threading.Thread(target=fetched)  # large blocks are had in other threads too
 thread.start()
 thread.join()
-give_back_memory()
+free_memory()
 print(int(kept), fetched())
 """
 

@@ -61,7 +61,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         by_hand = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if by_hand and self.fuses_gelu and not torch.is_grad_enabled():
+        # A layer that another has taken the place of (quantised, adapted) is called as it is.
+        if by_hand and self.fuses_gelu and not torch.is_grad_enabled() and type(self.fc1) is nn.Linear:
             hidden = linear_gelu(x.to(self.fc1.weight.dtype), self.fc1.weight, self.fc1.bias)
         elif by_hand and self.training and self.dropout and not self.keeps_mask and type(self.fc2) is nn.Linear:
             x = self.fc1(x)

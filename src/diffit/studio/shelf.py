@@ -4,7 +4,6 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-import psutil
 import torch
 
 from diffit.errors import UserError, printable
@@ -12,6 +11,7 @@ from diffit.sampling.cost import sampling_bytes
 from diffit.sampling.model import Model, load
 from diffit.training.run_dir import runs
 from diffit.utils.distributed import pick_device
+from diffit.utils.memory import free_memory
 from diffit.weights import snapshot_kimg, snapshots
 
 MAX_IMAGES, MAX_STEPS = 64, 1000  # of one request
@@ -101,7 +101,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return free_memory()
 
 
 def _modified(path: Path) -> float:

@@ -5,7 +5,6 @@ import math
 import time
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from diffit.sampling.cost import count_evaluations
 from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
-from diffit.utils.memory import give_back_memory
+from diffit.utils.memory import free_memory
 from diffit.utils.precision import check_precision, resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -101,8 +100,7 @@ def available_memory(device: torch.device) -> int:
     """Bytes that training may use now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * SHARE["cuda"])
-    give_back_memory()
-    return int(psutil.virtual_memory().available * SHARE["cpu"])
+    return int(free_memory() * SHARE["cpu"])
 
 
 def fit_batch(config: Config, procs: Processes) -> int:

@@ -3,12 +3,12 @@
 import os
 import time
 
-import psutil
 import torch
 from torch import Tensor
 
 from diffit.data.open import Archive
 from diffit.utils.distributed import Processes
+from diffit.utils.memory import free_memory
 from diffit.utils.progress import duration
 from diffit.utils.shared import shared_tensor
 
@@ -30,12 +30,12 @@ def load_resident(archive: Archive, procs: Processes, workers: int) -> tuple[Ten
     if procs.max(not on_device) == 0:
         images, place, sharers = torch.empty(shape, dtype=first.dtype, device=procs.device), 0, 1
         where = "on the device"
-    elif procs.max(not fits(need, psutil.virtual_memory().available)):
+    elif procs.max(not fits(need, free_memory())):
         return None, streamed
     else:
         images, place, sharers = shared_tensor(shape, first.dtype, procs)
         copies = 1 if sharers > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", procs.count))
-        if procs.max(not fits(need * copies, psutil.virtual_memory().available)):  # nothing is written to it yet
+        if procs.max(not fits(need * copies, free_memory())):  # nothing is written to it yet
             return None, f"{streamed} {copies} times"
         where = "in memory" if sharers == 1 else f"in memory, one copy for {sharers} processes"
     rows = max(CHUNK // first.nbytes, FEWEST)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +10,7 @@ from diffit.data.open import Archive
 from diffit.training.batches import image_indices
 from diffit.training.resident import fits
 from diffit.training.step import Stepper
+from diffit.utils.memory import free_memory
 from diffit.utils.precision import autocast
 from diffit.utils.randomness import VALIDATION, make_generator
 
@@ -43,7 +43,7 @@ class Validation:
         """The same, kept where they fit."""
         if self.kept is None:
             need = min(len(self.archive), VALIDATION_IMAGES) * self.archive[0].nbytes
-            if fits(need, psutil.virtual_memory().available):
+            if fits(need, free_memory()):
                 self.kept = list(self.batches())
         return self.batches() if self.kept is None else self.kept
 

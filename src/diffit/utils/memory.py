@@ -1,7 +1,9 @@
-"""What the C library does with memory that is freed."""
+"""What the C library does with memory that is freed, and how much is free."""
 
 import ctypes
 import sys
+
+import psutil
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
@@ -17,11 +19,12 @@ def keep_freed_memory() -> bool:
     return libc is not None and bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, -1))
 
 
-def give_back_memory() -> None:
-    """What this process keeps and does not use, to the system: before it is asked how much is free."""
+def free_memory() -> int:
+    """Bytes that this process may still take; what it keeps and does not use is given back first."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+    return int(psutil.virtual_memory().available)
 
 
 def _glibc() -> ctypes.CDLL | None:
