@@ -160,9 +160,9 @@ def main(
 def until(
     marks: list[float], stepper: Stepper, archive: ImageArchive, held_out: HeldOut, length: float
 ) -> Iterator[tuple[float, list[Point]]]:
-    """Train for ``length`` minutes of a core; at each of the ``marks`` among them, the curve so far."""
+    """Train as for ``length`` minutes of a core until the last of the ``marks``; at each of them, the curve so far."""
     due = {minutes / length: minutes for minutes in marks}
-    shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1))})
+    shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1) if number / POINTS < max(due))})
     points: list[Point] = []
     for share, point in zip(shares, learn(stepper, archive, held_out, shares, 60 * length), strict=True):
         points.append(point)
