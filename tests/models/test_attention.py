@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from diffit.models import attention as module_of_attention
@@ -413,6 +414,35 @@ def test_it_compiles_as_one_graph(size, window):
     expected = gradients(module, *arguments)
     module.compile(fullgraph=True, backend="aot_eager")
     assert_all_close(gradients(module, *arguments), expected, 1e-12)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_graph_has_the_attention_that_a_step_without_it_has(grad):
+    """Up to PyTorch 2.11 its compiler took itself for an export, which has the kernel and one call for any batch."""
+    torch.compiler.reset()
+    called, module = [], tmsa((8, 8), 4)
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    module.compile(fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(grad):
+        module(*inputs((8, 8)))
+    assert any("scaled_dot_product_attention" in name for name in called) is not grad
+    assert "clone" not in called
+    assert "softmax" in called or not grad
+
+
+@pytest.mark.parametrize(("tokens", "grad", "formula"), [(16, True, True), (17, True, False), (16, False, False)])
+def test_a_gpu_learns_short_windows_by_the_formula(tokens, grad, formula, monkeypatch):
+    called = []
+    for name in ("plain_attention", "kernel_attention"):
+        monkeypatch.setattr(module_of_attention, name, lambda *arguments, name=name: called.append(name))
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        q = torch.empty(3, 2, tokens, 8, device="cuda")
+        fused_attention(q, q, q, torch.empty(2, tokens, tokens, device="cuda", requires_grad=True))
+    assert called == ["plain_attention" if formula else "kernel_attention"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,9 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 MAX_WINDOWS = 65_535
 """In one call on CUDA: with more, the memory-efficient kernel's backward pass cannot give the bias its gradient."""
 
+SHORT = 16
+"""Tokens of a window up to which a GPU learns faster by the formula than by a kernel, which works on tiles of 64."""
+
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -95,6 +98,11 @@ def padding_bias(window: tuple[int, int], size: tuple[int, int], device: torch.d
     return torch.zeros_like(inside).masked_fill(inside == 0, -math.inf)[:, None, None]
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces this, for any batch and device. Up to PyTorch 2.11 its compiler says so of itself."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Eq. 6 as it is written: softmax(Q Kᵀ/√d + B) V, on ``(…, heads, N, d)`` with ``bias`` ``(heads, N, N)``."""
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias
@@ -102,9 +110,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias."""
-    learns = torch.is_grad_enabled() and bias.requires_grad
-    if q.device.type == "cpu" and learns and not torch.compiler.is_exporting():
+    """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias and is faster."""
+    learns = torch.is_grad_enabled() and bias.requires_grad and not is_exporting()
+    if learns and q.is_cuda and q.shape[-2] <= SHORT:
+        return plain_attention(q, k, v, bias)
+    if learns and q.device.type == "cpu":
         # No kernel of a CPU's gives the bias its gradient, and without one PyTorch takes longer than the formula.
         with torch.autocast("cpu", enabled=False):
             return plain_attention(q.to(bias.dtype), k.to(bias.dtype), v.to(bias.dtype), bias).to(q.dtype)
@@ -123,7 +133,7 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def in_parts(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, limit: int) -> Tensor:
     """``attention(q, k, v)`` for at most ``limit`` entries of the first dimension at a time."""
-    if torch.compiler.is_exporting() or q.shape[0] <= limit:  # an exported graph is for any batch
+    if is_exporting() or q.shape[0] <= limit:  # an exported graph is for any batch
         return attention(q, k, v)
     parts = zip(q.split(limit), k.split(limit), v.split(limit), strict=True)
     return torch.cat([attention(*part) for part in parts])
@@ -188,7 +198,7 @@ class TMSA(nn.Module):
             q, k, v = (part.reshape(B, windows * self.num_heads, N, -1) for part in (q, k, v))
         out = self.attention(q, k, v, bias)
 
-        if torch.compiler.is_exporting():  # else a view of the kernel's strides is recorded, which other kernels lack
+        if is_exporting():  # else a view of the kernel's strides is recorded, which other kernels lack
             out = out.clone(memory_format=torch.contiguous_format)
         tokens: Tensor = self.proj(join_heads(out.reshape(B * windows, self.num_heads, N, -1), window, (H, W)))
         return tokens

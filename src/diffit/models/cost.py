@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffit.configs.schema import Config, ImageModel, LatentModel
 from diffit.models import DiffiTBlock, DiffiTResBlock, build
-from diffit.models.attention import TMSA
+from diffit.models.attention import SHORT, TMSA, plain_attention
 from diffit.models.block import Mlp
 from diffit.utils.precision import autocast
 
@@ -87,8 +87,9 @@ def example_inputs(model: ImageModel | LatentModel, batch: int) -> tuple[Tensor 
 def estimate(config: Config, batch_gpu: int, precision: str = "fp32", device: str = "cpu", processes: int = 1) -> Cost:
     """Memory of training with microbatches of ``batch_gpu`` on a ``device`` of type cpu or cuda, from any machine.
 
-    On a GPU attention is one kernel that keeps queries, keys, values, output and a number per query; on a CPU it keeps
-    the weights of all pairs. Left out is the program itself. What is sent is that of a ring of ``processes``.
+    On a GPU attention is one kernel that keeps queries, keys, values, output and a number per query, but for short
+    windows; there and on a CPU it keeps the weights of all pairs. Left out is the program itself. What is sent is that
+    of a ring of ``processes``.
     """
     # All that is kept grows with the batch or does not depend on it.
     two, three = (_trace(config.model, n, config.training.grad_ckpt, precision, device) for n in (2, 3))
@@ -136,7 +137,8 @@ def _trace(model: ImageModel | LatentModel, batch: int, grad_ckpt: bool, precisi
         if device == "cuda":
             for module in net.modules():
                 if isinstance(module, TMSA):
-                    module.attention = _FusedAttention.apply
+                    short = module.window[0] * module.window[1] <= SHORT
+                    module.attention = plain_attention if short else _FusedAttention.apply
                 elif isinstance(module, Mlp):
                     module.keeps_mask = True
         kept: dict[int, int] = {}  # storage -> bytes: a tensor and its views are kept once
