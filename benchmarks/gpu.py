@@ -66,7 +66,9 @@ BUCKET = 25_000_000 if GPU else 250_000  # numbers of an all-reduce
 
 
 def stepper_of(preset: str, batch: int, precision: str, procs: Processes, **options: Any) -> tuple[Stepper, Same]:
-    config = resolve(preset, {"batch": batch * procs.count, "batch_gpu": batch, "cond": False, **options})
+    config = resolve(
+        preset, {"batch": batch * procs.count, "batch_gpu": batch, "cond": False, "compile": False, **options}
+    )
     stepper, shape = Stepper(config, procs, build_network(config), precision), config.model.sample_shape
     if config.autoencoder is None:
         data = torch.zeros(batch, *shape, dtype=torch.uint8, device=procs.device)

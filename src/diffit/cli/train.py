@@ -149,7 +149,8 @@ OPTIONS: Options = {
         switch("--grad-ckpt", help="Recompute activations: less memory, more time.  [default: no]"),
         switch("--shard", help="Spread weights, average and moments over the processes (FSDP2).  [default: no]"),
         switch("--compile",
-               help="torch.compile the network: a minute at the start, then faster steps on a GPU.  [default: no]"),
+               help="torch.compile the network: one or two minutes at the start, then faster steps.  "
+                    "[default: on a GPU, in a run of ten minutes or more]"),
         click.option("--timeout-minutes", type=float,
                      help="Minutes after which, where a process hangs, the others have saved and gone.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),

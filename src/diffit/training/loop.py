@@ -12,6 +12,7 @@ from diffit.data.open import Archive
 from diffit.models.autoencoder import Autoencoder
 from diffit.training.batches import feed, microbatches
 from diffit.training.checkpoint import read_progress
+from diffit.training.compiling import is_compiled
 from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
 from diffit.training.plan import plan
@@ -68,6 +69,10 @@ def train(
         if state is not None:
             known = (read_options(state.parent), read_progress(state)) if procs.is_first else None
             recorded, progress = procs.broadcast(known)
+        if procs.is_first and is_compiled(config, procs.device):
+            logger.warning(
+                "compiling the network: one or two minutes, then steps are faster (--compile=False: without)"
+            )
         config = plan(config, archive, procs, autoencoder, recorded=recorded, progress=progress or (0, 0.0))
         training, net = config.training, build_network(config)
         source = config.distillation.teacher if config.distillation else training.init_from

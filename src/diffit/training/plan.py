@@ -15,6 +15,7 @@ from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.models.cost import FORWARDS, estimate
 from diffit.sampling.cost import count_evaluations
+from diffit.training.compiling import is_compiled
 from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
@@ -198,9 +199,12 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
         def __next__(self) -> tuple[Tensor, Tensor | None]:
             return data, labels
 
+    if is_compiled(config, procs.device):
+        stepper.step(Same())
+        float(stepper.meter.last_loss)
     steps, began = 0, time.monotonic()
     stepper.step(Same())
-    float(stepper.meter.last_loss)  # the first step pays for compilation and caches
+    float(stepper.meter.last_loss)  # the first step pays for caches
     if config.training.minutes is None:
         return 0.0
     first, began = time.monotonic() - began, time.monotonic()

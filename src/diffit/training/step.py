@@ -18,6 +18,7 @@ from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
 from diffit.training.checkpoint import check_moments, load_state, save_state, state_groups, take_up
+from diffit.training.compiling import is_compiled
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.guard import Guard
 from diffit.training.losses import build_loss
@@ -143,7 +144,7 @@ class Stepper:
         """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
         learning rate and the loss may depend on the share that is done."""
 
-        if training.compile:
+        if is_compiled(config, procs.device):
             self.net.compile(fullgraph=not training.grad_ckpt)
         self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1 and self.empty is None:
