@@ -418,7 +418,7 @@ def test_it_compiles_as_one_graph(size, window):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_graph_has_the_attention_that_a_step_without_it_has(grad):
-    """Up to PyTorch 2.11 its compiler took itself for an export, which has the kernel and one call for any batch."""
+    """PyTorch 2.11's compiler took itself for an export, which has the kernel and one call for any batch."""
     torch.compiler.reset()
     called, module = [], tmsa((8, 8), 4)
 

@@ -99,7 +99,7 @@ def padding_bias(window: tuple[int, int], size: tuple[int, int], device: torch.d
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces this, for any batch and device. Up to PyTorch 2.11 its compiler says so of itself."""
+    """Whether torch.export traces this, for any batch and device. PyTorch 2.11's compiler says so of itself."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
