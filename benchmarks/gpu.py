@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import DEVICE, in_turns, machine, peak_mib, reset_peak
 from benchmarks.memory import Same
 from diffit.configs.resolve import resolve
-from diffit.models.attention import BACKENDS, MAX_WINDOWS, TMSA, fused_attention, in_parts, plain_attention
+from diffit.models.attention import BACKENDS, MAX_WINDOWS, TMSA, in_parts, kernel_attention, plain_attention
 from diffit.models.cost import count_work, estimate
 from diffit.sampling import Model, prepare
 from diffit.sampling.settings import with_sampling
@@ -66,9 +66,7 @@ BUCKET = 25_000_000 if GPU else 250_000  # numbers of an all-reduce
 
 
 def stepper_of(preset: str, batch: int, precision: str, procs: Processes, **options: Any) -> tuple[Stepper, Same]:
-    config = resolve(
-        preset, {"batch": batch * procs.count, "batch_gpu": batch, "cond": False, "compile": False, **options}
-    )
+    config = resolve(preset, {"batch": batch * procs.count, "batch_gpu": batch, "cond": False, **options})
     stepper, shape = Stepper(config, procs, build_network(config), precision), config.model.sample_shape
     if config.autoencoder is None:
         data = torch.zeros(batch, *shape, dtype=torch.uint8, device=procs.device)
@@ -102,7 +100,8 @@ def attention() -> dict[str, dict[str, float]]:
         for precision in ("fp32", "bf16", "fp16") if GPU else ("fp32", "bf16"):
             errors = {}
             for fused in (True, False):
-                layer = TMSA(dim, 32, heads, grid_size=side, window_size=window, fused=fused)
+                layer = TMSA(dim, 32, heads, grid_size=side, window_size=window)
+                layer.attention = kernel_attention if fused else plain_attention  # also where windows are short
                 layer.load_state_dict(exact.state_dict())
                 given = gradients(layer.to(DEVICE), x.to(DEVICE), cond.to(DEVICE), DTYPES[precision])
                 off = [(a - b).abs().max() / b.abs().max() for a, b in zip(given, expected, strict=True)]
@@ -222,7 +221,7 @@ def bias_price(windows: int, heads: int, tokens: int, width: int) -> dict[str, f
 
     times = in_turns(
         timed(plain_attention, q, k, v, bias),
-        timed(fused_attention, q, k, v, bias),
+        timed(kernel_attention, q, k, v, bias),
         timed(unbiased, q, k, v),
         rounds=7 if GPU else 2,
     )

@@ -28,7 +28,7 @@ class Same:
 
 def step(preset: str, batch: int) -> float:
     """MiB that two steps add to what the program takes without them."""
-    config = resolve(preset, {"batch": batch, "batch_gpu": batch, "compile": False, "precision": "fp32"})
+    config = resolve(preset, {"batch": batch, "batch_gpu": batch, "precision": "fp32"})
     torch.nn.Linear(8, 8)(torch.zeros(2, 8)).sum().backward()  # what torch allocates once
     reset_peak()
     before = peak_mib()
@@ -46,7 +46,7 @@ def step(preset: str, batch: int) -> float:
 
 def main() -> None:
     for preset, batch in CASES:
-        config = resolve(preset, {"batch": batch, "batch_gpu": batch, "compile": False})
+        config = resolve(preset, {"batch": batch, "batch_gpu": batch})
         estimated = estimate(config, batch, device=DEVICE.type).training_bytes / 2**20
         measured = peak_of("benchmarks.memory", preset, batch)
         print(

@@ -48,7 +48,7 @@ def main(
             key = {"name": name, "seed": seed, **common}
             if any(Results(dest).find(**key)):
                 continue
-            config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed, "compile": False}, facts_of(archive))
+            config = resolve(preset, {"data": data, "kimg": kimg, "seed": seed}, facts_of(archive))
             assert isinstance(config.model, ImageModel)
             model = config.model.model_copy(update={"mlp_ratio": MLP_RATIO})
             net = make(name, model, config.training.init, seed)

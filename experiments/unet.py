@@ -131,8 +131,7 @@ def main(
 
     def config_of(side: str, seed: int = 0) -> Config:
         options = {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
-        own = {"data": data, "minutes": length, "seed": seed, "compile": False}
-        return resolve(preset, {**own, **options}, facts_of(archive))
+        return resolve(preset, {"data": data, "minutes": length, "seed": seed, **options}, facts_of(archive))
 
     keys = {
         side: {"name": side, "recipe": recipes[side], "training": recipe_of(config_of(side)), **common}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diffit.cli import Lines, cli, run
+from diffit.cli import Lines, cli, run, wait_without_spinning
 
 
 def install(site, name: str, summary: str) -> None:
@@ -29,6 +29,29 @@ def test_a_namesake_in_our_place_is_said_in_one_line_with_the_remedy(tmp_path, s
     found = done.stderr.splitlines()
     assert len(found) == lines, done.stderr
     assert all(line.startswith("warning: ") and "pip uninstall diffit" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_do_not_spin_unless_they_are_told_to(given, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    wait_without_spinning()
+    assert {name: os.environ[name] for name in expected} == expected
+    assert ("GOMP_SPINCOUNT" in os.environ) == ("GOMP_SPINCOUNT" in expected)
+
+
+def test_it_is_settled_before_torch_is_there():
+    code = "import sys, diffit.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

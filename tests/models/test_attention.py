@@ -288,6 +288,7 @@ def test_on_a_gpu_the_fused_kernel_has_the_bias_gradient_of_float64(side, head_w
     arguments = inputs((side, side), **shape)
     plain = gradients(tmsa((side, side), None, fused=False, **shape).cuda(), *(a.cuda() for a in arguments))
     module = tmsa((side, side), None, dtype=torch.float32, **shape).cuda()
+    module.attention = kernel_attention  # also where the map is short
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         fused = gradients(module, *(a.float().cuda() for a in arguments))
     assert_all_close(fused, plain, tolerance)
@@ -416,10 +417,14 @@ def test_it_compiles_as_one_graph(size, window):
     assert_all_close(gradients(module, *arguments), expected, 1e-12)
 
 
+@pytest.mark.parametrize("poses", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_graph_has_the_attention_that_a_step_without_it_has(grad):
-    """PyTorch 2.11's compiler took itself for an export, which has the kernel and one call for any batch."""
+def test_a_graph_has_the_attention_that_a_step_without_it_has(grad, poses, monkeypatch):
+    """PyTorch 2.11's compiler takes itself for an export, which has the kernel and one call for any batch."""
     torch.compiler.reset()
+    if poses:
+        monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+        monkeypatch.setattr(module_of_attention, "POSES", True)
     called, module = [], tmsa((8, 8), 4)
 
     def backend(graph, _):
@@ -434,13 +439,22 @@ def test_a_graph_has_the_attention_that_a_step_without_it_has(grad):
     assert "softmax" in called or not grad
 
 
-@pytest.mark.parametrize(("tokens", "grad", "formula"), [(16, True, True), (17, True, False), (16, False, False)])
-def test_a_gpu_learns_short_windows_by_the_formula(tokens, grad, formula, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "grad", "formula"),
+    [
+        (16, torch.float32, True, True),
+        (16, torch.bfloat16, True, True),
+        (16, torch.float16, True, False),
+        (17, torch.bfloat16, True, False),
+        (16, torch.bfloat16, False, False),
+    ],
+)
+def test_a_gpu_learns_short_windows_by_the_formula(tokens, dtype, grad, formula, monkeypatch):
     called = []
     for name in ("plain_attention", "kernel_attention"):
         monkeypatch.setattr(module_of_attention, name, lambda *arguments, name=name: called.append(name))
     with FakeTensorMode(), torch.set_grad_enabled(grad):
-        q = torch.empty(3, 2, tokens, 8, device="cuda")
+        q = torch.empty(3, 2, tokens, 8, device="cuda", dtype=dtype)
         fused_attention(q, q, q, torch.empty(2, tokens, tokens, device="cuda", requires_grad=True))
     assert called == ["plain_attention" if formula else "kernel_attention"]
 

@@ -66,6 +66,7 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file on Windows may have no "−": better "?" than no help at all
             stream.reconfigure(errors="replace")
+    wait_without_spinning()
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler])
@@ -111,6 +112,15 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             )
         _let_another_process_speak(first_waits=1)
         raise
+
+
+def wait_without_spinning() -> None:
+    """Have the threads of a CPU sleep soon when they wait for one another; before torch is imported.
+
+    By default they spin, and where other programs want the cores a step takes ten times as long (docs/results.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def warn_of_namesake() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,4 +63,5 @@ def studio(networks: tuple[str, ...], runs: Path | None, data: Path | None, vae:
     click.echo(
         f"diffit studio: http://{f'[{host}]' if ':' in host else host}:{port} on {shelf.device} (Ctrl-C ends it)"
     )
-    serve(shelf, host=host, port=port, share=options["share"], auth=auth)
+    with suppress(KeyboardInterrupt):  # it is how the page ends
+        serve(shelf, host=host, port=port, share=options["share"], auth=auth)

@@ -121,6 +121,8 @@ OPTIONS: Options = {
         click.option("--lr", type=float, help="Learning rate.  [default: the preset's]"),
         click.option("--lr-rampup-kimg", type=float,
                      help="Learning rate's linear ramp-up.  [default: the preset's, 5 % of a shorter run]"),
+        click.option("--lr-decay", type=float, metavar="SHARE",
+                     help="Share of the run, at its end, in which the rate falls to 0.  [default: the preset's]"),
         click.option("--ema", type=float, metavar="MIMG",
                      help="Exponential moving average half-life, in millions of images.  [default: the preset's]"),
         click.option("--label-drop", type=float,
@@ -149,8 +151,8 @@ OPTIONS: Options = {
         switch("--grad-ckpt", help="Recompute activations: less memory, more time.  [default: no]"),
         switch("--shard", help="Spread weights, average and moments over the processes (FSDP2).  [default: no]"),
         switch("--compile",
-               help="torch.compile the network: one or two minutes at the start, then faster steps.  "
-                    "[default: on a GPU, in a run of ten minutes or more]"),
+               help="torch.compile the network: a minute or two at the start, then faster steps.  "
+                    "[default: of images on a GPU, for 15 minutes or 5e16 FLOPs and more]"),
         click.option("--timeout-minutes", type=float,
                      help="Minutes after which, where a process hangs, the others have saved and gone.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),

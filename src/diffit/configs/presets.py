@@ -22,10 +22,11 @@ from diffit.configs.schema import (
 from diffit.errors import UserError
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0, "weighting": None},
-    "muon": {"optimizer": "muon", "init": "fan_in", "conv_lr": 1.0, "weighting": "uncertainty"},
+    "paper": {"optimizer": "adam", "init": "xavier", "conv_lr": 1.0, "weighting": None, "lr_decay": 0.0},
+    "muon": {"optimizer": "muon", "init": "fan_in", "conv_lr": 1.0, "weighting": "uncertainty", "lr_decay": 0.5},
 }
-"""How weights begin and move, and noise levels weigh: as published, or as in the small presets (docs/quality.md)."""
+"""How weights begin, move and come to rest, and noise levels weigh: as published, or as in the small presets
+(docs/quality.md)."""
 
 
 def cifar10() -> Config:

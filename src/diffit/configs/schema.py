@@ -178,7 +178,7 @@ class Training(Frozen):
     shard: bool = False
     """Whether each process keeps a part of weights, average and moments, and not all."""
     compile: bool | None = None
-    """None is for a GPU and a long run to decide: :mod:`diffit.training.compiling`."""
+    """None: on a GPU in a run that is long enough, by :mod:`diffit.training.compiling`."""
     grad_clip: Positive | None = None
     """Norm that a gradient is scaled down to."""
     on_spike: Literal["skip", "rollback", "ignore"] = "skip"

@@ -22,6 +22,10 @@ MAX_WINDOWS = 65_535
 SHORT = 16
 """Tokens of a window up to which a GPU learns faster by the formula than by a kernel, which works on tiles of 64."""
 
+POSES = torch.__version__ < "2.12"
+"""Whether torch.compile may say that it exports, as PyTorch 2.11's does; an export with ``strict=True`` is not told
+from it."""
+
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -60,7 +64,7 @@ def relative_position_bias(table: Tensor, table_window: tuple[int, int], window:
     # Along x as a sliding view, with Δy falling: rows[head, xi, Δy, xj]. Of the queries in a row yi of the window the
     # offsets to all keys then lie side by side, and are copied whole where an index would have N² entries.
     rows = offsets.permute(2, 0, 1).flip(1).unfold(2, w, 1).flip(-1).transpose(1, 2).flatten(2)
-    return torch.stack([rows[..., y * w : (y + h) * w] for y in reversed(range(h))], dim=1).flatten(1, 2)
+    return torch.stack(rows.unfold(2, h * w, w).unbind(2)[::-1], dim=1).flatten(1, 2)
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
@@ -99,8 +103,8 @@ def padding_bias(window: tuple[int, int], size: tuple[int, int], device: torch.d
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces this, for any batch and device. PyTorch 2.11's compiler says so of itself."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    """Whether torch.export traces this, for any batch and device."""
+    return torch.compiler.is_exporting() and not (POSES and torch.compiler.is_dynamo_compiling())
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -112,7 +116,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same as :func:`plain_attention` in one kernel, where the device has one that takes a bias and is faster."""
     learns = torch.is_grad_enabled() and bias.requires_grad and not is_exporting()
-    if learns and q.is_cuda and q.shape[-2] <= SHORT:
+    # Not in float16, where products could overflow before they are scaled.
+    if learns and q.is_cuda and q.dtype != torch.float16 and q.shape[-2] <= SHORT:
         return plain_attention(q, k, v, bias)
     if learns and q.device.type == "cpu":
         # No kernel of a CPU's gives the bias its gradient, and without one PyTorch takes longer than the formula.

@@ -1,33 +1,45 @@
-"""Whether a run's network is compiled where nobody said so: on a GPU, in a run that is long enough for it to pay."""
+"""Whether a run compiles its network where nobody said so: on a GPU, in a run that is long enough for it to pay."""
 
 import logging
-from functools import cache
 
 import torch
 
-from diffit.configs.schema import Config
+from diffit.configs.schema import Config, ImageModel
 from diffit.models.cost import FORWARDS, count_work
+from diffit.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
-# On an H100 compiling took one to one and a half minutes, and took a fifth to two fifths off a step (docs/results.md).
-MINUTES = 10.0  # of a run by the clock, from which on it pays
-FLOPS = 1e17  # of a run in images: ten minutes of the preset that uses an H100 best, and longer on all others
+# Compiling `cifar10` takes a minute of an H100's time and 0.4 off a step (docs/results.md).
+MINUTES = 15.0  # of a run by the clock, from which on it pays
+FLOPS = 5e16  # of a run in images: twelve minutes of that
 
 
-def is_compiled(config: Config, device: torch.device) -> bool:
-    """Whether a run compiles its network on ``device``: as asked for, or else where that pays.
+def compiles(config: Config, procs: Processes) -> bool:
+    """Whether a run compiles its network: as asked for, or else where that pays. All processes call this together.
 
-    The number of processes has no part in it, since compiled dropout draws other masks.
+    How many they are has no part in it, since compiled dropout draws other masks.
     """
     if config.training.compile is not None:
         return config.training.compile
-    return device.type == "cuda" and pays(config) and can_compile(device)
+    if procs.device.type != "cuda" or not pays(config):
+        return False
+    if procs.max(int(not can_compile(procs.device))):  # a step must be the same of all
+        return False
+    # What the compiler fails at later is not compiled: nobody asked for it, and the run goes on.
+    torch._dynamo.config.suppress_errors = True
+    return True
 
 
 def pays(config: Config) -> bool:
-    """Whether the run is long enough, on a GPU. Where that was not measured, it is not."""
+    """Whether the run is long enough, on a GPU.
+
+    Not for latents, whose step becomes shorter by a fifth alone, and whose gradients, which then come all at once, many
+    processes wait for; nor with what was not measured.
+    """
     training = config.training
+    if not isinstance(config.model, ImageModel):
+        return False
     if training.shard or training.grad_ckpt or config.distillation is not None:
         return False
     if training.clock_minutes is not None:
@@ -35,7 +47,6 @@ def pays(config: Config) -> bool:
     return 2 * FORWARDS * count_work(config).macs * training.kimg * 1000 >= FLOPS
 
 
-@cache
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here, found out on one number: it needs Triton and often a C compiler."""
     try:

@@ -19,6 +19,7 @@ from diffit.metrics.suite import parse_metrics
 from diffit.models.cost import FORWARDS, count_work, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.evaluator import sampled_for_metrics
+from diffit.training.plan import MARGIN
 from diffit.training.run_dir import RunLog
 from diffit.training.step import Stepper
 from diffit.training.usual import usual_loss
@@ -40,6 +41,8 @@ class Console:
 
     def __init__(self, log: RunLog | None, stepper: Stepper, total_images: int) -> None:
         self.log, self.stepper, self.total = log, stepper, total_images
+        timed = stepper.config.training.clock_minutes is not None
+        self.expected = max(round(total_images / MARGIN), stepper.images_seen) if timed else total_images
         self.console = _Terminal(quiet=log is None, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self.interval = 1.0 if self.live else 60.0
@@ -50,7 +53,7 @@ class Console:
             TextColumn("{task.fields[kimg]} kimg"), BarColumn(), TextColumn("{task.fields[note]}"),
             console=self.console, disable=not self.live, transient=True,
         )  # fmt: skip
-        self.task = self.bar.add_task("train", total=total_images, completed=self.first, kimg="0", note="first step …")
+        self.task = self.bar.add_task("train", total=self.expected, completed=self.first, kimg="0", note="first step …")
 
     def __enter__(self) -> Self:
         return self
@@ -72,10 +75,10 @@ class Console:
         stepper, config, procs = self.stepper, self.stepper.config, self.stepper.procs
         training, (channels, height, width) = config.training, config.image_shape
         cost = estimate(config, stepper.batch_gpu, stepper.precision, procs.device.type, procs.count)
-        images = self.total - stepper.images_seen
+        images = self.expected - stepper.images_seen
         classes = f"{config.model.num_classes} classes" if config.model.num_classes else "unconditional"
         minutes = training.clock_minutes
-        length = "" if minutes is None else f"{minutes_text(minutes)} with all grids, at most "
+        length = "" if minutes is None else f"{minutes_text(minutes)} in all, with grids: about "
         resumed_at = f", resumed at {stepper.images_seen / 1000:g} kimg" if resumed else ""
         student = config.distillation
         for line in (
@@ -86,7 +89,7 @@ class Console:
             *([] if student is None else [f"student   {student_title(config)}"]),
             f"batch     {training.batch} = {stepper.batch_gpu} per GPU × {procs.count} processes "
             f"× {stepper.rounds} accumulated",
-            f"duration  {length}{images:,} images, {images // training.batch:,} steps, "
+            f"duration  {length}{images:,} {'more ' if resumed else ''}images, {images // training.batch:,} steps, "
             f"{images / len(archive):.3g} epochs",
             f"memory    about {cost.training_bytes / GIB:.2f} GiB a process, "
             f"{cost.activation_bytes / GIB:.2f} of it for activations",
@@ -99,7 +102,7 @@ class Console:
         """What a person should know before waiting."""
         config = self.stepper.config
         training = config.training
-        epochs = self.total / len(archive)
+        epochs = self.expected / len(archive)
         if epochs > MANY_EPOCHS and len(archive) < FEW_IMAGES:
             yield (
                 f"note      {len(archive)} images will be seen {epochs:.0f} times each: samples will come to repeat "
@@ -144,10 +147,10 @@ class Console:
         left = duration(self._seconds_left(images_seen, rate))
         pace = f"{rate:.1f} img/s   {left} left"
         if self.live:
-            kimg = f"{images_seen / 1000:.1f}/{self.total / 1000:g}"
+            kimg = f"{images_seen / 1000:.1f}/{self.expected / 1000:g}"
             self.bar.update(self.task, completed=images_seen, kimg=kimg, note=f"loss {loss:.4f}   {pace}")
         else:  # the loss, a mean over many steps, is in the lines of ticks
-            self.say(f"{images_seen / 1000:.2f} of {self.total / 1000:g} kimg   {pace}")
+            self.say(f"{images_seen / 1000:.2f} of {self.expected / 1000:g} kimg   {pace}")
 
     def _seconds_left(self, images_seen: int, rate: float) -> float:
         """Until the last image, or until the clock ends the run."""
@@ -188,11 +191,18 @@ class Console:
 
     def _tell_if_short(self) -> None:
         """Where the clock ended a run long before its length: pictures of it are no sign of what the network can do."""
-        training = self.stepper.config.training
-        made, planned = (images // training.batch for images in (self.stepper.images_seen, self.total))
-        if training.clock_minutes is not None and made < planned / 2:
+        training, minutes = self.stepper.config.training, self.stepper.config.training.clock_minutes
+        made, planned = (images // training.batch for images in (self.stepper.images_seen, self.expected))
+        if minutes is None:
+            return
+        if self.stepper.seconds < 0.8 * 60 * minutes and self.stepper.images_seen >= self.total:
             self.say(
-                f"note      {made} of {planned} steps in {minutes_text(training.clock_minutes)}: the machine was "
+                f"note      {made} steps, after {duration(self.stepper.seconds)} of {minutes_text(minutes)}: the "
+                f"machine was more than {MARGIN:g} times as fast as measured; more --minutes go on"
+            )
+        elif made < planned / 2:
+            self.say(
+                f"note      {made} of {planned} steps in {minutes_text(minutes)}: the machine was "
                 "slower than measured, or grids took the time (a smaller --grid takes less); more --minutes go on"
             )
 

@@ -58,6 +58,7 @@ def save_fakes(stepper: Stepper, net: DiffiT, path: Path) -> None:
     """A grid of ``net``, the averaged or the raw weights; a conditional model's rows are of one class each."""
     columns, rows = grid = stepper.config.training.grid
     config = stepper.config.model_copy(update={"sampling": preview_sampling(stepper.config.sampling)})
+    was_training = net.training
     model = Model(net.eval(), config, stepper.autoencoder, stepper.precision)
     seeds, classes = range(columns * rows), row_classes(config)
     labels = torch.tensor(classes).repeat_interleave(columns) if classes else None
@@ -70,7 +71,7 @@ def save_fakes(stepper: Stepper, net: DiffiT, path: Path) -> None:
             samples = model.sample(seeds[part], None if labels is None else labels[part])
             images.append(to_uint8(samples, config.sampling.rounding).cpu())
     finally:  # also where a signal cuts it short: another step may follow
-        net.train(net is stepper.net)
+        net.train(was_training)
     save_grid(torch.cat(images), path, grid, row_names(config))
 
 

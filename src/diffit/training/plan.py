@@ -15,7 +15,6 @@ from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.models.cost import FORWARDS, estimate
 from diffit.sampling.cost import count_evaluations
-from diffit.training.compiling import is_compiled
 from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
 PROGRAM = int(0.5 * GIB)  # torch itself
-MARGIN = 1.1  # on the length by the clock
+MARGIN = 4.0  # on the length by the clock, which ends the run: a machine may be rid of other work after the measurement
 TICK_SECONDS = 3.0  # at least, between lines of statistics where nobody said how many images
 MEASURED_SECONDS = 8.0  # of steps, for the rate
 GRID_SHARE = 1 / 20  # of the minutes that a grid of samples may take where nobody asked for its size
@@ -39,6 +38,7 @@ def plan(
     procs: Processes,
     autoencoder: Autoencoder | None = None,
     *,
+    compiled: bool = False,
     recorded: Config | None = None,
     progress: tuple[int, float] = (0, 0.0),
 ) -> Config:
@@ -59,16 +59,15 @@ def plan(
     training = config.training.model_copy(update={"batch_gpu": batch_gpu, "chosen": chosen})
     config = config.model_copy(update={"training": training})
     if timed or (procs.device.type == "cuda" and recorded is None):
-        config, rate = measure(config, archive, procs, autoencoder)
+        config, rate = measure(config, archive, procs, autoencoder, compiled=compiled)
         if timed:
             assert training.minutes is not None
             (seen, seconds), batch = progress, training.batch
             images = seen + max(rate * (training.minutes * 60 - seconds), 2 * batch)
-            # More than fits: the clock ends the run, and a machine that gets faster does not idle.
+            if recorded is None:  # what follows from the length does so from the one that is to be expected
+                config = fit_tick(with_length(config, images / 1000), rate)
+                config = fit_grid(config, FORWARDS * rate / procs.count)
             kimg = float(f"{MARGIN * images / 1000:.3g}")
-            if recorded is None:
-                config = fit_tick(with_length(config, kimg), rate)
-                return fit_grid(config, FORWARDS * rate / procs.count)
             return config.model_copy(update={"training": config.training.model_copy(update={"kimg": kimg})})
     return config
 
@@ -161,12 +160,12 @@ def _divisors(share: int, limit: int) -> list[int]:
 
 
 def measure(
-    config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None
+    config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None, *, compiled: bool = False
 ) -> tuple[Config, float]:
     """Steps of a network that is thrown away: images a second, and the microbatch halved until a step fits the GPU."""
     while True:
         try:
-            return config, _rate(config, archive, procs, autoencoder)
+            return config, _rate(config, archive, procs, autoencoder, compiled)
         except torch.OutOfMemoryError:
             if procs.count > 1:  # the others are in the middle of a step: who starts it must give a smaller one
                 raise
@@ -183,9 +182,9 @@ def measure(
             config = config.model_copy(update={"training": training})
 
 
-def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None) -> float:
+def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None, compiled: bool) -> float:
     precision = check_precision(config.training.precision, procs.device)
-    stepper = Stepper(config, procs, build_network(config), precision, autoencoder)
+    stepper = Stepper(config, procs, build_network(config), precision, autoencoder, compiled=compiled)
     size = stepper.batch_gpu
     data = archive[0].expand(size, *archive[0].shape).to(procs.device)
     labels = None if archive.labels is None else archive.labels[:1].expand(size).to(procs.device)
@@ -199,7 +198,9 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
         def __next__(self) -> tuple[Tensor, Tensor | None]:
             return data, labels
 
-    if is_compiled(config, procs.device):
+    if compiled:
+        if procs.is_first:
+            logger.warning("compiling the network: a minute or two (--compile=False trains without)")
         stepper.step(Same())
         float(stepper.meter.last_loss)
     steps, began = 0, time.monotonic()

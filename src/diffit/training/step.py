@@ -18,7 +18,6 @@ from diffit.models import DiffiT, build
 from diffit.models.autoencoder import Autoencoder, draw_latents
 from diffit.models.image import ImageDiffiT
 from diffit.training.checkpoint import check_moments, load_state, save_state, state_groups, take_up
-from diffit.training.compiling import is_compiled
 from diffit.training.ema import ema_beta, update_ema
 from diffit.training.guard import Guard
 from diffit.training.losses import build_loss
@@ -118,7 +117,14 @@ class Stepper:
     """
 
     def __init__(
-        self, config: Config, procs: Processes, net: DiffiT, precision: str, autoencoder: Autoencoder | None = None
+        self,
+        config: Config,
+        procs: Processes,
+        net: DiffiT,
+        precision: str,
+        autoencoder: Autoencoder | None = None,
+        *,
+        compiled: bool | None = None,
     ) -> None:
         training = config.training
         if procs.device.type == "cpu":
@@ -144,8 +150,9 @@ class Stepper:
         """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
         learning rate and the loss may depend on the share that is done."""
 
-        if is_compiled(config, procs.device):
-            self.net.compile(fullgraph=not training.grad_ckpt)
+        if training.compile if compiled is None else compiled:
+            # Whole or not at all where it was asked for. Microbatches are of one size.
+            self.net.compile(fullgraph=bool(training.compile) and not training.grad_ckpt, dynamic=False)
         self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1 and self.empty is None:
             self.ddp = DistributedDataParallel(
@@ -229,8 +236,11 @@ class Stepper:
                 whole(tensor)
 
     def whole(self, net: DiffiT) -> DiffiT:
-        """``net``, or a copy of it, that a process can run by itself. All processes call this together."""
-        return net if self.empty is None else gathered(net, self.empty)
+        """``net`` as a process can run it by itself, with the same weights or gathered ones, and not compiled.
+
+        All processes call this together.
+        """
+        return copy.copy(net) if self.empty is None else gathered(net, self.empty)
 
     def restore(self, folder: Path) -> None:
         """Take up a training state exactly: weights, average, moments, loss scaler and place in the data.
