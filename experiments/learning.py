@@ -46,7 +46,7 @@ def setting(archive: ImageArchive, others: ImageArchive, detector: str, **option
 
 def recipe_of(config: Config) -> dict[str, Any]:
     """What a preset decides and may decide otherwise one day."""
-    return config.training.model_dump(include={"optimizer", "init", "weighting", "batch", "lr"})
+    return config.training.model_dump(include={"optimizer", "init", "weighting", "batch", "lr", "lr_decay"})
 
 
 def begin(config: Config, net: Any) -> Stepper:
