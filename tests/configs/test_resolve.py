@@ -357,7 +357,7 @@ def test_a_grid_too_large_to_be_read_again_is_refused_with_one_that_is_not():
 def test_a_recipe_changes_how_weights_begin_and_move_and_options_go_before_it():
     published, small = get_preset("cifar10"), get_preset("small16")
     training = resolve("cifar10", {"recipe": "muon"}).training
-    changed = {"optimizer": "muon", "init": "fan_in", "weighting": "uncertainty"}
+    changed = {"optimizer": "muon", "init": "fan_in", "weighting": "uncertainty", "lr_decay": 0.5}
     assert training == published.training.model_copy(update=changed)
     assert resolve("cifar10", {"recipe": "paper"}).training == published.training
     as_published = resolve("small16", {"recipe": "paper"}).training
