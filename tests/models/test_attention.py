@@ -18,6 +18,7 @@ from diffit.models.attention import (
     TMSA,
     fused_attention,
     in_parts,
+    is_exporting,
     is_relative_position_index,
     join_heads,
     kernel_attention,
@@ -417,14 +418,27 @@ def test_it_compiles_as_one_graph(size, window):
     assert_all_close(gradients(module, *arguments), expected, 1e-12)
 
 
-@pytest.mark.parametrize("poses", [True, False])
+@pytest.mark.parametrize(
+    ("exporting", "compiling", "poses", "expected"),
+    [
+        (False, False, False, False),
+        (True, False, False, True),
+        (True, True, False, True),  # with strict=True
+        (True, False, True, True),
+        (True, True, True, False),
+    ],
+)
+def test_an_older_compiler_is_not_taken_for_an_export(exporting, compiling, poses, expected, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: compiling)
+    monkeypatch.setattr(module_of_attention, "POSES", poses)
+    assert is_exporting() is expected
+
+
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_graph_has_the_attention_that_a_step_without_it_has(grad, poses, monkeypatch):
+def test_a_graph_has_the_attention_that_a_step_without_it_has(grad):
     """PyTorch 2.11's compiler takes itself for an export, which has the kernel and one call for any batch."""
     torch.compiler.reset()
-    if poses:
-        monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
-        monkeypatch.setattr(module_of_attention, "POSES", True)
     called, module = [], tmsa((8, 8), 4)
 
     def backend(graph, _):
