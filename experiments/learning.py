@@ -137,15 +137,6 @@ class Results:
             file.write(json.dumps(record) + "\n")
 
 
-def longest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each run, which writes a record whenever it is judged by samples, the one that goes farthest."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda record: record["points"][-1]["seconds"]):
-        run = {key: value for key, value in record.items() if key not in ("points", "minutes", "distance")}
-        found[json.dumps(run, sort_keys=True)] = record
-    return list(found.values())
-
-
 def spread(values: Sequence[float]) -> str:
     """Mean and range."""
     return f"{fmean(values):.4g} ({min(values):.4g} to {max(values):.4g})"

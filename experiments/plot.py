@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from experiments.learning import Results, longest
+from experiments.learning import Results
 
 
 def label(record: dict[str, Any]) -> str:
-    """The name, and of a recipe what is said of it."""
-    return ", ".join([record["name"], *(f"{key} {value}" for key, value in (record.get("recipe") or {}).items())])
+    """The name, of a recipe what is said of it, and the length of a run by the clock."""
+    said = [record["name"], *(f"{key} {value}" for key, value in (record.get("recipe") or {}).items())]
+    return ", ".join([*said, f"{record['minutes']:g} minutes"] if "minutes" in record else said)
 
 
 @click.command()
@@ -27,8 +28,8 @@ def main(found: Path, dest: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    every = Results(found).records
-    records, names = longest(every), list(dict.fromkeys(map(label, every)))
+    records = Results(found).records
+    names = list(dict.fromkeys(map(label, records)))
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8))
     colours = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
     for number, name in enumerate(names):

@@ -11,7 +11,6 @@ A command that is started again goes on where it was, and two at a time share th
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from diffit.configs.resolve import resolve
 from diffit.configs.schema import Config, ImageModel
 from diffit.data.archive import ImageArchive
 from diffit.data.open import facts_of
-from diffit.training.step import Stepper, build_network
+from diffit.training.step import build_network
 from diffit.utils.precision import channels_last
-from experiments.learning import HeldOut, Point, Results, begin, distance, learn, recipe_of, setting, spread
+from experiments.learning import HeldOut, Results, begin, distance, learn, recipe_of, setting, spread
 
 SIDES = ("ours", "paper", "unet")
 PAPER = {"recipe": "paper", "lr": 2e-3, "batch": 16}  # as small presets had it
-POINTS = 12  # of a curve, besides --minutes
+SHARES = [number / 12 for number in range(1, 13)]  # of a run, after which it is judged
 
 
 class UNet(nn.Module):
@@ -105,8 +104,8 @@ def unet_like(config: Config, seed: int, layers: int = 1, init: str = "fan_in") 
 @click.option("--data", required=True, help="Images to learn from.")
 @click.option("--val", required=True, type=click.Path(path_type=Path), help="Others, for the loss and the distance.")
 @click.option("--detector", default="pixels", show_default=True, help="Whose features the distance is of.")
-@click.option("--minutes", "marks", type=float, multiple=True, default=[10.0, 30.0], show_default=True,
-              help="Of one core, for each; judged at every one of them.")  # fmt: skip
+@click.option("--minutes", "lengths", type=float, multiple=True, default=[10.0, 30.0], show_default=True,
+              help="Of one core, for each; a run of its own for each length.")  # fmt: skip
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0, 1, 2], show_default=True)
 @click.option("--side", "sides", type=click.Choice(SIDES), multiple=True, default=SIDES)
 @click.option("--preset", help="Of our network.  [default: the small one for the images]")
@@ -118,7 +117,7 @@ def unet_like(config: Config, seed: int, layers: int = 1, init: str = "fan_in") 
               help="diffusers' own, or branches that begin at 0.")  # fmt: skip
 @click.option("--dest", type=click.Path(path_type=Path), default="unet.jsonl", show_default=True)
 def main(
-    data: str, val: Path, detector: str, marks: list[float], seeds: list[int], sides: list[str], preset: str,
+    data: str, val: Path, detector: str, lengths: list[float], seeds: list[int], sides: list[str], preset: str,
     unet_lr: float, unet_batch: int, unet_optimizer: str, unet_layers: int, unet_init: str, dest: Path,
 ) -> None:  # fmt: skip
     """Train both for the same seconds, and print the table of what is in the file."""
@@ -127,57 +126,42 @@ def main(
     common = setting(archive, others, detector, preset=preset)
     other = {"lr": unet_lr, "batch": unet_batch, "optimizer": unet_optimizer, "layers": unet_layers, "init": unet_init}
     recipes: dict[str, dict[str, Any]] = {"ours": {}, "paper": PAPER, "unet": other}
-    length = max(marks)
 
-    def config_of(side: str, seed: int = 0) -> Config:
+    def config_of(side: str, minutes: float, seed: int = 0) -> Config:
         options = {name: value for name, value in recipes[side].items() if name not in ("layers", "init")}
-        return resolve(preset, {"data": data, "minutes": length, "seed": seed, **options}, facts_of(archive))
+        return resolve(preset, {"data": data, "minutes": minutes, "seed": seed, **options}, facts_of(archive))
 
-    keys = {
-        side: {"name": side, "recipe": recipes[side], "training": recipe_of(config_of(side)), **common}
-        for side in SIDES
-    }
-    for seed, side in itertools.product(seeds, sides):
-        key, config = keys[side] | {"seed": seed}, config_of(side, seed)
-        missing = [minutes for minutes in marks if not any(Results(dest).find(minutes=minutes, **key))]
-        if not missing:
+    def key_of(side: str, minutes: float) -> dict[str, Any]:
+        training = recipe_of(config_of(side, minutes))
+        return {"name": side, "minutes": minutes, "recipe": recipes[side], "training": training, **common}
+
+    for minutes, seed, side in itertools.product(lengths, seeds, sides):
+        key, config = key_of(side, minutes) | {"seed": seed}, config_of(side, minutes, seed)
+        if any(Results(dest).find(**key)):
             continue
         assert isinstance(config.model, ImageModel)
         net: Any = unet_like(config, seed, unet_layers, unet_init) if side == "unet" else build_network(config)
         facts = {"parameters": sum(p.numel() for p in net.parameters()), "products": products(net, config.model)}
-        stepper, held_out = begin(config, net), HeldOut(config, others)
-        for minutes, points in until(missing, stepper, archive, held_out, length):
-            far = distance(stepper, val, detector)
-            Results(dest).add(points, **key, **facts, minutes=minutes, distance=far)
-            click.echo(
-                f"{side} seed {seed}  {minutes:g} minutes  {points[-1].images} images  loss {points[-1].loss:.4f}  "
-                f"distance {far:.4g}"
-            )
-    done = [record for side in SIDES for record in Results(dest).find(**keys[side])]
-    click.echo("\n" + table(done, sorted(marks)))
+        stepper = begin(config, net)
+        points = list(learn(stepper, archive, HeldOut(config, others), SHARES, 60 * minutes))
+        far = distance(stepper, val, detector)
+        Results(dest).add(points, **key, **facts, distance=far)
+        click.echo(
+            f"{side} seed {seed}  {minutes:g} minutes  {points[-1].images} images  loss {points[-1].loss:.4f}  "
+            f"distance {far:.4g}"
+        )
+    done = [record for job in itertools.product(SIDES, lengths) for record in Results(dest).find(**key_of(*job))]
+    click.echo("\n" + table(done, sorted(lengths)))
 
 
-def until(
-    marks: list[float], stepper: Stepper, archive: ImageArchive, held_out: HeldOut, length: float
-) -> Iterator[tuple[float, list[Point]]]:
-    """Train as for ``length`` minutes of a core until the last of the ``marks``; at each of them, the curve so far."""
-    due = {minutes / length: minutes for minutes in marks}
-    shares = sorted({*due, *(number / POINTS for number in range(1, POINTS + 1) if number / POINTS < max(due))})
-    points: list[Point] = []
-    for share, point in zip(shares, learn(stepper, archive, held_out, shares, 60 * length), strict=True):
-        points.append(point)
-        if share in due:
-            yield due[share], points
-
-
-def table(records: list[dict[str, Any]], marks: list[float]) -> str:
+def table(records: list[dict[str, Any]], lengths: list[float]) -> str:
     """The last column: ours has the loss of the other side after this share of its images, and of its seconds."""
     lines = [
         "| minutes | | multiply-accumulates | parameters | images | held-out loss | distance | ours has it after |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ours = {(record["minutes"], record["seed"]): record["points"] for record in records if record["name"] == "ours"}
-    for minutes, side in itertools.product(marks, SIDES):
+    for minutes, side in itertools.product(lengths, SIDES):
         if its := [record for record in records if (record["minutes"], record["name"]) == (minutes, side)]:
             last = {record["seed"]: record["points"][-1] for record in its}
             shares = [
