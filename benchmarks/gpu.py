@@ -8,6 +8,7 @@ the same is done on small networks, and nothing is compiled.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -27,7 +28,6 @@ from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import DEVICE, in_turns, machine, peak_mib, reset_peak
-from benchmarks.memory import Same
 from diffit.configs.resolve import resolve
 from diffit.models.attention import BACKENDS, MAX_WINDOWS, TMSA, in_parts, kernel_attention, plain_attention
 from diffit.models.cost import count_work, estimate
@@ -60,12 +60,13 @@ MAPS = (
 )
 TOLERANCE = 4
 """On the errors of gradients, in multiples of those of plain matrix products in the same precision."""
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor | None]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MANY = MAX_WINDOWS + 1000 if GPU else 1000
 BUCKET = 25_000_000 if GPU else 250_000  # numbers of an all-reduce
 
 
-def stepper_of(preset: str, batch: int, precision: str, procs: Processes, **options: Any) -> tuple[Stepper, Same]:
+def stepper_of(preset: str, batch: int, precision: str, procs: Processes, **options: Any) -> tuple[Stepper, Batches]:
     config = resolve(preset, {"batch": batch * procs.count, "batch_gpu": batch, "cond": False, **options})
     stepper, shape = Stepper(config, procs, build_network(config), precision), config.model.sample_shape
     if config.autoencoder is None:
@@ -73,7 +74,7 @@ def stepper_of(preset: str, batch: int, precision: str, procs: Processes, **opti
     else:
         data = torch.ones(batch, 4, *shape, device=procs.device)  # cached moments
     labels = torch.zeros(batch, dtype=torch.int64, device=procs.device) if config.model.num_classes else None
-    return stepper, Same(data, labels)
+    return stepper, itertools.repeat((data, labels))
 
 
 def gradients(layer: TMSA, x: torch.Tensor, cond: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

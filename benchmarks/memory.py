@@ -1,5 +1,6 @@
 """The memory estimate against the peak of a training step: ``python -m benchmarks.memory``."""
 
+import itertools
 import sys
 
 import torch
@@ -11,19 +12,6 @@ from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import alone
 
 CASES = [("small32", 32), ("small64", 16), ("cifar10", 64), ("latent-s", 8)]
-
-
-class Same:
-    """One microbatch for ever."""
-
-    def __init__(self, data: torch.Tensor, labels: torch.Tensor | None) -> None:
-        self.batch = data, labels
-
-    def __iter__(self) -> "Same":
-        return self
-
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.batch
 
 
 def step(preset: str, batch: int) -> float:
@@ -40,7 +28,7 @@ def step(preset: str, batch: int) -> float:
         data = torch.ones(batch, 4, *shape, device=DEVICE)  # cached moments
     labels = torch.zeros(batch, dtype=torch.int64, device=DEVICE) if config.model.num_classes else None
     for _ in range(2):
-        stepper.step(Same(data, labels))
+        stepper.step(itertools.repeat((data, labels)))
     return peak_mib() - before
 
 

@@ -1,6 +1,7 @@
 """When a network is compiled without having been asked for, and what happens where that does not work."""
 
 from functools import partialmethod
+from itertools import repeat
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from diffit.configs.presets import get_preset
 from diffit.configs.resolve import resolve
 from diffit.configs.schema import Distillation
 from diffit.training import compiling
-from diffit.training.compiling import can_compile, compiles
+from diffit.training.compiling import can_compile, decide_compile
 from diffit.training.pictures import save_fakes
+from diffit.training.plan import take_over
+from diffit.training.run_dir import same_run
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes, alone
 
@@ -18,14 +21,8 @@ CPU = torch.device("cpu")
 GPU = Processes(0, 1, torch.device("cuda"))
 
 
-class Same:
-    """The same microbatch for ever."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __next__(self):
-        return self.images, None
+def compiles(config, procs):
+    return decide_compile(config, procs).training.compile
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +51,16 @@ def test_a_network_is_compiled_where_it_pays_or_as_asked_for(preset, options, co
     monkeypatch.setattr(compiling, "can_compile", lambda device: True)
     config = resolve(preset, options)
     assert compiles(config, GPU) is compiled
-    assert config.training.compile is options.get("compile")  # another machine decides for itself
     assert compiles(config, alone(CPU)) is bool(options.get("compile"))
+
+
+def test_another_machine_decides_for_itself(monkeypatch):
+    monkeypatch.setattr(compiling, "can_compile", lambda device: True)
+    config = resolve("cifar10", {})
+    begun = decide_compile(config, GPU)
+    assert begun.training.compile
+    assert same_run(config, begun)
+    assert decide_compile(take_over(config, begun), alone(CPU)).training.compile is False
 
 
 def test_a_student_is_not_compiled_by_itself(monkeypatch):
@@ -90,18 +95,18 @@ def test_where_the_compiler_does_not_work_a_run_goes_on_without_it(monkeypatch, 
     assert "story" not in caplog.text
 
 
-@pytest.mark.parametrize("asked", [None, True])
+@pytest.mark.parametrize("asked", [False, True])
 def test_a_network_that_the_compiler_fails_at_is_trained_as_it_is_unless_it_was_to_be_compiled(asked, monkeypatch):
     def broken(graph, inputs):
         raise OSError("a kernel too large")
 
-    monkeypatch.setattr(compiling, "can_compile", lambda device: True)
-    assert compiles(resolve("cifar10", {}), GPU)
-    torch._dynamo.config.suppress_errors &= asked is None  # of a process where nothing was decided
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=broken))
-    config = resolve("debug", {"compile": asked})
-    stepper = Stepper(config, alone(CPU), build_network(config), "fp32", compiled=True)
-    images = Same(torch.zeros(8, 3, 16, 16, dtype=torch.uint8))
+    config = resolve("debug", {"compile": True})
+    if not asked:
+        decided = config.training.model_copy(update={"chosen": ("compile",)})
+        config = config.model_copy(update={"training": decided})
+    stepper = Stepper(config, alone(CPU), build_network(config), "fp32")
+    images = repeat((torch.zeros(8, 3, 16, 16, dtype=torch.uint8), None))
     if asked:
         with pytest.raises(RuntimeError, match="a kernel too large"):
             stepper.step(images)
@@ -123,11 +128,11 @@ def test_microbatches_share_a_graph_of_their_size_and_grids_have_none(monkeypatc
     for batch_gpu in (4, 2):  # as where the larger one does not fit
         config = resolve("debug", {"compile": True, "batch_gpu": batch_gpu, "grid": (2, 2)})
         stepper = Stepper(config, alone(CPU), build_network(config), "fp32")
-        stepper.step(Same(images[:batch_gpu]))
-        stepper.step(Same(images[:batch_gpu]))
+        stepper.step(repeat((images[:batch_gpu], None)))
+        stepper.step(repeat((images[:batch_gpu], None)))
     for net in (stepper.net, stepper.ema):
         save_fakes(stepper, stepper.whole(net), tmp_path / "grid.png")
-    stepper.step(Same(images[:2]))
+    stepper.step(repeat((images[:2], None)))
     assert [(4, 3, 16, 16) in shapes for shapes in graphs] == [True, False]
     assert [(2, 3, 16, 16) in shapes for shapes in graphs] == [False, True]
     assert all(module.training for module in stepper.net.modules())

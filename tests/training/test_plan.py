@@ -17,6 +17,7 @@ from diffit.training import train
 from diffit.training.plan import PROGRAM, fit_batch, measure, plan, take_over
 from diffit.training.run import Pace, Run
 from diffit.training.run_dir import kimg_number, prune_snapshots, same_run
+from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from helpers import write_archive
 
@@ -86,8 +87,19 @@ def test_the_length_by_the_clock_is_the_rate_times_the_minutes(monkeypatch, tmp_
     assert training.lr_rampup_kimg == 0.5  # the preset's is the upper limit
     assert 20 <= 30.0 / training.tick <= 100
     assert training.batch_gpu == training.batch
+    assert Stepper(config, ONE, build_network(config), "fp32").end == 30_000
     spelled = plan(resolve("small16", {"kimg": 3.0}, FACTS), archive, ONE)
     assert spelled.training.kimg == 3.0
+
+
+def test_what_follows_from_the_length_by_the_clock_has_few_digits(monkeypatch, tmp_path):
+    """They are in the log and in the options to copy."""
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 100 / 3)
+    training = plan(resolve("small16", {"minutes": 7.0}, FACTS), archive, ONE).training
+    assert training.kimg == 56.0
+    for value in (training.tick, training.ema_halflife_kimg):
+        assert value == pytest.approx(float(f"{value:.4g}"), rel=1e-12)
 
 
 @pytest.mark.parametrize(("rate", "grid"), [(50.0, (8, 8)), (12.0, (5, 5)), (5.0, (3, 3)), (0.1, (2, 2))])

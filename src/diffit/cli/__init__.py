@@ -70,6 +70,7 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler])
+    logging.getLogger("diffit").setLevel(logging.INFO)
     warn_of_namesake()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if not os.environ.get(name, "0").isdecimal():

@@ -15,20 +15,18 @@ MINUTES = 15.0  # of a run by the clock, from which on it pays
 FLOPS = 5e16  # of a run in images: twelve minutes of that
 
 
-def compiles(config: Config, procs: Processes) -> bool:
-    """Whether a run compiles its network: as asked for, or else where that pays. All processes call this together.
+def decide_compile(config: Config, procs: Processes) -> Config:
+    """``config`` with whether its network is compiled: as asked for, or else where that pays here.
 
-    How many they are has no part in it, since compiled dropout draws other masks.
+    All processes call this together. How many they are has no part in it, since compiled dropout draws other masks.
     """
-    if config.training.compile is not None:
-        return config.training.compile
-    if procs.device.type != "cuda" or not pays(config):
-        return False
-    if procs.max(int(not can_compile(procs.device))):  # a step must be the same of all
-        return False
-    # What the compiler fails at later is not compiled: nobody asked for it, and the run goes on.
-    torch._dynamo.config.suppress_errors = True
-    return True
+    training = config.training
+    if training.compile is not None:
+        return config
+    # A step must be the same of all.
+    compiled = procs.device.type == "cuda" and pays(config) and not procs.max(int(not can_compile(procs.device)))
+    training = training.model_copy(update={"compile": compiled, "chosen": (*training.chosen, "compile")})
+    return config.model_copy(update={"training": training})
 
 
 def pays(config: Config) -> bool:

@@ -19,9 +19,8 @@ from diffit.metrics.suite import parse_metrics
 from diffit.models.cost import FORWARDS, count_work, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.evaluator import sampled_for_metrics
-from diffit.training.plan import MARGIN
 from diffit.training.run_dir import RunLog
-from diffit.training.step import Stepper
+from diffit.training.step import MARGIN, Stepper
 from diffit.training.usual import usual_loss
 from diffit.utils.progress import duration, minutes_text
 
@@ -41,8 +40,7 @@ class Console:
 
     def __init__(self, log: RunLog | None, stepper: Stepper, total_images: int) -> None:
         self.log, self.stepper, self.total = log, stepper, total_images
-        timed = stepper.config.training.clock_minutes is not None
-        self.expected = max(round(total_images / MARGIN), stepper.images_seen) if timed else total_images
+        self.expected = max(stepper.end, stepper.images_seen)  # as the run begins to know it
         self.console = _Terminal(quiet=log is None, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self.interval = 1.0 if self.live else 60.0
@@ -190,7 +188,8 @@ class Console:
                     self.say(f"best by {best.stem.removeprefix('network-best-')}: {sample_command(best)}")
 
     def _tell_if_short(self) -> None:
-        """Where the clock ended a run long before its length: pictures of it are no sign of what the network can do."""
+        """Where a run by the clock ended long before its minutes or its expected length: its pictures are no sign of
+        what the network can do."""
         training, minutes = self.stepper.config.training, self.stepper.config.training.clock_minutes
         made, planned = (images // training.batch for images in (self.stepper.images_seen, self.expected))
         if minutes is None:
@@ -209,4 +208,6 @@ class Console:
 
 def sample_command(network: Path | None) -> str:
     folder = "samples" if network is None else f"samples-{network.stem.removeprefix('network-')}"
-    return shlex.join(["diffit", "sample", "--network", str(network), "--outdir", folder, "--seeds", "0-63"])
+    return shlex.join(
+        ["diffit", "sample", "--network", str(network), "--outdir", folder, "--seeds", "0-63", "--grid", "8x8"]
+    )

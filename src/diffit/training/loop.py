@@ -12,7 +12,6 @@ from diffit.data.open import Archive
 from diffit.models.autoencoder import Autoencoder
 from diffit.training.batches import feed, microbatches
 from diffit.training.checkpoint import read_progress
-from diffit.training.compiling import compiles
 from diffit.training.console import Console
 from diffit.training.evaluator import Evaluator
 from diffit.training.plan import plan
@@ -69,14 +68,11 @@ def train(
         if state is not None:
             known = (read_options(state.parent), read_progress(state)) if procs.is_first else None
             recorded, progress = procs.broadcast(known)
-        compiled = compiles(config, procs)
-        config = plan(
-            config, archive, procs, autoencoder, compiled=compiled, recorded=recorded, progress=progress or (0, 0.0)
-        )
+        config = plan(config, archive, procs, autoencoder, recorded=recorded, progress=progress or (0, 0.0))
         training, net = config.training, build_network(config)
         source = config.distillation.teacher if config.distillation else training.init_from
         begun = init_from(net, config, source) if source and state is None else None
-        stepper = Stepper(config, procs, net, precision, autoencoder, compiled=compiled)
+        stepper = Stepper(config, procs, net, precision, autoencoder)
         if state is not None:
             stepper.restore(state)
         evaluator = Evaluator(config, archive, procs, autoencoder, batch=stepper.batch_gpu, precision=precision)
@@ -91,8 +87,6 @@ def train(
         log = RunLog(run_dir, config, stepper.images_seen) if procs.is_first else None
         with StopSignals() as signals, Console(log, stepper, total) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
-            if compiled:
-                console.say("compiling the network in the first step: a minute or two, then steps are faster")
             if begun is not None:
                 console.say(f"weights   {begun}")
             order = microbatches(

@@ -1,12 +1,12 @@
 """What a run takes on this machine, found out before it begins: the microbatch that fits, and a length by the clock."""
 
+import itertools
 import logging
 import math
 import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffit.configs.resolve import accumulation, unasked, with_length
 from diffit.configs.schema import Config, Training
@@ -15,8 +15,9 @@ from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
 from diffit.models.cost import FORWARDS, estimate
 from diffit.sampling.cost import count_evaluations
+from diffit.training.compiling import decide_compile
 from diffit.training.pictures import preview_sampling
-from diffit.training.step import Stepper, build_network
+from diffit.training.step import MARGIN, Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.utils.memory import free_memory
 from diffit.utils.precision import check_precision, resolve_precision
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that training may take
 PROGRAM = int(0.5 * GIB)  # torch itself
-MARGIN = 4.0  # on the length by the clock, which ends the run: a machine may be rid of other work after the measurement
 TICK_SECONDS = 3.0  # at least, between lines of statistics where nobody said how many images
 MEASURED_SECONDS = 8.0  # of steps, for the rate
 GRID_SHARE = 1 / 20  # of the minutes that a grid of samples may take where nobody asked for its size
@@ -38,11 +38,10 @@ def plan(
     procs: Processes,
     autoencoder: Autoencoder | None = None,
     *,
-    compiled: bool = False,
     recorded: Config | None = None,
     progress: tuple[int, float] = (0, 0.0),
 ) -> Config:
-    """``config`` with the microbatch and the length that this machine allows, where they were not asked for.
+    """``config`` with what this machine allows where it was not asked for: microbatch, length, compilation.
 
     A run that goes on keeps what it ``recorded``, but for the length where other ``minutes`` are asked for;
     ``progress`` is what it has done, in images and seconds. All processes call this together. Raises
@@ -52,6 +51,9 @@ def plan(
     if recorded is not None:
         timed = timed and recorded.training.minutes != config.training.minutes
         config = take_over(config, recorded)
+    config = decide_compile(config, procs)
+    if config.training.compile and procs.is_first:
+        logger.info("compiling the network: a minute or two, then steps are faster (--compile=False trains without)")
     chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
     batch_gpu = fit_batch(config, procs)
     if recorded is not None and recorded.training.batch_gpu is not None:
@@ -59,16 +61,17 @@ def plan(
     training = config.training.model_copy(update={"batch_gpu": batch_gpu, "chosen": chosen})
     config = config.model_copy(update={"training": training})
     if timed or (procs.device.type == "cuda" and recorded is None):
-        config, rate = measure(config, archive, procs, autoencoder, compiled=compiled)
+        if procs.is_first:
+            logger.info("trying how fast a step is here: some seconds")
+        config, rate = measure(config, archive, procs, autoencoder)
         if timed:
             assert training.minutes is not None
             (seen, seconds), batch = progress, training.batch
-            images = seen + max(rate * (training.minutes * 60 - seconds), 2 * batch)
+            kimg = float(f"{(seen + max(rate * (training.minutes * 60 - seconds), 2 * batch)) / 1000:.3g}")
             if recorded is None:  # what follows from the length does so from the one that is to be expected
-                config = fit_tick(with_length(config, images / 1000), rate)
+                config = fit_tick(with_length(config, kimg), rate)
                 config = fit_grid(config, FORWARDS * rate / procs.count)
-            kimg = float(f"{MARGIN * images / 1000:.3g}")
-            return config.model_copy(update={"training": config.training.model_copy(update={"kimg": kimg})})
+            return config.model_copy(update={"training": config.training.model_copy(update={"kimg": MARGIN * kimg})})
     return config
 
 
@@ -160,12 +163,12 @@ def _divisors(share: int, limit: int) -> list[int]:
 
 
 def measure(
-    config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None, *, compiled: bool = False
+    config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None
 ) -> tuple[Config, float]:
     """Steps of a network that is thrown away: images a second, and the microbatch halved until a step fits the GPU."""
     while True:
         try:
-            return config, _rate(config, archive, procs, autoencoder, compiled)
+            return config, _rate(config, archive, procs, autoencoder)
         except torch.OutOfMemoryError:
             if procs.count > 1:  # the others are in the middle of a step: who starts it must give a smaller one
                 raise
@@ -182,40 +185,27 @@ def measure(
             config = config.model_copy(update={"training": training})
 
 
-def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None, compiled: bool) -> float:
+def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoencoder | None) -> float:
     precision = check_precision(config.training.precision, procs.device)
-    stepper = Stepper(config, procs, build_network(config), precision, autoencoder, compiled=compiled)
+    stepper = Stepper(config, procs, build_network(config), precision, autoencoder)
     size = stepper.batch_gpu
     data = archive[0].expand(size, *archive[0].shape).to(procs.device)
     labels = None if archive.labels is None else archive.labels[:1].expand(size).to(procs.device)
 
-    class Same:
-        """The same microbatch for ever."""
-
-        def __iter__(self) -> "Same":
-            return self
-
-        def __next__(self) -> tuple[Tensor, Tensor | None]:
-            return data, labels
-
-    if compiled:
-        if procs.is_first:
-            logger.warning("compiling the network: a minute or two (--compile=False trains without)")
-        stepper.step(Same())
+    def seconds(steps: int) -> float:
+        began = time.monotonic()
+        for _ in range(steps):
+            stepper.step(itertools.repeat((data, labels)))
         float(stepper.meter.last_loss)
-    steps, began = 0, time.monotonic()
-    stepper.step(Same())
-    float(stepper.meter.last_loss)  # the first step pays for caches
+        return time.monotonic() - began
+
+    first = seconds(1)  # pays for caches
     if config.training.minutes is None:
         return 0.0
-    first, began = time.monotonic() - began, time.monotonic()
-    count = max(round(MEASURED_SECONDS / max(first, 1e-3)), 1)
-    for _ in range(int(procs.broadcast(min(count, 200)))):
-        stepper.step(Same())
-        steps += 1
-    float(stepper.meter.last_loss)
-    rate = steps * config.training.batch / (time.monotonic() - began)
-    return float(procs.broadcast(rate))
+    if config.training.compile:
+        first = seconds(1)  # the one before had to wait for the compiler
+    steps = int(procs.broadcast(min(max(round(MEASURED_SECONDS / max(first, 1e-3)), 1), 200)))
+    return float(procs.broadcast(steps * config.training.batch / seconds(steps)))
 
 
 def take_over(config: Config, recorded: Config) -> Config:

@@ -32,6 +32,9 @@ from diffit.utils.precision import autocast, channels_last
 from diffit.utils.randomness import DROPOUT, INIT, STEP, derive_seed
 from diffit.weights.file import require_weights
 
+MARGIN = 4.0
+"""On the length by the clock, which ends the run: a machine may be rid of other work after it was measured."""
+
 
 def build_network(config: Config) -> DiffiT:
     """The network with weights that are a function of the seed, on the CPU so that every device begins alike."""
@@ -123,8 +126,6 @@ class Stepper:
         net: DiffiT,
         precision: str,
         autoencoder: Autoencoder | None = None,
-        *,
-        compiled: bool | None = None,
     ) -> None:
         training = config.training
         if procs.device.type == "cpu":
@@ -146,13 +147,16 @@ class Stepper:
         self.images_seen = 0
         self.seconds = 0.0  # that the run has taken, over all its parts
         self.judged = 0.0, 0.0  # the second of the run when metrics were last done, and the seconds that they took
-        self.end = training.steps * training.batch
+        margin = 1.0 if training.clock_minutes is None else MARGIN
+        self.end = max(round(training.steps * training.batch / margin), training.batch)
         """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
         learning rate and the loss may depend on the share that is done."""
 
-        if training.compile if compiled is None else compiled:
-            # Whole or not at all where it was asked for. Microbatches are of one size.
-            self.net.compile(fullgraph=bool(training.compile) and not training.grad_ckpt, dynamic=False)
+        if training.compile:
+            # Where nobody asked for it, what the compiler fails at is not compiled, and the run goes on.
+            asked = "compile" not in training.chosen
+            torch._dynamo.config.suppress_errors |= not asked
+            self.net.compile(fullgraph=asked and not training.grad_ckpt, dynamic=False)  # microbatches are of one size
         self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1 and self.empty is None:
             self.ddp = DistributedDataParallel(
