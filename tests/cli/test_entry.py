@@ -99,3 +99,12 @@ def test_a_mistyped_option_is_answered_with_the_nearest(capsys):
         run(cli, ["train", "--outdri", "runs"])
     error = capsys.readouterr().err
     assert "No such option '--outdri'. Did you mean '--outdir'?" in error
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["metrics"]])
+def test_a_list_of_commands_says_all_of_what_each_does_on_80_columns(group, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    cli([*group, "--help"], standalone_mode=False)
+    commands = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert len(commands) > 2
+    assert not [line for line in commands if line.endswith("...")]

@@ -273,11 +273,16 @@ def test_the_options_of_edm_and_stylegan_are_understood_or_answered(words, messa
 def test_near_copies_are_found_and_shown(network, pets, tmp_path, capsys):
     how = ["--data", str(pets), "--detector", "pixels", "--dest", str(tmp_path / "copies.html")]
     cli(["metrics", "copies", "--images", str(pets), "--count", "40", *how], standalone_mode=False)
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr()
+    facts = json.loads(said.out.splitlines()[-1])
     assert facts["near_copies"] == 1  # the training images themselves
+    assert "likeness" not in said.err
     cli(["metrics", "copies", "--network", str(network), "--count", "20", *how], standalone_mode=False)
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr()
+    facts = json.loads(said.out.splitlines()[-1])
     assert facts["near_copies"] == 0  # noise
+    assert facts["farther_than_real"] == 1
+    assert "Nor of likeness: 100% are farther from every training image than 99% of real images" in said.err
     page = re.sub("(?s)<script>.*?</script>", "", (tmp_path / "copies.html").read_text())
     assert page.count("data:image/png") == 20 * 4
 

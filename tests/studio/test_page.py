@@ -71,7 +71,9 @@ def choose(page, place: str, value: str, which: int = 0) -> None:
 
 
 def fill(page, label: str, value: object) -> None:
-    page.get_by_label(label, exact=True).locator("visible=true").first.fill(str(value))
+    field = page.get_by_label(label, exact=True).locator("visible=true").first
+    field.fill(str(value))
+    field.press("Tab")  # as a person leaves it
 
 
 def text_of(page, place: str, words: str) -> str:

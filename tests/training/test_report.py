@@ -126,6 +126,7 @@ def test_the_page_of_near_copies_begins_with_its_verdict_and_a_histogram(tmp_pat
     rng = torch.Generator().manual_seed(0)
     samples, real = torch.rand(200, generator=rng), 0.2 + torch.rand(1000, generator=rng)
     facts = {"samples": 200, "yardstick": EVIL, "near_copies": 0.21, "near_copies_among_real": 0.01}
+    facts["farther_than_real"] = 0.0
     image = torch.zeros(1, 4, 4, dtype=torch.uint8)
     copies = Copies(facts, [[image] * 2], torch.tensor([[0.1]]), (samples, real), 0.21)
     write_copies(tmp_path / "copies.html", copies)

@@ -122,9 +122,10 @@ def _some(names: Sequence[str]) -> str:
 @click.option("--tiling", is_flag=True, help="Encode large images in parts: less memory, slightly other numbers.")
 @click.option("--shard-size", type=click.IntRange(1, 2**31 - 1), default=1024, show_default=True, help="Images a file.")
 def encode(source: Path, dest: Path, vae: str, scale: float, tiling: bool, **options: Any) -> None:
-    """Encode an archive's images, and their mirror images, as latents to train on.
+    """Encode an archive's images as latents to train on.
 
-    The same command goes on where it was interrupted. Under torchrun it uses several GPUs.
+    Their mirror images are encoded, too. The same command goes on where it was interrupted. Under torchrun it uses
+    several GPUs.
     """
     from diffit.data.encode import encode_archive
     from diffit.models.autoencoder import load_autoencoder
@@ -154,7 +155,10 @@ def encode(source: Path, dest: Path, vae: str, scale: float, tiling: bool, **opt
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random images.")
 @click.pass_context
 def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid: bool, seed: int) -> None:
-    """Print what an archive or latent cache holds; exit with status 1 if something is wrong with it."""
+    """Print what an archive or latent cache holds.
+
+    The exit status is 1 if something is wrong with it.
+    """
     if is_latents(path):
         _check_latents(path, cond)
         return
@@ -164,7 +168,7 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
     if report.samples is not None and not no_grid:
         grid = grid or Path(f"{path.resolve().name.removesuffix('.zip')}-grid.png")
         save_grid(report.samples, grid)
-        _line("grid", f"{grid} ({len(report.samples)} random images, seed {seed})")
+        _line("grid", f"{grid} ({len(report.samples)} images at random, in the order of the archive; seed {seed})")
     for warning in report.warnings:
         _line("warning", warning)
     for problem in report.problems:
@@ -179,7 +183,8 @@ def _print_check(report: CheckReport) -> None:
     _line("images", str(report.count))
     for shape, count in report.shapes.most_common():
         _line("size", f"{describe_shape(shape)} (width x height): {count} images")
-    _line("labels", f"{report.labelled} of {report.count} images, {report.num_classes} classes")
+    labelled = f"{report.labelled} of {report.count} images, {report.num_classes} classes"
+    _line("labels", labelled if report.labelled else "none")
     for label in sorted(report.class_counts)[:LISTED]:
         name = (report.class_names or [])[label : label + 1]
         _line("", f"  {label:3d} {' '.join(name)}: {report.class_counts[label]}")

@@ -169,10 +169,10 @@ STEPS = [
 @metrics.command()
 @with_options({"Options": STEPS})
 def steps(**options: Any) -> None:
-    """Compare samplers within budgets of evaluations: a table, a plot, and a record for every setting.
+    """Compare samplers within budgets of evaluations.
 
-    Marks the cheapest setting within 5 % of the best. The same command goes on where it was stopped, and does not
-    compute again what --dest holds.
+    Makes a table, a plot and a record for every setting. Marks the cheapest setting within 5 % of the best. The
+    same command goes on where it was stopped, and does not compute again what --dest holds.
     """
     from diffit.metrics.steps import Candidate, measure, plan, plot, tabulate
     from diffit.metrics.suite import Suite
@@ -264,7 +264,10 @@ def report(records: list[dict[str, Any]]) -> None:
 @SCRIPTS
 @BATCH
 def ref(data: Path, dest: Path, detector: str, allow_scripts: bool, batch: int) -> None:
-    """Write the statistics of an archive: mu, sigma, and for Inception mu_s, sigma_s."""
+    """Write the statistics of an archive.
+
+    They are mu and sigma, and for Inception mu_s and sigma_s.
+    """
     from diffit.metrics.detectors import make_detector
     from diffit.metrics.reference import write_statistics
     from diffit.utils.distributed import processes
@@ -283,9 +286,10 @@ def ref(data: Path, dest: Path, detector: str, allow_scripts: bool, batch: int) 
 @click.option("--format", "format_", type=click.Choice(["table", "md", "csv", "latex"]), default="table",
               show_default=True, help="How the table is written; csv has all digits.")  # fmt: skip
 def show(paths: tuple[Path, ...], format_: str) -> None:
-    """Print the metrics of runs, or of files of `calc` records, as one table with the settings that differ.
+    """Print the metrics of runs or of files as one table.
 
-    Also writes the report.html of each run again.
+    It has the settings that differ; files are of the records of `calc`. Also writes the report.html of each run
+    again.
     """
     from diffit.metrics.record import read_records
     from diffit.metrics.table import FORMATS, compare
@@ -313,7 +317,10 @@ def show(paths: tuple[Path, ...], format_: str) -> None:
 @click.option("--epochs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Passes over the images.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of weights and order.  [default: 0]")
 def train_detector(data: Path, dest: Path, epochs: int, seed: int) -> None:
-    """Train a small classifier, for images that Inception's features do not describe."""
+    """Train a small classifier to measure distances by.
+
+    For images that Inception's features do not describe.
+    """
     from diffit.data.archive import ImageArchive
     from diffit.metrics.classifier import train_classifier
     from diffit.utils.distributed import pick_device
@@ -343,12 +350,13 @@ COPIES = [
 ]  # fmt: skip
 
 
-@metrics.command()
+@metrics.command(cls=GroupedCommand, aliases={"--num-samples": "--count"})
 @with_options({"Options": COPIES})
 def copies(**options: Any) -> None:
-    """Find the training images nearest to samples: a report with pictures, and the share of near-copies.
+    """Find the training images nearest to samples.
 
-    A near-copy is closer to a training image than 99 % of real images that were not trained on.
+    Makes a report with pictures and the share of near-copies. A near-copy is closer to a training image than 99 %
+    of real images that were not trained on.
     """
     from diffit.metrics.copies import find_copies, some_of, write_copies
     from diffit.metrics.detectors import make_detector

@@ -48,7 +48,13 @@ class Copies:
         found = f"{share:.2%} of {count:,} samples are near-copies of training images; of real images {usual:.2%} are"
         if share > usual + 2 * error:
             return f"The network repeats training images: {found}."
-        return f"No sign of copying: {found}, and {2 * error:.2%} more could be chance."
+        said = f"No sign of copying: {found}, and {2 * error:.2%} more could be chance."
+        if (unlike := self.facts["farther_than_real"]) > 0.5:
+            said += (
+                f" Nor of likeness: {unlike:.0%} are farther from every training image than {1 - QUANTILE:.0%} of real "
+                "images, as those of a network that has learnt little."
+            )
+        return said
 
 
 def some_of(images: Images, count: int) -> list[Tensor]:
@@ -98,6 +104,7 @@ def find_copies(
         "near_copies": float((distances[:, 0] <= threshold).double().mean()),
         "near_copies_among_real": float((yardstick <= threshold).double().mean()),
         "closer_than_the_median_real": float((distances[:, 0] < yardstick.median()).double().mean()),
+        "farther_than_real": float((distances[:, 0] > yardstick.quantile(1 - QUANTILE)).double().mean()),
         "median_distance": float(distances[:, 0].median()),
         "median_distance_of_real": float(yardstick.median()),
     }

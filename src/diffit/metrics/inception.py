@@ -49,8 +49,8 @@ def download(dest: Path) -> None:
                 file.write(data)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(
-            f"the Inception weights of FID are not here and cannot be downloaded ({error}): fetch {URL} elsewhere and "
-            f"put it at {dest}, or name its place in {VARIABLE}; --detector pixels needs no weights"
+            f"the Inception weights of FID are not here and cannot be downloaded ({error}): use --detector pixels, "
+            f"which needs none, or fetch {URL} elsewhere and put it at {dest}, or name its place in {VARIABLE}"
         ) from None
 
 
