@@ -61,6 +61,8 @@ def test_another_machine_decides_for_itself(monkeypatch):
     assert begun.training.compile
     assert same_run(config, begun)
     assert decide_compile(take_over(config, begun), alone(CPU)).training.compile is False
+    assert resolve(begun, {}).training.compile is None  # as --config does with a run's options
+    assert resolve(begun, {"compile": True}).training.compile
 
 
 def test_a_student_is_not_compiled_by_itself(monkeypatch):

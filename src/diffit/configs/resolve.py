@@ -180,6 +180,8 @@ def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[
             chosen.append("ema_decay")
     if "batch_gpu" not in options and preset.batch_gpu is not None:
         chosen.append("batch_gpu")  # a smaller one will do where that does not fit
+    if "compile" in preset.chosen and "compile" not in options:
+        training["compile"] = None  # a run's own machine chose it
     training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
 
 
