@@ -67,6 +67,14 @@ def test_the_command_that_goes_on_with_a_finished_run_makes_it_longer(tmp_path, 
     assert read_run(run).resume().endswith(f"--resume {run}{expected}")
 
 
+def test_how_far_a_run_by_the_clock_is_is_said_of_the_length_that_is_expected(tmp_path):
+    run = write(tmp_path / "00000-a", {"images": 20, "sec": 2.0})
+    config = get_preset("debug")
+    training = config.training.model_copy(update={"kimg": 0.16, "minutes": 10.0, "chosen": ("kimg",)})
+    (run / "training_options.json").write_text(config.model_copy(update={"training": training}).model_dump_json())
+    assert read_run(run).health()[0].startswith("0.02 kimg (50% of 0.04), ")
+
+
 def test_a_run_that_stands_still_is_said(tmp_path):
     run = write(tmp_path / "00000-a", *LINES)
     old = time.time() - 3600

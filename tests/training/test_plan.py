@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -135,6 +136,43 @@ def test_a_resumed_run_keeps_what_was_not_asked_for(monkeypatch, tmp_path):
     assert goes_on.lr_rampup_kimg == recorded.training.lr_rampup_kimg
     assert "batch_gpu" in goes_on.chosen
     assert take_over(longer, recorded).training.lr_rampup_kimg == recorded.training.lr_rampup_kimg
+
+
+def test_the_options_of_a_run_by_the_clock_leave_its_length_to_the_clock_again(monkeypatch, tmp_path):
+    """As --config gives them, alone and in the command with which its report says how to go on."""
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    begun = plan(resolve("small16", {"minutes": 10.0, "tick": 0.25}, FACTS), archive, ONE)
+    asked = resolve(begun, {}, FACTS)
+    assert (asked.training.clock_minutes, asked.training.tick) == (10.0, 0.25)
+    assert same_run(asked, begun)
+    goes_on = plan(asked, archive, ONE, recorded=begun).training
+    assert goes_on.model_dump(exclude={"chosen"}) == begun.training.model_dump(exclude={"chosen"})
+    assert set(goes_on.chosen) == set(begun.training.chosen)
+    monkeypatch.setattr(planning, "_rate", lambda *_: 25.0)
+    anew = plan(asked, archive, ONE).training
+    assert (anew.kimg, anew.expected_kimg(0.0)) == (60.0, 15.0)
+    over = begun.training.model_copy(update={"kimg": 28.0})
+    over = plan(asked, archive, ONE, recorded=begun.model_copy(update={"training": over})).training
+    assert (over.kimg, over.expected_kimg(28.0)) == (28.0, 28.0)
+    assert resolve(begun, {"kimg": 5.0}, FACTS).training.clock_minutes is None
+    assert resolve(begun, {"minutes": 20.0}, FACTS).training.clock_minutes == 20.0
+
+
+def test_a_run_that_is_made_longer_expects_what_was_measured_for_that(monkeypatch, tmp_path, capsys):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    options = {"grid": (2, 2), "data": str(archive.path), "batch": 8}
+    monkeypatch.setattr("diffit.training.plan.measure", lambda config, *rest: (config, 1000.0))
+    train(resolve("debug", options | {"minutes": 0.05}, FACTS), archive, tmp_path / "runs", ONE)
+    capsys.readouterr()
+    longer = train(resolve("debug", options | {"minutes": 0.2}, FACTS), archive, tmp_path / "runs", ONE)
+    said = capsys.readouterr().out
+    (more,) = re.findall(r"0.2 minutes in all, with grids: about ([\d,]+) more images", said)
+    began, took = (
+        float(number) for number in re.search(r"resumed at ([\d.]+) kimg(?s:.)*done at ([\d.]+)", said).groups()
+    )
+    assert 1000 <= int(more.replace(",", "")) <= 12_000  # a thousand a second, less what the first part took
+    assert began < took == longer.images_seen / 1000
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def describe_file(path: str | Path) -> str:
         origin = "not said, as in all files of the official layout; recipe and sampling are the preset's"
     else:
         name = printable(data.path or "data without a name")
-        origin = f"{kimg:,g} of {training.kimg:,g} kimg on {name}, batch {training.batch}"
+        origin = f"{kimg:,g} of {training.expected_kimg(kimg):,g} kimg on {name}, batch {training.batch}"
     lines = [
         f"file        {file} ({file.stat().st_size / 2**20:,.1f} MiB)",
         f"sha256      {sha256_of(file)}",

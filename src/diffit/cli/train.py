@@ -115,8 +115,8 @@ OPTIONS: Options = {
     ],
     "Recipe": [
         click.option("--recipe", type=click.Choice(list(RECIPES)),
-                     help="Initialisation, optimiser and weights of noise levels: as published (Adam), or those of the "
-                     "small presets (Muon).  [default: the preset's]"),
+                     help="Initialisation, optimiser, weights of noise levels and fall of the rate: as published "
+                     "(Adam), or those of the small presets (Muon).  [default: the preset's]"),
         click.option("--batch", type=int, help="Images per step, over all processes.  [default: the preset's]"),
         click.option("--lr", type=float, help="Learning rate.  [default: the preset's]"),
         click.option("--lr-rampup-kimg", type=float,
@@ -152,7 +152,7 @@ OPTIONS: Options = {
         switch("--shard", help="Spread weights, average and moments over the processes (FSDP2).  [default: no]"),
         switch("--compile",
                help="torch.compile the network: a minute or two at the start, then faster steps.  "
-                    "[default: of images on a GPU, for 15 minutes or 5e16 FLOPs and more]"),
+                    "[default: on a GPU in long image-space runs, of 15 minutes or 5e16 FLOPs and more]"),
         click.option("--timeout-minutes", type=float,
                      help="Minutes after which, where a process hangs, the others have saved and gone.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),
@@ -204,7 +204,7 @@ REFUSED = {
     "--cres": "EDM's channels per resolution; use --base-dim and --hidden-dim",
     "--ls": "EDM's loss scaling; no loss is scaled by hand here: leave it out",
     "--channels": "edm2's width; use --base-dim and --hidden-dim",
-    "--decay": "edm2's learning-rate decay; the rate here is constant after its ramp: leave it out",
+    "--decay": "edm2's learning-rate decay by steps; use --lr-decay, the share of the run in which the rate falls to 0",
     "--bench": "EDM's cuDNN switch; leave it out",
     "--cache": "EDM's cache of decoded images; they are kept in memory where they fit: leave it out",
     "--nosubdir": "EDM's switch; a run always gets a folder of its own below --outdir",

@@ -167,9 +167,23 @@ def _preset_for(options: Mapping[str, Any], size: tuple[int, int] | None, facts:
 
 def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[str, Any]) -> None:
     """Put what follows from the length into ``training``, and name it in its ``chosen``."""
-    timed = "minutes" in options and "kimg" not in options
     if "ema_halflife_kimg" in options:
         training["ema_decay"] = options.get("ema_decay")  # one of the two
+    if preset.clock_minutes is not None and not {"minutes", "kimg"} & options.keys():
+        # A run's own options: what it had from the clock follows from it again.
+        chosen = [name for name in preset.chosen if name not in options and name not in ("batch_gpu", "compile")]
+    else:
+        chosen = _left_open(training, preset, options)
+    if "batch_gpu" not in options and preset.batch_gpu is not None:
+        chosen.append("batch_gpu")  # a smaller one will do where that does not fit
+    if "compile" in preset.chosen and "compile" not in options:
+        training["compile"] = None  # a run's own machine chose it
+    training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
+
+
+def _left_open(training: dict[str, Any], preset: Training, options: Mapping[str, Any]) -> list[str]:
+    """What follows from the length, and that itself where the clock decides."""
+    timed = "minutes" in options and "kimg" not in options
     chosen = ["kimg"] if timed else []
     if timed and "grid" not in options:
         chosen.append("grid")
@@ -178,11 +192,7 @@ def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[
         chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick") if name not in options]
         if "ema_decay" not in options:
             chosen.append("ema_decay")
-    if "batch_gpu" not in options and preset.batch_gpu is not None:
-        chosen.append("batch_gpu")  # a smaller one will do where that does not fit
-    if "compile" in preset.chosen and "compile" not in options:
-        training["compile"] = None  # a run's own machine chose it
-    training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
+    return chosen
 
 
 def _proportions(preset: Training, chosen: Collection[str], kimg: float) -> dict[str, Any]:

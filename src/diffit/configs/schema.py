@@ -131,6 +131,9 @@ class ADMDiffusion(Frozen):
     """Clamp the predicted clean image to [−1, 1] while sampling: for pixels, not for latents."""
 
 
+MARGIN = 4.0
+"""On the length by the clock, which ends the run: a machine may be rid of other work after it was measured."""
+
 AUGMENT_LABELS = 9
 """What :mod:`diffit.data.augment` tells the network of its transforms."""
 
@@ -143,6 +146,7 @@ class Training(Frozen):
     batch_gpu: Count | None = None
     """Images a forward pass; None fits the whole share of a process in one."""
     kimg: Positive
+    """The length; of a run by the clock that is not over, :data:`MARGIN` times what is expected."""
     minutes: Positive | None = None
     """The length by the clock, from which kimg was measured; None where kimg was asked for."""
     lr: Positive
@@ -242,6 +246,15 @@ class Training(Frozen):
     def clock_minutes(self) -> float | None:
         """Minutes after which the clock ends the run; None where its length is in images."""
         return self.minutes if "kimg" in self.chosen else None
+
+    @property
+    def margin(self) -> float:
+        """How many times the expected length ``kimg`` is."""
+        return 1.0 if self.clock_minutes is None else MARGIN
+
+    def expected_kimg(self, seen: float) -> float:
+        """The length that is to be expected of a run that has ``seen`` so many kimg, or its length when it is over."""
+        return max(self.kimg / self.margin, seen)
 
     @property
     def steps(self) -> int:

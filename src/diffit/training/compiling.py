@@ -18,7 +18,7 @@ FLOPS = 5e16  # of a run in images: twelve minutes of that
 def decide_compile(config: Config, procs: Processes) -> Config:
     """``config`` with whether its network is compiled: as asked for, or else where that pays here.
 
-    All processes call this together. How many they are has no part in it, since compiled dropout draws other masks.
+    All processes call this together. How many they are has no part in it: a run may go on with more or fewer.
     """
     training = config.training
     if training.compile is not None:
@@ -32,8 +32,7 @@ def decide_compile(config: Config, procs: Processes) -> Config:
 def pays(config: Config) -> bool:
     """Whether the run is long enough, on a GPU.
 
-    Not for latents, whose step becomes shorter by a fifth alone, and whose gradients, which then come all at once, many
-    processes wait for; nor with what was not measured.
+    Not for latents, whose step becomes shorter by a fifth alone, nor with what was not measured.
     """
     training = config.training
     if not isinstance(config.model, ImageModel):

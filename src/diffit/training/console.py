@@ -12,7 +12,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
-from diffit.configs.schema import student_title
+from diffit.configs.schema import MARGIN, student_title
 from diffit.data.open import Archive
 from diffit.metrics.record import format_numbers
 from diffit.metrics.suite import parse_metrics
@@ -20,7 +20,7 @@ from diffit.models.cost import FORWARDS, count_work, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.evaluator import sampled_for_metrics
 from diffit.training.run_dir import RunLog
-from diffit.training.step import MARGIN, Stepper
+from diffit.training.step import Stepper
 from diffit.training.usual import usual_loss
 from diffit.utils.progress import duration, minutes_text
 
@@ -40,7 +40,7 @@ class Console:
 
     def __init__(self, log: RunLog | None, stepper: Stepper, total_images: int) -> None:
         self.log, self.stepper, self.total = log, stepper, total_images
-        self.expected = max(stepper.end, stepper.images_seen)  # as the run begins to know it
+        self.expected = max(stepper.end, stepper.images_seen)  # as it begins; later the stepper knows better
         self.console = _Terminal(quiet=log is None, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self.interval = 1.0 if self.live else 60.0
@@ -144,11 +144,12 @@ class Console:
         rate = (images_seen - self.first) / (now - self.began)
         left = duration(self._seconds_left(images_seen, rate))
         pace = f"{rate:.1f} img/s   {left} left"
+        end = max(self.stepper.end, images_seen)
         if self.live:
-            kimg = f"{images_seen / 1000:.1f}/{self.expected / 1000:g}"
-            self.bar.update(self.task, completed=images_seen, kimg=kimg, note=f"loss {loss:.4f}   {pace}")
+            kimg, note = f"{images_seen / 1000:.1f}/{end / 1000:g}", f"loss {loss:.4f}   {pace}"
+            self.bar.update(self.task, completed=images_seen, total=end, kimg=kimg, note=note)
         else:  # the loss, a mean over many steps, is in the lines of ticks
-            self.say(f"{images_seen / 1000:.2f} of {self.expected / 1000:g} kimg   {pace}")
+            self.say(f"{images_seen / 1000:.2f} of {end / 1000:g} kimg   {pace}")
 
     def _seconds_left(self, images_seen: int, rate: float) -> float:
         """Until the last image, or until the clock ends the run."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffit.configs.resolve import accumulation, unasked, with_length
-from diffit.configs.schema import Config, Training
+from diffit.configs.schema import MARGIN, Config, Training
 from diffit.data.open import Archive
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
@@ -17,7 +17,7 @@ from diffit.models.cost import FORWARDS, estimate
 from diffit.sampling.cost import count_evaluations
 from diffit.training.compiling import decide_compile
 from diffit.training.pictures import preview_sampling
-from diffit.training.step import MARGIN, Stepper, build_network
+from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from diffit.utils.memory import free_memory
 from diffit.utils.precision import check_precision, resolve_precision

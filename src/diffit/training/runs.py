@@ -73,10 +73,8 @@ class RunView:
         config, last = self.config, self.last
         if config is None:
             return ["its options cannot be read: another version wrote it, or it died in its first second"]
-        share = (
-            f" ({self.kimg / config.training.kimg:.0%} of {config.training.kimg:,g})" if config.training.kimg else ""
-        )
-        lines = [f"{self.kimg:,.6g} kimg{share}, {self._pace()}"]
+        length = config.training.expected_kimg(self.kimg)
+        lines = [f"{self.kimg:,.6g} kimg ({self.kimg / length:.0%} of {length:,g}), {self._pace()}"]
         if isinstance(loss := last.get("loss"), int | float):
             usual = usual_loss(config, self.kimg)
             lines.append(f"loss {loss:.4g}" + ("" if usual is None else f"; {usual:.2g} is usual after so many images"))

@@ -32,9 +32,6 @@ from diffit.utils.precision import autocast, channels_last
 from diffit.utils.randomness import DROPOUT, INIT, STEP, derive_seed
 from diffit.weights.file import require_weights
 
-MARGIN = 4.0
-"""On the length by the clock, which ends the run: a machine may be rid of other work after it was measured."""
-
 
 def build_network(config: Config) -> DiffiT:
     """The network with weights that are a function of the seed, on the CPU so that every device begins alike."""
@@ -147,8 +144,7 @@ class Stepper:
         self.images_seen = 0
         self.seconds = 0.0  # that the run has taken, over all its parts
         self.judged = 0.0, 0.0  # the second of the run when metrics were last done, and the seconds that they took
-        margin = 1.0 if training.clock_minutes is None else MARGIN
-        self.end = max(round(training.steps * training.batch / margin), training.batch)
+        self.end = max(round(training.steps * training.batch / training.margin), training.batch)
         """Images after which the run is expected to be over, fewer than planned where the clock will end it: the
         learning rate and the loss may depend on the share that is done."""
 
@@ -272,7 +268,8 @@ class Stepper:
         self.images_seen, self.seconds = metadata["images_seen"], metadata.get("seconds", 0.0)
         ended, took = metadata.get("judged", self.judged)
         self.judged = ended, took
-        if self.config.training.clock_minutes is not None:
+        minutes = self.config.training.clock_minutes
+        if minutes is not None and minutes == metadata["config"]["training"].get("minutes"):  # else it was planned anew
             self.end = metadata.get("end", self.end)
 
     @property

@@ -1,8 +1,8 @@
 """What the loss of a small preset usually is after so many images, for comparison while a run goes on.
 
-Measured on the crops of `examples/photos.py`, see docs/results.md, before noise levels weighed alike, which took
-0.9 % off a held-out loss (docs/quality.md). Other images have other losses: many plain surfaces lower ones, noise and
-fine texture higher ones.
+Measured on the crops of `examples/photos.py`, see docs/results.md, before noise levels weighed alike and with a rate
+that stays, each of which changed a held-out loss by less than a hundredth (docs/quality.md). Other images have other
+losses: many plain surfaces lower ones, noise and fine texture higher ones.
 """
 
 from itertools import pairwise

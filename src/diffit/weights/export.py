@@ -101,8 +101,8 @@ def model_card(config: Config, kimg: float | None) -> str:
         data = _plain(config.data.path or "(name of the data: fill in)")
         origin = (
             f"Trained on {data} with preset {_plain(config.preset)}: "
-            f"{kimg:g} of {training.kimg:g} kimg, batch {training.batch}, learning rate {training.lr:g}, "
-            f"seed {training.seed}."
+            f"{kimg:g} of {training.expected_kimg(kimg):g} kimg, batch {training.batch}, "
+            f"learning rate {training.lr:g}, seed {training.seed}."
         )
         licence = "To be filled in by the author, with that of the data in mind."
     more = ", …" if len(config.data.class_names or ()) > len(names) else ""
