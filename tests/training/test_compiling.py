@@ -16,6 +16,7 @@ from diffit.training.plan import take_over
 from diffit.training.run_dir import same_run
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes, alone
+from helpers import run_processes
 
 CPU = torch.device("cpu")
 GPU = Processes(0, 1, torch.device("cuda"))
@@ -138,6 +139,44 @@ def test_microbatches_share_a_graph_of_their_size_and_grids_have_none(monkeypatc
     assert [(4, 3, 16, 16) in shapes for shapes in graphs] == [True, False]
     assert [(2, 3, 16, 16) in shapes for shapes in graphs] == [False, True]
     assert all(module.training for module in stepper.net.modules())
+
+
+BUCKETS = """
+from functools import partialmethod
+from itertools import repeat
+
+import torch
+
+from diffit.configs.resolve import resolve
+from diffit.training.step import Stepper, build_network
+from diffit.utils.distributed import processes
+
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph
+
+torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=backend)
+with processes() as procs:
+    weights = []
+    for compiled in (False, True):
+        options = {"batch": 2, "batch_gpu": 1, "compile": compiled, "dropout": 0.0, "lr_rampup_kimg": 0.0}
+        config = resolve("cifar10", options)
+        stepper = Stepper(config, procs, build_network(config), "fp32")
+        stepper.step(repeat((torch.full((1, 3, 32, 32), procs.rank * 99, dtype=torch.uint8), None)))
+        weights.append(stepper.optimizer.state_dict()["state"])
+    print(len(graphs))
+    for plain, other in zip(*(w.values() for w in weights), strict=True):
+        torch.testing.assert_close(other["exp_avg"], plain["exp_avg"], rtol=1e-3, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_among_several_processes_there_is_a_graph_for_each_bucket_of_gradients(tmp_path):
+    """So that one is sent while the next is computed: 61 MB of gradients in buckets of 25 MiB, the first of 1."""
+    said = run_processes(BUCKETS, tmp_path)
+    assert min(int(line) for line in said.split()) > 1
 
 
 @pytest.mark.gpu
