@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data import ImageArchive
 from diffit.metrics.copies import Copies, write_copies
@@ -54,7 +53,7 @@ def run(tmp_path):
     """40 kimg of a run with two metrics records, 35 grids, and names that a browser must not obey."""
     folder = tmp_path / "00000-a&b"
     folder.mkdir()
-    config = get_preset("small32")
+    config = resolve("small32", {"lr_decay": 0.0})
     config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": (EVIL,)})})
     (folder / "training_options.json").write_text(config.model_dump_json())
     (folder / "log.txt").write_text(f"first\n{EVIL}\n")

@@ -162,7 +162,7 @@ class Console:
         """The line fits 80 columns; the rest is in the statistics."""
         by_noise = " ".join(f"{value:.2f}" for name, value in scalars.items() if name.startswith("loss_"))
         parts = [f"{scalars['kimg']:.2f} kimg", f"loss {scalars['loss']:.4f} ({by_noise})"]
-        usual = usual_loss(self.stepper.config, scalars["kimg"])
+        usual = usual_loss(self.stepper.config, scalars["kimg"], self.stepper.end / 1000)
         parts += [f"usual {usual:.2f}"] if usual is not None else []
         parts += [f"val {scalars['val_loss']:.4f}"] if "val_loss" in scalars else []
         parts += [f"{scalars['img_per_sec']:.1f} img/s"]

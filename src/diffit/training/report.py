@@ -84,7 +84,8 @@ def _curves(view: RunView) -> list[Plot]:
     if held_out := _points(view, "val_loss"):
         lines.append(_line(held_out, "held-out images"))
     if view.config is not None:
-        usual = [(kimg, usual_loss(view.config, kimg)) for kimg, _ in loss]
+        length = view.config.training.expected_kimg(view.kimg)
+        usual = [(kimg, usual_loss(view.config, kimg, length)) for kimg, _ in loss]
         known = [(kimg, value) for kimg, value in usual if value is not None]
         lines += [_line(known, "usual", line={"dash": "dot"})] if known else []
     of_edm = view.config is not None and view.config.diffusion.kind == "edm"

@@ -76,7 +76,7 @@ class RunView:
         length = config.training.expected_kimg(self.kimg)
         lines = [f"{self.kimg:,.6g} kimg ({self.kimg / length:.0%} of {length:,g}), {self._pace()}"]
         if isinstance(loss := last.get("loss"), int | float):
-            usual = usual_loss(config, self.kimg)
+            usual = usual_loss(config, self.kimg, length)
             lines.append(f"loss {loss:.4g}" + ("" if usual is None else f"; {usual:.2g} is usual after so many images"))
         elif self.stats:
             lines.append("the last loss is not finite")
