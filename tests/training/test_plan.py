@@ -96,9 +96,9 @@ def test_the_length_by_the_clock_is_the_rate_times_the_minutes(monkeypatch, tmp_
 def test_what_follows_from_the_length_by_the_clock_has_few_digits(monkeypatch, tmp_path):
     """They are in the log and in the options to copy."""
     archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
-    monkeypatch.setattr(planning, "_rate", lambda *_: 100 / 3)
+    monkeypatch.setattr(planning, "_rate", lambda *_: 47.123)
     training = plan(resolve("small16", {"minutes": 7.0}, FACTS), archive, ONE).training
-    assert training.kimg == 56.0
+    assert training.kimg == pytest.approx(4 * 19.8)
     for value in (training.tick, training.ema_halflife_kimg):
         assert value == pytest.approx(float(f"{value:.4g}"), rel=1e-12)
 
@@ -155,10 +155,34 @@ def test_the_options_of_a_run_by_the_clock_leave_its_length_to_the_clock_again(m
     over = begun.training.model_copy(update={"kimg": 28.0})
     over = plan(asked, archive, ONE, recorded=begun.model_copy(update={"training": over})).training
     assert (over.kimg, over.expected_kimg(28.0)) == (28.0, 28.0)
-    assert resolve(begun, {"kimg": 5.0}, FACTS).training.clock_minutes is None
+    assert resolve(begun, {"kimg": 5.0}, FACTS).training.minutes is None
     assert resolve(begun, {"minutes": 20.0}, FACTS).training.clock_minutes == 20.0
 
 
+def test_the_options_of_a_run_on_a_slow_machine_do_not_bound_one_on_a_fast_machine(monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 1.0)
+    slow = plan(resolve("small16", {"minutes": 10.0, "tick": 0.25}, FACTS), archive, ONE)
+    assert slow.training.grid == (2, 2)
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    fast = plan(resolve(slow, {}, FACTS), archive, ONE).training
+    fresh = plan(resolve("small16", {"minutes": 10.0, "tick": 0.25}, FACTS), archive, ONE).training
+    assert fast.model_dump(exclude={"chosen"}) == fresh.model_dump(exclude={"chosen"})
+    assert set(fast.chosen) == set(fresh.chosen)
+
+
+@pytest.mark.parametrize("length", [{"minutes": 10.0}, {"kimg": 50.0}])
+def test_an_average_that_was_asked_for_takes_the_place_of_a_preset_s(length, monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    asked = resolve("latent-s", length | {"ema_halflife_kimg": 5.0})
+    for config in (asked, plan(asked, archive, ONE), resolve(asked, {})):
+        assert (config.training.ema_decay, config.training.ema_halflife_kimg) == (None, 5.0)
+    other = resolve("small16", length | {"ema_decay": 0.99}, FACTS).training
+    assert other.ema_decay == 0.99
+
+
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_expects_what_was_measured_for_that(monkeypatch, tmp_path, capsys):
     archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
     options = {"grid": (2, 2), "data": str(archive.path), "batch": 8}

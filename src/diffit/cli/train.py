@@ -152,7 +152,7 @@ OPTIONS: Options = {
         switch("--shard", help="Spread weights, average and moments over the processes (FSDP2).  [default: no]"),
         switch("--compile",
                help="torch.compile the network: a minute or two at the start, then faster steps.  "
-                    "[default: on a GPU, image-space runs of 15 minutes or 5e16 FLOPs and more, but students]"),
+                    "[default: on a GPU, image-space runs of 15 minutes or 5e16 FLOPs and more, not of students]"),
         click.option("--timeout-minutes", type=float,
                      help="Minutes after which, where a process hangs, the others have saved and gone.  [default: 10]"),
         click.option("--workers", type=int, help="Processes that decode what does not fit in memory.  [default: 2]"),

@@ -83,7 +83,7 @@ def resolve(
     changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
     if changed["training"]["metrics_budget"] is not None and "metrics_ticks" not in options:
         changed["training"]["metrics_ticks"] = 1
-    _in_proportion(changed["training"], base.training, options)
+    _in_proportion(changed["training"], base, options)
     _change_diffusion(changed, options)
     if changed["diffusion"]["kind"] != "edm" and "weighting" not in options:
         changed["training"]["weighting"] = None  # losses of a discrete schedule differ a hundredfold, EDM's threefold
@@ -165,34 +165,32 @@ def _preset_for(options: Mapping[str, Any], size: tuple[int, int] | None, facts:
     return next((f"small{small}" for small in (8, 16, 32) if side <= small), "small64")
 
 
-def _in_proportion(training: dict[str, Any], preset: Training, options: Mapping[str, Any]) -> None:
-    """Put what follows from the length into ``training``, and name it in its ``chosen``."""
-    if "ema_halflife_kimg" in options:
-        training["ema_decay"] = options.get("ema_decay")  # one of the two
-    if preset.clock_minutes is not None and not {"minutes", "kimg"} & options.keys():
-        # A run's own options: what it had from the clock follows from it again.
-        chosen = [name for name in preset.chosen if name not in options and name not in ("batch_gpu", "compile")]
-    else:
-        chosen = _left_open(training, preset, options)
-    if "batch_gpu" not in options and preset.batch_gpu is not None:
-        chosen.append("batch_gpu")  # a smaller one will do where that does not fit
-    if "compile" in preset.chosen and "compile" not in options:
-        training["compile"] = None  # a run's own machine chose it
-    training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
+def _in_proportion(training: dict[str, Any], base: Config, options: Mapping[str, Any]) -> None:
+    """Put what follows from the length into ``training``, and name it in its ``chosen``.
 
-
-def _left_open(training: dict[str, Any], preset: Training, options: Mapping[str, Any]) -> list[str]:
-    """What follows from the length, and that itself where the clock decides."""
-    timed = "minutes" in options and "kimg" not in options
+    A run's own options as the ``base`` leave to the clock, the length and the machine what the run had left to them.
+    """
+    before, preset = base.training, get_preset(base.preset).training
+    timed = "kimg" not in options and ("minutes" in options or before.clock_minutes is not None)
+    if "kimg" in options and "minutes" not in options:
+        training["minutes"] = None
+    if "compile" in before.chosen and "compile" not in options:
+        training["compile"] = None
+    free = unasked(base) - options.keys()
+    if ema := {"ema_decay", "ema_halflife_kimg"} & options.keys():
+        free -= {"ema_decay", "ema_halflife_kimg"}
+        if "ema_decay" not in ema:
+            training["ema_decay"] = None  # one of the two
     chosen = ["kimg"] if timed else []
-    if timed and "grid" not in options:
+    if timed and "grid" not in options and ("grid" in before.chosen or before.grid == preset.grid):
         chosen.append("grid")
+        training["grid"] = preset.grid
     # A preset of less than 1 kimg tries the code, not learning.
-    if preset.kimg >= 1 and (timed or training["kimg"] != preset.kimg):
-        chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick") if name not in options]
-        if "ema_decay" not in options:
-            chosen.append("ema_decay")
-    return chosen
+    if preset.kimg >= 1 and (timed or training["kimg"] != before.kimg):
+        chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick", "ema_decay") if name in free]
+    if "batch_gpu" not in options and before.batch_gpu is not None:
+        chosen.append("batch_gpu")  # a smaller one will do where that does not fit
+    training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
 
 
 def _proportions(preset: Training, chosen: Collection[str], kimg: float) -> dict[str, Any]:

@@ -145,11 +145,14 @@ class Console:
         left = duration(self._seconds_left(images_seen, rate))
         pace = f"{rate:.1f} img/s   {left} left"
         end = max(self.stepper.end, images_seen)
+        length = f"{end / 1000:g}"
+        if self.stepper.config.training.clock_minutes is not None:  # an estimate, made anew every second
+            length = f"{float(f'{end / 1000:.3g}'):g}"
         if self.live:
-            kimg, note = f"{images_seen / 1000:.1f}/{end / 1000:g}", f"loss {loss:.4f}   {pace}"
+            kimg, note = f"{images_seen / 1000:.1f}/{length}", f"loss {loss:.4f}   {pace}"
             self.bar.update(self.task, completed=images_seen, total=end, kimg=kimg, note=note)
         else:  # the loss, a mean over many steps, is in the lines of ticks
-            self.say(f"{images_seen / 1000:.2f} of {end / 1000:g} kimg   {pace}")
+            self.say(f"{images_seen / 1000:.2f} of {length} kimg   {pace}")
 
     def _seconds_left(self, images_seen: int, rate: float) -> float:
         """Until the last image, or until the clock ends the run."""

@@ -87,6 +87,8 @@ def train(
         log = RunLog(run_dir, config, stepper.images_seen) if procs.is_first else None
         with StopSignals() as signals, Console(log, stepper, total) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
+            if training.compile:
+                console.say("compiling the network in the first step; the steps after it are faster for it")
             if begun is not None:
                 console.say(f"weights   {begun}")
             order = microbatches(

@@ -52,8 +52,6 @@ def plan(
         timed = timed and recorded.training.minutes != config.training.minutes
         config = take_over(config, recorded)
     config = decide_compile(config, procs)
-    if config.training.compile and procs.is_first:
-        logger.info("compiling the network: a minute or two, then steps are faster (--compile=False trains without)")
     chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
     batch_gpu = fit_batch(config, procs)
     if recorded is not None and recorded.training.batch_gpu is not None:
@@ -62,7 +60,8 @@ def plan(
     config = config.model_copy(update={"training": training})
     if timed or (procs.device.type == "cuda" and recorded is None):
         if procs.is_first:
-            logger.info("trying how fast a step is here: some seconds")
+            compiled = "a minute or two, compiling first (--compile=False trains without)"
+            logger.info("trying how fast a step is here: %s", compiled if config.training.compile else "some seconds")
         config, rate = measure(config, archive, procs, autoencoder)
         if timed:
             assert training.minutes is not None

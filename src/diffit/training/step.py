@@ -151,7 +151,7 @@ class Stepper:
         if training.compile:
             # Where nobody asked for it, what the compiler fails at is not compiled, and the run goes on.
             asked = "compile" not in training.chosen
-            torch._dynamo.config.suppress_errors |= not asked
+            torch._dynamo.config.suppress_errors = not asked
             self.net.compile(fullgraph=asked and not training.grad_ckpt, dynamic=False)  # microbatches are of one size
         self.ddp: DiffiT | DistributedDataParallel = self.net
         if procs.count > 1 and self.empty is None:

@@ -1,6 +1,6 @@
 """What the loss of a small preset usually is after so many images, for comparison while a run goes on.
 
-Measured on the crops of `examples/photos.py`, see docs/results.md; beyond 13 kimg before noise levels weighed alike,
+Measured on the crops of `examples/photos.py`, see docs/results.md; from 18 kimg on before noise levels weighed alike,
 which took 0.9 % off a held-out loss (docs/quality.md). Other images have other losses: many plain surfaces lower ones,
 noise and fine texture higher ones.
 """
@@ -22,7 +22,7 @@ CURVES: dict[str, tuple[tuple[float, float], ...]] = {
         (5.5, 0.27),
         (6.7, 0.24),
         (8.5, 0.23),
-        (15.5, 0.21),
+        (10.3, 0.21),
         (18.5, 0.2),
         (22.4, 0.19),
         (26.8, 0.18),
