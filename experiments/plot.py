@@ -11,6 +11,9 @@ import click
 
 from experiments.learning import Results
 
+LINE = 200
+"""Characters beside one another under the panels."""
+
 
 def label(record: dict[str, Any]) -> str:
     """The name, of a recipe what is said of it, and the length of a run by the clock."""
@@ -47,8 +50,10 @@ def main(found: Path, dest: Path) -> None:
     for panel in panels[:2]:
         panel.yaxis.set_major_formatter("{x:.3g}")
         panel.yaxis.set_minor_formatter("{x:.3g}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.06 + 0.05 * ((len(names) - 1) // 6), 1, 1))
+    columns = max(min(LINE // (max(map(len, names)) + 6), len(names)), 1)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.01 + 0.05 * -(-len(names) // columns), 1, 1))
     figure.savefig(dest, dpi=110)
     click.echo(f"{dest}: {len(records)} runs")
 
