@@ -182,6 +182,17 @@ def test_an_average_that_was_asked_for_takes_the_place_of_a_preset_s(length, mon
     assert other.ema_decay == 0.99
 
 
+def test_fewer_minutes_than_a_run_has_taken_are_refused(monkeypatch, tmp_path):
+    """As the ten that nobody asked for, after hours that somebody did."""
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    begun = plan(resolve("small16", {"minutes": 480.0}, FACTS), archive, ONE)
+    asked = resolve("small16", {"minutes": 10.0}, FACTS)
+    with pytest.raises(UserError, match=r"--minutes 10: the run has taken 180 already, of 480; give more than it has"):
+        plan(asked, archive, ONE, recorded=begun, progress=(540_000, 10_800.0))
+    assert plan(asked, archive, ONE, recorded=begun, progress=(1000, 20.0)).training.minutes == 10.0
+
+
 @pytest.mark.slow
 def test_a_run_that_is_made_longer_expects_what_was_measured_for_that(monkeypatch, tmp_path, capsys):
     archive = ImageArchive(write_archive(tmp_path / "pets.zip"))

@@ -85,3 +85,15 @@ def test_handlers_are_put_back(monkeypatch):
     with StopSignals():
         assert signal.getsignal(signal.SIGUSR1) not in before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As nohup leaves SIGHUP: the run goes on when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -291,8 +291,9 @@ def read_options(options: dict[str, Any], ctx: click.Context) -> tuple[dict[str,
     if options["num_blocks"] is not None:
         options["num_blocks"] = tuple(options["num_blocks"])
     found = in_our_terms(options)
-    if found.get("init_from") is not None and Path(found["init_from"]).exists():
-        found["init_from"] = str(Path(found["init_from"]).resolve())
+    source = Path(found.get("init_from") or "")
+    if source.suffix == ".safetensors" or (found.get("init_from") and source.exists()):
+        found["init_from"] = str(source.resolve())  # also one that is gone: a run that began with it needs it no more
     if preset is None and not found.keys() & set(LENGTHS) and not spelled_out(found):
         found["minutes"] = MINUTES
     return found, preset

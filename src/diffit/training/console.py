@@ -38,8 +38,8 @@ class _Terminal(rich.console.Console):
 class Console:
     """Progress in images. ``log`` is None on all but the first process, which stay silent."""
 
-    def __init__(self, log: RunLog | None, stepper: Stepper, total_images: int) -> None:
-        self.log, self.stepper, self.total = log, stepper, total_images
+    def __init__(self, log: RunLog | None, stepper: Stepper, total_images: int, resume: str = "auto") -> None:
+        self.log, self.stepper, self.total, self.resume = log, stepper, total_images, resume
         self.expected = max(stepper.end, stepper.images_seen)  # as it begins; later the stepper knows better
         self.console = _Terminal(quiet=log is None, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
@@ -181,7 +181,8 @@ class Console:
             self.bar.stop()
         at = f"{self.stepper.images_seen / 1000:g} kimg"
         if interrupted:
-            self.say(f"stopped at {at}, {self.saved}; to go on, run the same command again")
+            without = "" if self.resume == "auto" else f" without --resume {self.resume}"
+            self.say(f"stopped at {at}, {self.saved}; to go on, run the same command again{without}")
             if snapshot is not None:
                 self.say(f"what it has learnt so far: {sample_command(snapshot)}")
         else:

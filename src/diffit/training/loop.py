@@ -85,7 +85,7 @@ def train(
             opened = open_run(Path(outdir), config, procs, state, held) if procs.is_first else None
         run_dir: Path = procs.broadcast(opened)
         log = RunLog(run_dir, config, stepper.images_seen) if procs.is_first else None
-        with StopSignals() as signals, Console(log, stepper, total) as console:
+        with StopSignals() as signals, Console(log, stepper, total, resume) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
             if training.compile:
                 console.say("compiling the network in the first step; the steps after it are faster for it")

@@ -51,6 +51,11 @@ def plan(
     if recorded is not None:
         timed = timed and recorded.training.minutes != config.training.minutes
         config = take_over(config, recorded)
+        if timed and 60 * (config.training.minutes or 0) <= progress[1]:
+            raise UserError(
+                f"--minutes {config.training.minutes:g}: the run has taken {progress[1] / 60:.3g} already, of "
+                f"{recorded.training.minutes or 0:g}; give more than it has, or begin a new one with --resume none"
+            )
     config = decide_compile(config, procs)
     chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
     batch_gpu = fit_batch(config, procs)

@@ -192,7 +192,7 @@ class Run:
             saved = f"everything up to {stepper.images_seen / 1000:g} kimg is saved"
             if stepper.empty is None:
                 self.write_state(wait=True)
-            else:  # without the others this one has a part alone
+            if stepper.empty is not None or self.log is None:  # this one has a part alone, or writes nothing
                 saved = self.console.saved = "what the newest state has is saved"
             if why is None:
                 raise

@@ -139,8 +139,9 @@ def create_run(outdir: Path, config: Config, processes: int) -> Path:
 def remove_stillborn(outdir: Path) -> None:
     """Remove the folders of runs that ended before anything was trained, next to those that may be starting."""
     for run_dir in runs(outdir):
-        # Whatever is left of them, under whatever name: somebody may have kept the best weights alone.
-        trained = any(run_dir.glob(f"*{PREFIX}*")) or any(run_dir.glob("*.safetensors"))
+        # Whatever is left of them, under whatever name: somebody may have kept the best weights alone, or moved all.
+        left = (f"*{PREFIX}*", "*.safetensors", "stats.jsonl", "metric-*.jsonl", "fakes[0-9]*.png")
+        trained = any(path.is_dir() or path.stat().st_size for form in left for path in run_dir.glob(form))
         if trained or not (run_dir / OPTIONS).exists() or time.time() - run_dir.stat().st_mtime < STARTING:
             continue
         if is_free(run_dir):

@@ -50,7 +50,9 @@ class StopSignals:
         self.speaks = os.environ.get("RANK", "0") == "0"
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self._note) for number in STOPPING}
+        # What is ignored stays so: nohup ignores SIGHUP, a shell the SIGINT of its jobs in the background.
+        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(
