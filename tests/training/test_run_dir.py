@@ -252,16 +252,17 @@ def test_the_second_command_is_told_of_the_first_and_takes_the_run_up_when_that_
 
 
 def test_folders_of_runs_that_ended_before_their_first_save_are_removed_by_the_next(tmp_path):
-    stillborn, held, young, trained, best, told = (create_run(tmp_path, config(), 1) for _ in range(6))
+    stillborn, held, young, trained, best, told, linked = (create_run(tmp_path, config(), 1) for _ in range(7))
+    (linked / "network-best-fid.safetensors").symlink_to(tmp_path / "a disk that is not there now")
     with_state(trained, 1)
     (stillborn / "stats.jsonl").touch()
     (told / "stats.jsonl").write_text('{"images": 1000}\n')  # the weights were moved, and the states removed
     (best / "network-best-fid.safetensors").write_bytes(b"all that somebody has kept of a run")
-    for path in (stillborn, held, young, trained, best, told):
+    for path in (stillborn, held, young, trained, best, told, linked):
         write_options(path, config())
     long_ago = time.time() - 2 * run_dir.STARTING
     with exclusive(held, "wait"):
-        for path in (stillborn, held, trained, best, told):
+        for path in (stillborn, held, trained, best, told, linked):
             os.utime(path, (long_ago, long_ago))
         last = create_run(tmp_path, config(), 1)
-    assert run_dir.runs(tmp_path) == [held, young, trained, best, told, last]
+    assert run_dir.runs(tmp_path) == [held, young, trained, best, told, linked, last]

@@ -140,8 +140,9 @@ def remove_stillborn(outdir: Path) -> None:
     """Remove the folders of runs that ended before anything was trained, next to those that may be starting."""
     for run_dir in runs(outdir):
         # Whatever is left of them, under whatever name: somebody may have kept the best weights alone, or moved all.
-        left = (f"*{PREFIX}*", "*.safetensors", "stats.jsonl", "metric-*.jsonl", "fakes[0-9]*.png")
-        trained = any(path.is_dir() or path.stat().st_size for form in left for path in run_dir.glob(form))
+        left = (f"*{PREFIX}*", "*.safetensors", "metric-*.jsonl", "fakes[0-9]*.png")
+        stats = run_dir / "stats.jsonl"
+        trained = any(any(run_dir.glob(form)) for form in left) or (stats.exists() and stats.stat().st_size > 0)
         if trained or not (run_dir / OPTIONS).exists() or time.time() - run_dir.stat().st_mtime < STARTING:
             continue
         if is_free(run_dir):

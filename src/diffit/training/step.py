@@ -117,12 +117,7 @@ class Stepper:
     """
 
     def __init__(
-        self,
-        config: Config,
-        procs: Processes,
-        net: DiffiT,
-        precision: str,
-        autoencoder: Autoencoder | None = None,
+        self, config: Config, procs: Processes, net: DiffiT, precision: str, autoencoder: Autoencoder | None = None
     ) -> None:
         training = config.training
         if procs.device.type == "cpu":
