@@ -313,6 +313,8 @@ def refusal(action) -> str:
         ({"class_labels": []}, "no images"),
         ({"batch_size": 0}, "no images"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"(1, 4, 8, 8)"),
+        ({"latents": torch.zeros(4, 4, 4, 4), "batch_size": 8}, "(4, 4, 4, 4)"),
+        ({"class_labels": [0], "generator": 2**32 + 5}, "generator 4294967301: a seed is from 0"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
     ],
 )

@@ -202,6 +202,8 @@ class DiffiTPipeline(DiffusionPipeline):
         classes = _listed(class_labels)
         count = _count(classes, batch_size, latents, num_images_per_prompt)
         if not isinstance(generator, Sequence | torch.Generator | None):
+            if not 0 <= int(generator) < 2**32:  # of more torch's generator keeps the last 32 bits
+                raise UserError(f"generator {generator}: a seed is from 0 to {2**32 - 1}; or pass a torch.Generator")
             generator = torch.Generator().manual_seed(int(generator))
         self._check(count, generator, output_type, callback_on_step_end_tensor_inputs)
         if classes is not None:
@@ -305,7 +307,7 @@ def _count(labels: list[int | str] | None, batch_size: int | None, latents: Tens
         if batch_size not in (None, len(labels)):
             raise UserError(f"batch_size {batch_size} and {len(labels)} class_labels: give one of them")
         return len(labels) * each
-    if latents is not None:
+    if latents is not None and batch_size is None:
         return len(latents) // each * each
     return (1 if batch_size is None else batch_size) * each
 

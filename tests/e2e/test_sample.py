@@ -146,10 +146,18 @@ def cells(path, rows, columns):
 
 
 def test_a_trajectory_starts_in_noise_and_ends_in_the_samples(network, tmp_path):
-    folder = sample(network, tmp_path / "out", "--seeds", "0-5", "--trajectory", "--steps", 3)
+    folder = sample(network, tmp_path / "out", "--seeds", "0-5", "--trajectory", "--steps", 3, "--batch", 4)
     assert not list(folder.glob("*.gif"))
     with Image.open(tmp_path / "out-trajectory.gif") as gif:
-        assert (gif.n_frames, gif.size) == (4, (8 * 66 - 2, 66 - 2))  # six images are one whole row of four
+        assert (gif.n_frames, gif.size) == (4, (8 * 66 - 2, 2 * 66 - 2))  # six images are two rows of four
+        gif.seek(3)
+        last = np.array(gif.convert("RGB")).astype(int)
+    white = last[66:, [*range(2 * 66, 4 * 66 - 2), *range(6 * 66, 8 * 66 - 2)]]
+    assert white.min() > 250  # two free cells in each half
+    fifth = last[66:130:4, 0:64:4]
+    apart = [np.abs(fifth - image).mean() for image in pixels(folder)]
+    assert np.argmin(apart) == 4
+    assert apart[4] < 15  # a GIF has 256 colours
     model = diffit.load(network)
     steps = model.trajectory(range(6), steps=3)
     torch.testing.assert_close(steps[-1][0], model.sample(range(6), steps=3))
@@ -203,6 +211,9 @@ def test_guidance_has_an_effect(network, tmp_path):
         (["--class", "bee", "--labels", "random"], "--class bee and --labels random both choose the classes"),
         (["--subdirs", "--format", "npz"], "--subdirs is of PNG files"),
         (["--class-grid", "--trajectory"], "takes no --trajectory"),
+        (["--class-grid", "--labels", "balanced"], "takes no --labels balanced"),
+        (["--class-grid", "--subdirs"], "takes no --subdirs"),
+        (["--grid", "99999x99999"], "9,999,800,001 images in one picture"),
         (["--precision", "fp16"], "fp16 needs a CUDA device"),
     ],
 )

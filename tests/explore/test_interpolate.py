@@ -55,6 +55,21 @@ def test_between_two_classes_lies_the_sample_of_the_embedding_between_them(make)
     assert_close(frames[1:2], model.sample([4], 1), rtol=1e-4, atol=1e-4)
 
 
+def test_the_guide_goes_between_the_classes_too():
+    model = image_model(cfg_scale=2.0)
+    torch.manual_seed(3)
+    guide = image_model(cfg_scale=2.0)
+    for parameter in guide.net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    guided = model.guided_by(guide)
+    frames = interpolate(guided, (4, 4), (0, 2), frames=3)
+    for net in (model.net, guide.net):
+        table = net.y_embedder.embedding_table.weight
+        table.data[1] = (table[0] + table[2]) / 2
+        assert not net.y_embedder._forward_hooks
+    assert_close(frames[1:2], guided.sample([4], 1), rtol=1e-4, atol=1e-4)
+
+
 def test_the_frames_of_one_seed_and_class_are_all_the_same():
     model = image_model()
     frames = interpolate(model, (4, 4), 1, frames=3)

@@ -16,7 +16,7 @@ from diffit.errors import UserError
 from diffit.models import build
 from diffit.models.image import ImageDiffiT
 from diffit.sampling.labels import random_labels
-from diffit.sampling.model import Model, sample
+from diffit.sampling.model import Model, prepare, sample
 from diffit.utils.images import to_float, to_uint8
 from diffit.utils.precision import resolve_precision
 from diffit.utils.randomness import PerSampleNoise
@@ -135,6 +135,17 @@ def test_half_precision_is_near_full_precision():
     full, half = (sample(net, config, range(3), precision=precision) for precision in ("fp32", "bf16"))
     assert (full != half).any()
     assert_close(half, full, rtol=0, atol=0.05)
+
+
+def test_a_prepared_network_is_evaluated_in_its_precision_wherever_it_is_called():
+    """Its matrices are bfloat16, which no float32 state can be multiplied with."""
+    net, config = tiny(CLASSES, cfg_scale=2.0)
+    x, labels, sigma = torch.randn(2, 3, 8, 12), torch.tensor([0, 3]), torch.tensor(2.0)
+    expected = Model(net, config).denoiser(labels)(x, sigma)
+    unguided = denoiser(net, labels)(x, sigma)
+    model = Model(prepare(net, "bf16"), config, precision="bf16")
+    assert_close(model.denoiser(labels)(x, sigma), expected, rtol=0.05, atol=0.05)
+    assert_close(denoiser(model.evaluate, labels)(x, sigma), unguided, rtol=0.05, atol=0.05)
 
 
 def test_no_gradients_are_kept():

@@ -13,7 +13,7 @@ from diffit.diffusion.samplers import ddim, ddpm, dpm_solver_pp, euler, heun
 from diffit.models.image import ImageDiffiT
 from diffit.models.latent import LatentDiffiT
 from diffit.sampling.labels import choose_labels, random_labels
-from diffit.sampling.model import prepare, sample
+from diffit.sampling.model import Model, prepare, sample
 from diffit.utils.randomness import PerSampleNoise
 
 CLASSES = 5
@@ -200,3 +200,9 @@ def test_labels_are_one_class_or_drawn_or_in_turn():
     assert len(counts) == CLASSES
     assert (counts - 1000).abs().max() < 4 * (1000 * 0.8) ** 0.5
     assert choose_labels(latent(0)[1], seeds) is None
+
+
+def test_the_states_of_a_trajectory_are_as_loud_as_latents_are():
+    net, config = latent(sampler="heun")
+    (state, _), *_ = Model(net, config).trajectory([1, 2], steps=4)
+    assert_close(state.flatten(1).std(1), torch.ones(2), rtol=1e-3, atol=0)

@@ -26,7 +26,7 @@ from diffit.training.checkpoint import states
 from diffit.training.distill import Order, Teacher, check_steps, distill
 from diffit.training.step import learning_rate
 from diffit.utils.distributed import Processes
-from diffit.weights import newest_snapshot, read_header, save_network
+from diffit.weights import newest_snapshot, read_header, read_network_file, save_network
 from diffit.weights.file import state_hash
 from helpers import command, write_archive, write_vae
 
@@ -237,6 +237,14 @@ def test_a_teacher_that_became_another_is_refused_and_one_that_moved_is_not(teac
     write_network(source, seed=1)
     with pytest.raises(UserError, match=r"mine.safetensors: other weights than .* for its teacher .*--resume none"):
         make(source, pets, tmp_path / "runs", steps=(1,), kimg=0.032)
+
+
+def test_a_teacher_of_half_the_bytes_is_known_again(teacher, pets, tmp_path):
+    state, config = read_network_file(teacher)
+    source = tmp_path / "bf16.safetensors"
+    save_network(source, {name: tensor.bfloat16() for name, tensor in state.items()}, config)
+    _, (file,) = make(source, pets, tmp_path / "runs", steps=(1,), kimg=0.016)
+    assert read_header(file)[0].distillation.teacher_sha256 == state_hash(load_file(source))
 
 
 def test_a_discrete_schedule_is_halved_and_its_student_sampled_by_ddim(pets, tmp_path):

@@ -85,6 +85,33 @@ def test_position_biases_are_the_same_function_of_the_place_on_a_larger_map(tmp_
     assert "position biases resampled" in line
 
 
+def test_position_biases_of_a_map_that_is_turned_are_not_taken_for_its_own(tmp_path):
+    """Both tables have 21 offsets."""
+    source, target = (resolve("latent-debug", {}, DataFacts(3, size)) for size in ((32, 64), (64, 32)))
+    old, new = noisy(source), noisy(target, seed=1)
+
+    def plane(height: int, width: int) -> torch.Tensor:
+        y, x = (torch.linspace(-1, 1, 2 * side - 1) for side in (height, width))
+        return (2 * y[:, None] - 3 * x + 0.5).reshape(-1, 1).expand(-1, 2)
+
+    for block in old.blocks:
+        block.attn.relative_position_bias_table.data.copy_(plane(2, 4))
+    save_network(tmp_path / "net.safetensors", old.state_dict(), source)
+    line = init_from(new, target, tmp_path / "net.safetensors")
+    assert_close(new.blocks[1].attn.relative_position_bias_table.data, plane(4, 2).contiguous())
+    assert "position biases resampled" in line
+
+
+def test_a_wider_time_token_leaves_the_null_class_behind(tmp_path):
+    source = resolve("debug", {"cond": True}, DataFacts(3, (16, 16), 3))
+    target = resolve("debug", {}, DataFacts(3, (16, 16)))
+    wider = target.model_copy(update={"model": target.model.model_copy(update={"cond_dim": 2 * target.model.cond_dim})})
+    old, new, line = begin(tmp_path, source, wider)
+    assert_close(new.tokenizer.weight, old.tokenizer.weight)
+    assert "null class" not in line
+    assert "begun again" in line
+
+
 def test_another_prediction_is_said(tmp_path):
     source = resolve("debug", {"diffusion": "cosine"})
     v = resolve("debug", {"diffusion": "cosine", "prediction": "v"})

@@ -74,7 +74,8 @@ def calc(**options: Any) -> None:
     """Compute metrics of a network or of images.
 
     Prints one JSON record for each metric, with all that the number depends on, and the number itself on stderr.
-    Under torchrun the same command uses several GPUs. Nothing is written to disk but cached statistics of --ref.
+    Under torchrun the same command uses several GPUs. No samples are written to disk; statistics of --ref, downloads
+    and the index of a folder of images are cached.
     """
     from diffit.utils.distributed import processes
 
@@ -229,9 +230,9 @@ def summary(record: dict[str, Any]) -> str:
 
 def digest_of(network: Path) -> str:
     """Of the weights as the file has them, whatever precision they were loaded in; that has checked them."""
-    from diffit.weights import load_network, state_hash
+    from diffit.weights import read_network_file, state_hash
 
-    return state_hash(load_network(network, verify=False)[0].state_dict())
+    return state_hash(read_network_file(network, verify=False)[0])
 
 
 def labels_of(ref: Path | None, classes: int) -> "Tensor | None":

@@ -151,7 +151,8 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             if own.trajectory and procs.is_first:
                 some = slice(TRAJECTORY_IMAGES)
                 gif = beside(outdir, "trajectory", ".gif")
-                model.save_trajectory(gif, chosen[some], labels[some] if isinstance(labels, list) else labels)
+                some_labels = labels[some] if isinstance(labels, list) else labels
+                model.save_trajectory(gif, chosen[some], some_labels, batch=own.batch)
                 click.echo(f"how the first {min(len(chosen), TRAJECTORY_IMAGES)} come about: {gif}")
         if procs.is_first:
             seconds = time.monotonic() - began
@@ -176,7 +177,10 @@ def require_scale(model: "Model") -> None:
 
 def check_together(own: SimpleNamespace) -> None:
     """Raises :class:`UserError` for options of which one would have no effect."""
-    beside_class_grid = {"--grid": own.grid, "--trajectory": own.trajectory, "--format npz": own.format_ == "npz"}
+    beside_class_grid = {
+        "--grid": own.grid, "--trajectory": own.trajectory, "--format npz": own.format_ == "npz",
+        f"--labels {own.policy}": own.policy, "--subdirs": own.subdirs,
+    }  # fmt: skip
     if own.class_grid and (other := next((name for name, given in beside_class_grid.items() if given), None)):
         raise UserError(f"--class-grid writes one picture and takes no {other}: leave one of them out")
     if own.classes is not None and own.policy is not None:
@@ -189,7 +193,11 @@ def choose_seeds(own: SimpleNamespace) -> Sequence[int]:
     if own.seeds is not None and own.num_samples is not None:
         raise UserError("--seeds and --num-samples say the same thing: give one")
     default = 8 if own.class_grid else math.prod(own.grid or (8, 8))
-    chosen: Sequence[int] = own.seeds if own.seeds is not None else range(own.num_samples or default)
+    if default > LONGEST:
+        raise UserError(f"--grid {own.grid[1]}x{own.grid[0]}: {default:,} images in one picture; use 100x100 or fewer")
+    if own.seeds is None:
+        return range(own.num_samples or default)
+    chosen: Sequence[int] = own.seeds
     if len(set(chosen)) < len(chosen):
         twice = next(seed for seed, count in Counter(chosen).items() if count > 1)
         raise UserError(f"--seeds names {twice} more than once: one seed gives one image")

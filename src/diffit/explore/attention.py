@@ -23,7 +23,6 @@ from diffit.explore.edit import denoiser_for
 from diffit.models.attention import TMSA, relative_position_bias
 from diffit.sampling.labels import Labels
 from diffit.sampling.model import Model
-from diffit.utils.precision import autocast
 
 Place = tuple[float, float]
 """Down and across the map, each a share in [0, 1): the same place on maps of every size."""
@@ -160,7 +159,7 @@ def attention_maps(
         raise UserError(f"steps {list(steps)}: sampling has steps 0 to {len(states) - 1}")
     chosen = [states[step] for step in (range(len(states)) if steps is None else steps)]
     denoise = denoiser_for(model.with_sampling(guidance=1.0), seeds, labels)
-    with record_attention(model.net, places, blocks) as found, autocast(model.device, model.precision):
+    with record_attention(model.net, places, blocks) as found:
         shown = [denoise(x, torch.tensor(sigma, dtype=torch.float64)).float() for sigma, x in chosen]
     if model.autoencoder is not None:
         shown = [model.autoencoder.decode(x) for x in shown]
@@ -214,10 +213,7 @@ def time_norms(model: Model, sigmas: Sequence[float] | Tensor, label: int | str 
     handles = [layer.qkv_temb.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         denoise = denoiser_for(model.with_sampling(guidance=1.0), range(len(sigma)), label)
-        with autocast(model.device, model.precision):
-            denoise(
-                torch.zeros(len(sigma), *config.model.sample_shape, dtype=torch.float64, device=model.device), sigma
-            )
+        denoise(torch.zeros(len(sigma), *config.model.sample_shape, dtype=torch.float64, device=model.device), sigma)
     finally:
         for handle in handles:
             handle.remove()

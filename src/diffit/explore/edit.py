@@ -21,7 +21,6 @@ from diffit.errors import UserError
 from diffit.sampling import levels
 from diffit.sampling.labels import Labels, choose_labels
 from diffit.sampling.model import Model
-from diffit.utils.precision import autocast
 from diffit.utils.randomness import PerSampleNoise
 
 
@@ -70,9 +69,8 @@ def vary(
     x, drawn = _as_state(model, images, seeds), PerSampleNoise(seeds)
     sigmas = torch.cat([own.new_tensor([level]), own[own < level]])
     solve = _solver(model.config.sampling)
-    with autocast(model.device, model.precision):
-        denoise = denoiser_for(model, seeds, labels)
-        x = solve(denoise, x / level + drawn(x), sigmas, noise_source=drawn, callback=callback)
+    denoise = denoiser_for(model, seeds, labels)
+    x = solve(denoise, x / level + drawn(x), sigmas, noise_source=drawn, callback=callback)
     return _decode(model, x)
 
 
@@ -109,16 +107,15 @@ def inpaint(
     hole = F.max_pool2d(mask.double(), factor) > 0  # a latent is free where one of its pixels is
     sigmas = noise_levels(model)
     x = drawn(known) * sigmas[0]
-    with autocast(model.device, model.precision):
-        denoise = denoiser_for(model, seeds, labels)
-        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-            for again in reversed(range(resamples if sigma_next > 0 else 1)):
-                denoised = denoise(x, sigma)
-                if callback is not None:
-                    callback(i, sigma, x, torch.where(hole, denoised, known))
-                x_next = ancestral_step(x, denoised, sigma, sigma_next, drawn)
-                x_next = torch.where(hole, x_next, known + drawn(x) * sigma_next if sigma_next > 0 else known)
-                x = x_next + drawn(x) * (sigma**2 - sigma_next**2).sqrt() if again else x_next
+    denoise = denoiser_for(model, seeds, labels)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        for again in reversed(range(resamples if sigma_next > 0 else 1)):
+            denoised = denoise(x, sigma)
+            if callback is not None:
+                callback(i, sigma, x, torch.where(hole, denoised, known))
+            x_next = ancestral_step(x, denoised, sigma, sigma_next, drawn)
+            x_next = torch.where(hole, x_next, known + drawn(x) * sigma_next if sigma_next > 0 else known)
+            x = x_next + drawn(x) * (sigma**2 - sigma_next**2).sqrt() if again else x_next
     return torch.where(mask, _decode(model, x), images.to(model.device).float())
 
 

@@ -1,8 +1,8 @@
 """Between two samples: their noise on the sphere, their classes in the space of embeddings."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,27 +43,29 @@ class _NoiseBetween:
 
 @contextmanager
 def _classes_between(model: Model, ends: Tensor | None, share: Tensor) -> Iterator[None]:
-    """The label embedding answers the first class with what lies between the two; the null class stays as it is."""
-    embedder = model.net.y_embedder
-    if ends is None or embedder is None or ends[0] == ends[1]:
+    """The label embeddings of the network and of its guide answer the first class with what lies between the two."""
+    models = [each for each in (model, model.guide) if each is not None]
+    embedders = [each.net.y_embedder for each in models if each.net.y_embedder is not None]
+    with ExitStack() as hooked:
+        if ends is not None and ends[0] != ends[1]:
+            for embedder in embedders:
+                first, second = embedder.embedding_table(ends.to(model.device))
+                mixed = torch.lerp(first, second, share.to(first)[:, None])
+                handle = embedder.register_forward_hook(_answer(mixed, null=model.config.model.num_classes))
+                hooked.callback(handle.remove)
         yield
-        return
-    first, second = embedder.embedding_table(ends.to(model.device))
-    mixed = torch.lerp(first, second, share.to(first)[:, None])
 
+
+def _answer(mixed: Tensor, null: int) -> Callable[..., Tensor | None]:
+    """A hook that puts ``mixed`` in the place of every class but the ``null`` class, in the thread that makes it."""
     owner = threading.get_ident()
 
     def answer(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != owner:  # another thread samples from the same network
             return None
-        is_null = (inputs[0] == model.config.model.num_classes)[:, None]
-        return torch.where(is_null, output, mixed.to(output.dtype))
+        return torch.where((inputs[0] == null)[:, None], output, mixed.to(output.dtype))
 
-    handle = embedder.register_forward_hook(answer)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return answer
 
 
 @torch.no_grad()

@@ -39,8 +39,9 @@ def evaluate_network(
     batches = ((torch.arange(start, start + len(images)), images) for start, images in _timed(samples, spent))
     numbers = suite(batches, progress=progress)
     source: dict[str, Any] = {"preset": model.config.preset, **(facts or {}), "precision": model.precision}
-    if "weights_sha256" not in source:
-        source["weights_sha256"] = state_hash(model.net.state_dict())
+    for name, each in {"weights_sha256": model, "guide_sha256": model.guide}.items():
+        if each is not None and name not in source:  # in the precision that it was loaded in
+            source[name] = state_hash(each.net.state_dict())
     if model.autoencoder is not None:
         source["vae_sha256"] = model.autoencoder.sha256
     if spent[1]:

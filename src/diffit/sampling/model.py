@@ -1,5 +1,6 @@
 """From a network and seeds to images. The image of a seed depends on nothing else."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from diffit.sampling.levels import noise_levels, solver_of
 from diffit.sampling.outputs import Job, Output, SamplingBar, fingerprint
 from diffit.sampling.settings import with_sampling
 from diffit.utils.distributed import Processes, pick_device
-from diffit.utils.images import make_grid, save_gif, save_grid, to_uint8
+from diffit.utils.images import WHITE, make_grid, save_gif, save_grid, to_uint8
 from diffit.utils.precision import DTYPES, autocast, channels_last, check_precision
 from diffit.utils.randomness import PerSampleNoise
 from diffit.weights import load_network
@@ -39,7 +40,7 @@ class Model:
     """A network with all that sampling from it needs.
 
     Attributes:
-        net: either family, on the device that is to compute.
+        net: either family, on the device that is to compute; :meth:`evaluate` calls it in its precision.
         config: its configuration; ``config.sampling`` is how it is sampled.
         autoencoder: decodes a latent model's samples; without it they stay latents. None for an image-space model.
         precision: of the network's arithmetic: fp32, bf16 or fp16.
@@ -80,6 +81,12 @@ class Model:
                 raise UserError(f"the guide has other {what} than the network: {other}, not {own}; use another guide")
         return replace(self, guide=guide)
 
+    def evaluate(self, x: Tensor, level: Tensor, *labels: Tensor | None) -> Tensor:
+        """What the network says, in :attr:`precision`: for ``edm.denoiser(model.evaluate, labels)`` and its like."""
+        with autocast(x.device, self.precision):
+            out: Tensor = self.net(x, level, *labels)
+        return out
+
     def denoiser(self, labels: Tensor | None = None) -> Denoiser:
         """``denoise(x, sigma) -> x0``, guided as the settings say, for classes ``labels`` ``(B,)`` on the device."""
         diffusion = self.config.diffusion
@@ -92,8 +99,8 @@ class Model:
         """Of EDM's levels the denoiser, on a ``schedule`` the predictor of ε and perhaps variances."""
         diffusion = self.config.diffusion
         if diffusion.kind == "edm":
-            return edm.denoiser(self.net, labels, sigma_data=diffusion.sigma_data)
-        return adm.predictor(self.net, labels, v_on=schedule if diffusion.prediction == "v" else None)
+            return edm.denoiser(self.evaluate, labels, sigma_data=diffusion.sigma_data)
+        return adm.predictor(self.evaluate, labels, v_on=schedule if diffusion.prediction == "v" else None)
 
     @torch.no_grad()
     def sample(
@@ -129,37 +136,42 @@ class Model:
         if seeds:
             solver = self._solver(None if classes is None else classes.to(device))
             hooks = {"noise_source": noise_source or drawn, "callback": callback, "after_step": after_step}
-            with autocast(device, self.precision):
-                noise = solver(noise.double(), **hooks)
+            noise = solver(noise.double(), **hooks)
         return noise.float() if self.autoencoder is None else self.autoencoder.decode(noise.float())
 
     def trajectory(self, seeds: Sequence[int], labels: Labels = None, **settings: Any) -> list[tuple[Tensor, Tensor]]:
         """State and denoised estimate at every step, each ``(B, C, H, W)`` float32 on the CPU; the last is the sample.
 
-        The states are scaled to the deviation of the data, ½, whatever the noise level. Of a latent model both are
-        what the autoencoder decodes.
+        The states are scaled to the deviation of the data, whatever the noise level. Of a latent model both are what
+        the autoencoder decodes.
         """
         steps = list[tuple[Tensor, Tensor]]()
+        deviation = 0.5 if self.config.autoencoder is None else 1.0  # latents are scaled to 1
 
         def shown(x: Tensor) -> Tensor:
             return (x.float() if self.autoencoder is None else self.autoencoder.decode(x.float())).cpu()
 
         def keep_step(i: int, level: Tensor, x: Tensor, denoised: Tensor) -> None:
-            spread = x.float().flatten(1).std(1).clamp(min=0.5).view(-1, 1, 1, 1)
-            steps.append((shown(x.float() * (0.5 / spread)), shown(denoised)))
+            spread = x.float().flatten(1).std(1).clamp(min=deviation).view(-1, 1, 1, 1)
+            steps.append((shown(x.float() * (deviation / spread)), shown(denoised)))
 
         final = self.sample(seeds, labels, callback=keep_step, **settings).cpu()
         return [*steps, (final, final)]
 
-    def save_trajectory(self, path: Path, seeds: Sequence[int], labels: Labels = None) -> Path:
+    def save_trajectory(self, path: Path, seeds: Sequence[int], labels: Labels = None, *, batch: int = 64) -> Path:
         """:meth:`trajectory` as an animation: the states to the left, what they are taken to show to the right."""
+        classes = choose_labels(self.config, seeds, labels)
+        parts = [slice(start, start + batch) for start in range(0, len(seeds), batch)]
+        tracks = [self.trajectory(seeds[part], None if classes is None else classes[part]) for part in parts]
         columns = min(len(seeds), TRAJECTORY_COLUMNS)
-        rows = len(seeds) // columns  # whole ones only
+        rows = math.ceil(len(seeds) / columns)
         frames = []
-        for pair in self.trajectory(seeds, labels):
-            halves = [
-                to_uint8(x[: rows * columns], self.config.sampling.rounding).unflatten(0, (rows, columns)) for x in pair
-            ]
+        for step in zip(*tracks, strict=True):
+            halves = []
+            for images in zip(*step, strict=True):
+                cells = to_uint8(torch.cat(images), self.config.sampling.rounding)
+                free = cells.new_full((rows * columns - len(cells), *cells.shape[1:]), WHITE)
+                halves.append(torch.cat([cells, free]).unflatten(0, (rows, columns)))
             frames.append(make_grid(torch.cat(halves, dim=1).flatten(0, 1), (2 * columns, rows)))
         save_gif(frames, path)
         return path

@@ -16,7 +16,6 @@ from diffit.sampling.labels import choose_labels
 from diffit.sampling.levels import noise_levels, solver_of
 from diffit.sampling.model import Model, prepare
 from diffit.utils import hub
-from diffit.utils.precision import autocast
 from diffit.utils.randomness import PerSampleNoise
 from diffit.weights.file import load_network, locate, read_header, read_network_file, save_network
 from diffit.weights.header import CONFIG_KEY, METADATA, read_tensor_header
@@ -85,14 +84,13 @@ def tune_levels(
         return total / sum(p.target.numel() for p in parts)
 
     starts = {name: noise_levels(model.with_sampling(levels=name).config) for name in ("own", "lambda")}
-    with autocast(model.device, model.precision):
-        first = min(starts.values(), key=lambda sigmas: distance(sigmas, fitted_to))
-        found = fit_levels(solver, fitted_to, first, iterations=iterations, show=show)
-        levels = FittedLevels.model_validate(
-            {"sampler": sampling.sampler, "sigmas": tuple(float(f"{s:.6g}") for s in found.tolist())}
-        )
-        fitted = torch.tensor([*levels.sigmas, 0.0], dtype=torch.float64)
-        distances = {name: distance(sigmas, unseen) for name, sigmas in (starts | {"fitted": fitted}).items()}
+    first = min(starts.values(), key=lambda sigmas: distance(sigmas, fitted_to))
+    found = fit_levels(solver, fitted_to, first, iterations=iterations, show=show)
+    levels = FittedLevels.model_validate(
+        {"sampler": sampling.sampler, "sigmas": tuple(float(f"{s:.6g}") for s in found.tolist())}
+    )
+    fitted = torch.tensor([*levels.sigmas, 0.0], dtype=torch.float64)
+    distances = {name: distance(sigmas, unseen) for name, sigmas in (starts | {"fitted": fitted}).items()}
     return Fit(levels, distances, fine_steps)
 
 

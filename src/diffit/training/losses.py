@@ -41,7 +41,7 @@ def _progressive(config: Config, device: torch.device, precision: str) -> Progre
     spec, diffusion = config.distillation, config.diffusion
     assert spec is not None
     assert spec.teacher_sampling is not None
-    net, teacher = load_network(spec.teacher, device)
+    net, teacher = load_network(spec.teacher, device, dtype=None)
     if (found := state_hash(net.state_dict())) != spec.teacher_sha256:
         raise UserError(
             f"{spec.teacher}: other weights than the run's teacher had ({spec.teacher_sha256[:12]}, now {found[:12]}); "
@@ -58,4 +58,4 @@ def _progressive(config: Config, device: torch.device, precision: str) -> Progre
 
     step = heun_step if sampling.sampler == "heun" else euler_step
     sigmas = noise_levels(taught).to(device)
-    return ProgressiveLoss(Model(prepare(net, precision), taught).denoiser, student, sigmas, step)
+    return ProgressiveLoss(Model(prepare(net.float(), precision), taught).denoiser, student, sigmas, step)

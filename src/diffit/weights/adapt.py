@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.models import DiffiT
+from diffit.models import DiffiT, build
 from diffit.models.attention import TMSA
 from diffit.weights.file import read_network_file
 
@@ -20,6 +21,7 @@ TIME_BIAS = "t_embedder.mlp.2.bias"
 INPUTS = ("tokenizer.weight", "x_embedder.proj.weight")
 OUTPUTS = ("head.weight", "head.bias")
 FIXED = "pos_embed"  # computed from the size
+Window = tuple[int, int]
 
 
 @torch.no_grad()
@@ -39,22 +41,23 @@ def init_from(net: DiffiT, config: Config, path: str | Path) -> str:
         )
     if source.model.num_classes != config.model.num_classes and not source.training.label_drop:
         state.pop(LABELS, None)  # nothing has trained its null class
-    state = _levels_from_the_bottom(state, net)
+    state, windows = (_levels_from_the_bottom(each, net) for each in (state, _windows(source)))
     own, notes, fresh = net.state_dict(), list[str](), list[str]()
     carried = 0
     for key, target in own.items():
-        found = None if key == FIXED else _fitting(key, state, target, net, notes)
+        found = None if key == FIXED else _fitting(key, state, target, net, windows, notes)
         if found is not None:
             target.copy_(found)
         if found is None or (key == LABELS and found is not state[LABELS]):
             fresh += [key] if key != FIXED else []
         else:
             carried += 1
-    if LABELS in state and LABELS not in own:
-        own[TIME_BIAS].add_(state[LABELS][-1])
-        notes.append("the null class is part of the time token now")
     if not carried or carried < len(own) / 4:
         raise UserError(f"--init-from {path}: {carried} of {len(own)} tensors fit; it is another network")
+    null = None if LABELS in own or LABELS not in state else state[LABELS][-1]
+    if null is not None and null.shape == own[TIME_BIAS].shape:
+        own[TIME_BIAS].add_(null)
+        notes.append("the null class is part of the time token now")
     before, now = (getattr(each.diffusion, "prediction", "as EDM does") for each in (source, config))
     if before != now:
         notes.append(f"it predicted {before}, this network predicts {now}")
@@ -65,16 +68,22 @@ def init_from(net: DiffiT, config: Config, path: str | Path) -> str:
     return line + (f"; begun again: {len(fresh)} tensors of {', '.join(groups)}" if fresh else "")
 
 
-def _fitting(key: str, state: Mapping[str, Tensor], target: Tensor, net: DiffiT, notes: list[str]) -> Tensor | None:
+def _fitting(
+    key: str, state: Mapping[str, Tensor], target: Tensor, net: DiffiT, windows: Mapping[str, Window], notes: list[str]
+) -> Tensor | None:
     """The source's tensor in the shape of ``target``, None where there is none."""
     found = state.get(key)
-    if found is None or found.shape == target.shape:
-        return found
+    if found is None:
+        return None
     if key.endswith(BIAS_TABLE) and found.shape[1] == target.shape[1]:
-        resampled = _resample(found, target, net.get_submodule(key.removesuffix(f".{BIAS_TABLE}")))
-        if resampled is not None:
-            notes.append("position biases resampled")
-        return resampled
+        layer = net.get_submodule(key.removesuffix(f".{BIAS_TABLE}"))
+        assert isinstance(layer, TMSA)
+        if windows[key] == layer.window:
+            return found
+        notes.append("position biases resampled")
+        return _resample(found, windows[key], layer.window)
+    if found.shape == target.shape:
+        return found
     if key == LABELS and found.shape[1:] == target.shape[1:]:
         notes.append(f"label table begun again for {len(target) - 1} classes, null class kept")
         return torch.cat([target[:-1], found[-1:]])
@@ -90,28 +99,31 @@ def _fitting(key: str, state: Mapping[str, Tensor], target: Tensor, net: DiffiT,
     return None
 
 
-def _resample(table: Tensor, target: Tensor, layer: object) -> Tensor | None:
-    """A position bias table for maps of another size, bilinear between offsets; None for one that was not square."""
-    assert isinstance(layer, TMSA)
-    height, width = (2 * side - 1 for side in layer.window)
-    side = round(len(table) ** 0.5)
-    if side**2 != len(table):
-        return None
+def _windows(config: Config) -> dict[str, Window]:
+    """Key of a position bias table -> the (height, width) of tokens that it is of."""
+    with torch.device("meta"):
+        layers = build(config.model).named_modules()
+    return {f"{name}.{BIAS_TABLE}": layer.window for name, layer in layers if isinstance(layer, TMSA)}
+
+
+def _resample(table: Tensor, before: Window, now: Window) -> Tensor:
+    """A position bias table ``((2h − 1)(2w − 1), heads)`` for maps of another size, bilinear between offsets."""
+    height, width = (2 * side - 1 for side in now)
     # A map of another size is the same picture at more or fewer tokens, so offsets are scaled with it.
     y, x = (torch.linspace(-1, 1, n, dtype=table.dtype) for n in (height, width))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
-    picture = table.T.reshape(1, -1, side, side)
+    picture = table.T.reshape(1, -1, *(2 * side - 1 for side in before))
     sampled = F.grid_sample(picture, grid, align_corners=True)
-    return sampled.reshape(-1, height * width).T.reshape(target.shape)
+    return sampled.reshape(-1, height * width).T
 
 
-def _levels_from_the_bottom(state: dict[str, Tensor], net: DiffiT) -> dict[str, Tensor]:
+def _levels_from_the_bottom(state: dict[str, Any], net: DiffiT) -> dict[str, Any]:
     """Keys of an image-space decoder counted from the full resolution, where the two have another number of stages.
 
     ``decoder.0`` and ``up.0`` are the deepest: with one stage more, what was the deepest is the second.
     """
 
-    def depth(keys: Mapping[str, Tensor]) -> int:
+    def depth(keys: Mapping[str, Any]) -> int:
         return len({match[1] for key in keys if (match := re.match(r"decoder\.(\d+)\.", key))})
 
     shift = depth(net.state_dict()) - depth(state)
