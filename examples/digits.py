@@ -91,7 +91,7 @@ def main(outdir: Path, kimg: float | None) -> None:
     config = resolve("digits", options, facts)
     with processes() as procs:
         outcome = train(config, real, outdir, procs)
-    if outcome.interrupted:
+    if not outcome.complete:
         raise SystemExit(130)
     network = outcome.snapshot or max(outcome.run_dir.glob("network-snapshot-*.safetensors"))
     trained = time.monotonic()

@@ -58,7 +58,7 @@ def main(outdir: Path, minutes: float, kimg: float | None, methods: tuple[Method
         length = {"minutes": minutes} if kimg is None else {"kimg": kimg}
         order = Order(teacher, method, STEPS[method], {"data": str(train_zip.resolve())} | length)
         outcome, students = distill(order, real, outdir / method, alone())
-        if outcome.interrupted:
+        if outcome.signal is not None:
             raise SystemExit(130)
         networks |= {f"{method} {student.stem.removeprefix('student-')}": student for student in students}
         seconds |= dict.fromkeys([name for name in networks if name.startswith(method)], time.monotonic() - began)

@@ -337,6 +337,13 @@ def test_a_whole_configuration_takes_the_place_of_a_preset():
     assert resolve(base, {"lr": 1e-4}).training.lr == 1e-4
 
 
+def test_a_share_of_the_time_for_metrics_takes_the_place_of_ticks_where_it_is_asked_for():
+    budget = {"metrics": ("fd100_full:pixels",), "metrics_budget": 0.05}
+    assert resolve("debug", budget).training.metrics_ticks == 1
+    base = resolve("debug", budget | {"metrics_ticks": 7})
+    assert (base.training.metrics_ticks, resolve(base, {}).training.metrics_ticks) == (7, 7)
+
+
 def test_noise_distribution_patches_and_mlps_can_be_chosen():
     assert resolve("cifar10", {"P_mean": -0.4, "P_std": 1.0}).diffusion.P_mean == -0.4
     assert resolve("latent-s", {"patch_size": 4, "mlp_ratio": 2.0}).model.patch_size == 4

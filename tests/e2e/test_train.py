@@ -251,10 +251,10 @@ def test_a_signal_in_the_last_step_leaves_what_the_same_command_makes(pets, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "step", signalled)
         cut = run(pets, tmp_path, kimg=0.04)
-    assert (cut.interrupted, cut.signal, cut.images_seen) == (True, signal.SIGTERM, 40)
+    assert (cut.complete, cut.signal, cut.images_seen) == (False, signal.SIGTERM, 40)
     assert not (cut.run_dir / "fakes000000.040.png").exists()
     made = run(pets, tmp_path, kimg=0.04)
-    assert (made.interrupted, made.run_dir) == (False, cut.run_dir)
+    assert (made.complete, made.run_dir) == (True, cut.run_dir)
     assert (cut.run_dir / "fakes000000.040.png").exists()
 
 

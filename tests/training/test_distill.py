@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -21,7 +23,7 @@ from diffit.errors import UserError
 from diffit.models import build
 from diffit.models.autoencoder import load_autoencoder
 from diffit.sampling import load
-from diffit.training import loop
+from diffit.training import loop, run
 from diffit.training.checkpoint import states
 from diffit.training.distill import Order, Teacher, check_steps, distill
 from diffit.training.step import learning_rate
@@ -237,6 +239,23 @@ def test_a_teacher_that_became_another_is_refused_and_one_that_moved_is_not(teac
     write_network(source, seed=1)
     with pytest.raises(UserError, match=r"mine.safetensors: other weights than .* for its teacher .*--resume none"):
         make(source, pets, tmp_path / "runs", steps=(1,), kimg=0.032)
+
+
+def test_a_request_to_stop_in_the_last_grid_of_a_stage_begins_no_other(teacher, pets, tmp_path, monkeypatch):
+    honest = run.save_fakes
+
+    def asked(stepper, net, path):
+        honest(stepper, net, path)
+        if path.name == "fakes000000.016.png":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_fakes", asked)
+        outcome, files = make(teacher, pets, tmp_path, kimg=0.032)
+    assert (outcome.complete, outcome.signal, files) == (True, signal.SIGINT, [])
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    outcome, files = make(teacher, pets, tmp_path, kimg=0.032)
+    assert (outcome.signal, len(files)) == (None, 2)
 
 
 def test_a_teacher_of_half_the_bytes_is_known_again(teacher, pets, tmp_path):

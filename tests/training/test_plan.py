@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve, with_length
 from diffit.data import ImageArchive
 from diffit.errors import UserError
@@ -183,7 +184,6 @@ def test_an_average_that_was_asked_for_takes_the_place_of_a_preset_s(length, mon
 
 
 def test_fewer_minutes_than_a_run_has_taken_are_refused(monkeypatch, tmp_path):
-    """As the ten that nobody asked for, after hours that somebody did."""
     archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
     monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
     begun = plan(resolve("small16", {"minutes": 480.0}, FACTS), archive, ONE)
@@ -191,6 +191,35 @@ def test_fewer_minutes_than_a_run_has_taken_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--minutes 10: the run has taken 180 already, of 480; give more than it has"):
         plan(asked, archive, ONE, recorded=begun, progress=(540_000, 10_800.0))
     assert plan(asked, archive, ONE, recorded=begun, progress=(1000, 20.0)).training.minutes == 10.0
+
+
+@pytest.mark.parametrize("length", [{"minutes": 480.0}, {"kimg": 50.0}])
+def test_minutes_that_nobody_asked_for_give_way_to_a_run_s_own_length(length, monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    monkeypatch.setattr(planning, "_rate", lambda *_: 50.0)
+    begun = plan(resolve("small16", length, FACTS), archive, ONE)
+    asked = resolve("small16", {"default_minutes": 10.0}, FACTS)
+    assert asked.training.clock_minutes == 10.0
+    goes_on = plan(asked, archive, ONE, recorded=begun, progress=(540_000, 10_800.0)).training
+    for name in ("kimg", "minutes", "clock_minutes", "tick"):
+        assert getattr(goes_on, name) == getattr(begun.training, name)
+    anew = plan(asked, archive, ONE)
+    assert (anew.training.minutes, anew.training.clock_minutes) == (10.0, 10.0)
+    assert plan(resolve(anew, {}, FACTS), archive, ONE, recorded=begun).training.minutes == begun.training.minutes
+    assert resolve("small16", {"default_minutes": 10.0} | length, FACTS).training.minutes == length.get("minutes")
+
+
+def test_what_was_asked_for_is_heard_where_it_is_what_the_preset_has(monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    own = get_preset("cifar10").training
+    options = {"ema_halflife_kimg": 7.0, "tick": 1.5, "kimg": 50.0}
+    begun = plan(resolve("cifar10", options, FACTS), archive, ONE)
+    silent = resolve("cifar10", {"kimg": 50.0}, FACTS)
+    assert same_run(silent, begun)
+    assert (take_over(silent, begun).training.tick, take_over(silent, begun).training.ema_halflife_kimg) == (1.5, 7.0)
+    asked = resolve("cifar10", {"kimg": 50.0, "tick": own.tick, "ema_halflife_kimg": own.ema_halflife_kimg}, FACTS)
+    assert take_over(asked, begun).training.tick == own.tick
+    assert not same_run(asked, begun)  # another average
 
 
 @pytest.mark.slow
@@ -315,14 +344,14 @@ def test_the_rate_of_a_run_leaves_out_the_first_step_of_each_part_and_counts_wha
 def test_the_end_of_a_run_is_where_the_clock_ends_it_or_its_length(tmp_path):
     config = with_length(resolve("debug", {"minutes": 2.0, "batch": 8}, FACTS), 80.0)
     stepper = SimpleNamespace(config=config, images_seen=0, seconds=0.0, end=80_000, ema_warming_up=False)
-    run = Run(stepper, tmp_path, None, None, None, log=object(), signals=None, began=0.0, grid_seconds=8.0)
-    stepper.images_seen = 1000
-    assert run.expected_end(5.0) == 80_000  # nothing is known yet
+    run = Run(stepper, tmp_path, None, None, None, log=object(), signals=None, watch=None, grid_seconds=8.0)
+    stepper.images_seen, stepper.seconds = 1000, 5.0
+    assert run.expected_end() == 80_000  # nothing is known yet
     stepper.images_seen, stepper.seconds = 2000, 10.0
-    assert run.expected_end(10.0) == 2000 + 200 * (120 - 10 - 8 - 2)
+    assert run.expected_end() == 2000 + 200 * (120 - 10 - 8 - 2)
     stepper.seconds = 119.0
-    assert run.expected_end(15.0) == 2000  # the time is up
+    assert run.expected_end() == 2000  # the time is up
     stepper.images_seen, stepper.seconds = 79_000, 60.0
-    assert run.expected_end(15.0) == 80_000
+    assert run.expected_end() == 80_000
     run.log = None
-    assert run.expected_end(15.0) == 0  # another process
+    assert run.expected_end() == 0  # another process

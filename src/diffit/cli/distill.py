@@ -69,8 +69,7 @@ def distill(network: str, method: Any, steps: list[int] | None, outdir: Path, re
     given = train.in_our_terms(options)
     planned = train.how_many(given)
     dry_run, as_json = given.pop("dry_run"), given.pop("as_json")
-    if not given.keys() & set(train.LENGTHS):
-        given["minutes"] = train.MINUTES
+    given["default_minutes"] = train.MINUTES
     # Imported here: `--help` and a mistyped option need not wait for torch.
     from diffit.cli.describe import describe_run
     from diffit.configs.schema import student_title

@@ -236,6 +236,7 @@ def train(**options: Any) -> None:
     from diffit.data.open import facts_of, open_val
     from diffit.metrics.suite import parse_metrics
     from diffit.training import train as run_training
+    from diffit.training.run_dir import read_options as read_recorded
     from diffit.utils.distributed import processes
 
     with processes(join=not dry_run) as procs:
@@ -252,15 +253,16 @@ def train(**options: Any) -> None:
         val = None if config.data.val is None else open_val(config.data.val, archive, config)
         autoencoder = open_autoencoder(config, [archive, val], procs.device)
         outcome = run_training(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
-        if outcome.snapshot is None and not outcome.interrupted and procs.is_first:
+        minutes = (read_recorded(outcome.run_dir) or config).training.minutes
+        if outcome.snapshot is None and outcome.complete and procs.is_first:
             click.echo(
                 f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg or --minutes goes "
                 "on, --resume none begins again"
             )
-        elif not outcome.interrupted and config.training.minutes is not None and procs.is_first:
-            click.echo(f"to go on: {longer(sys.argv, 3 * config.training.minutes)}")
-        if outcome.signal is not None:  # in here: the other processes may be gone, and are not waited for
-            sys.exit(128 + outcome.signal)
+        elif outcome.complete and minutes is not None and procs.is_first:
+            click.echo(f"to go on: {longer(sys.argv, 3 * minutes)}")
+        if not outcome.complete:  # in here: the other processes may be gone, and are not waited for
+            sys.exit(128 + (outcome.signal or 0))
 
 
 def longer(words: list[str], minutes: float) -> str:
@@ -294,8 +296,8 @@ def read_options(options: dict[str, Any], ctx: click.Context) -> tuple[dict[str,
     source = Path(found.get("init_from") or "")
     if source.suffix == ".safetensors" or (found.get("init_from") and source.exists()):
         found["init_from"] = str(source.resolve())  # also one that is gone: a run that began with it needs it no more
-    if preset is None and not found.keys() & set(LENGTHS) and not spelled_out(found):
-        found["minutes"] = MINUTES
+    if preset is None and not spelled_out(found):
+        found["default_minutes"] = MINUTES
     return found, preset
 
 

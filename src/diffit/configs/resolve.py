@@ -12,6 +12,7 @@ from diffit.configs.presets import RECIPES, get_preset
 from diffit.configs.sampling import Sampling
 from diffit.configs.schema import (
     AUGMENT_LABELS,
+    FOLLOWING,
     ADMDiffusion,
     Config,
     ImageModel,
@@ -27,7 +28,7 @@ NETWORK = ("resolution", "base_dim", "hidden_dim", "num_heads", "num_blocks", "w
            "mlp_ratio")  # fmt: skip
 """Options that spell out a network: with one of them and no preset, the published recipe of that size is meant."""
 NOISE = ("P_mean", "P_std", "sigma_data")
-OTHER = ("recipe", "diffusion", "prediction", "vae", "data", "val", "cond")
+OTHER = ("recipe", "diffusion", "prediction", "vae", "data", "val", "cond", "default_minutes")
 SHARE = 0.05  # of a run that is shorter than its preset's: the learning-rate ramp, and the EMA half-life
 GRID_PIXELS = 45_000_000  # of a grid of samples
 LINES = 50  # a run prints so many ticks
@@ -65,8 +66,9 @@ def resolve(
     Keys are the fields of :class:`Training` and :class:`Sampling`, ``P_mean``, ``P_std``, ``sigma_data``, and
     ``resolution`` (H, W), ``base_dim``, ``hidden_dim``, ``num_heads``, ``num_blocks`` (a tuple, one per stage or one
     for all), ``window_size``, ``dropout``, ``patch_size``, ``mlp_ratio``, ``recipe`` (one of :data:`RECIPES`),
-    ``diffusion`` (edm, cosine or linear), ``prediction`` (epsilon or v), ``vae``, ``data``, ``val``, ``cond``. Without
-    a preset, options that spell out a network choose the published recipe for the size of the images, and the batch is
+    ``diffusion`` (edm, cosine or linear), ``prediction`` (epsilon or v), ``vae``, ``data``, ``val``, ``cond``, and
+    ``default_minutes``, a length that gives way to any other, and to that of a run which goes on. Without a preset,
+    options that spell out a network choose the published recipe for the size of the images, and the batch is
     ``batch_gpu`` × processes; without such options a small network of ours is chosen. What follows from the length is
     put in proportion to it.
 
@@ -81,7 +83,7 @@ def resolve(
     if "recipe" in options:
         changed["training"] |= _recipe(options["recipe"], base)
     changed["training"] |= {key: options[key] for key in Training.model_fields if key in options}
-    if changed["training"]["metrics_budget"] is not None and "metrics_ticks" not in options:
+    if "metrics_budget" in options and "metrics_ticks" not in options:
         changed["training"]["metrics_ticks"] = 1
     _in_proportion(changed["training"], base, options)
     _change_diffusion(changed, options)
@@ -166,35 +168,46 @@ def _preset_for(options: Mapping[str, Any], size: tuple[int, int] | None, facts:
 
 
 def _in_proportion(training: dict[str, Any], base: Config, options: Mapping[str, Any]) -> None:
-    """Put what follows from the length into ``training``, and name it in its ``chosen``.
+    """Put what follows from the length into ``training``, and name in its ``chosen`` what nobody asked for.
 
     A run's own options as the ``base`` leave to the clock, the length and the machine what the run had left to them.
     """
     before, preset = base.training, get_preset(base.preset).training
-    timed = "kimg" not in options and ("minutes" in options or before.clock_minutes is not None)
-    if "kimg" in options and "minutes" not in options:
+    asked = {"kimg", "minutes"} & options.keys()
+    by_default = not asked and "default_minutes" in options
+    if by_default:
+        training["minutes"] = options["default_minutes"]
+    timed = by_default or asked == {"minutes"} or (not asked and before.clock_minutes is not None)
+    if asked == {"kimg"}:
         training["minutes"] = None
     if "compile" in before.chosen and "compile" not in options:
         training["compile"] = None
-    free = unasked(base) - options.keys()
+    chosen = [name for name in FOLLOWING if name in before.chosen and name not in options]
     if ema := {"ema_decay", "ema_halflife_kimg"} & options.keys():
-        free -= {"ema_decay", "ema_halflife_kimg"}
+        chosen = [name for name in chosen if name not in ("ema_decay", "ema_halflife_kimg")]
         if "ema_decay" not in ema:
             training["ema_decay"] = None  # one of the two
-    chosen = ["kimg"] if timed else []
+    if timed:
+        chosen.append("kimg")
+    if by_default or (not asked and "minutes" in before.chosen):
+        chosen.append("minutes")
     if timed and "grid" not in options and ("grid" in before.chosen or before.grid == preset.grid):
         chosen.append("grid")
         training["grid"] = preset.grid
-    # A preset of less than 1 kimg tries the code, not learning.
-    if preset.kimg >= 1 and (timed or training["kimg"] != before.kimg):
-        chosen += [name for name in ("lr_rampup_kimg", "ema_halflife_kimg", "tick", "ema_decay") if name in free]
     if "batch_gpu" not in options and before.batch_gpu is not None:
         chosen.append("batch_gpu")  # a smaller one will do where that does not fit
-    training |= {"chosen": tuple(chosen)} | _proportions(preset, chosen, training["kimg"])
+    training["chosen"] = tuple(chosen)
+    if timed or training["kimg"] != before.kimg:
+        training |= _proportions(preset, chosen, training["kimg"])
 
 
 def _proportions(preset: Training, chosen: Collection[str], kimg: float) -> dict[str, Any]:
-    """Those of the ``chosen`` fields that follow from a length of ``kimg``; what a preset has is the upper limit."""
+    """Those of the ``chosen`` fields that follow from a length of ``kimg``; what a preset has is the upper limit.
+
+    A preset of less than 1 kimg tries the code, not learning: nothing follows.
+    """
+    if preset.kimg < 1:
+        return {}
     values: dict[str, Any] = {}
     for name in ("lr_rampup_kimg", "ema_halflife_kimg"):
         own = getattr(preset, name)
@@ -216,11 +229,9 @@ def with_length(config: Config, kimg: float) -> Config:
 
 
 def unasked(config: Config) -> set[str]:
-    """Fields of the training that follow from the length or the machine, or are the preset's: nobody asked for them."""
-    training, preset = config.training, get_preset(config.preset).training
-    defaults = ("lr_rampup_kimg", "ema_halflife_kimg", "ema_decay", "tick")
-    found = {name for name in defaults if getattr(training, name) == getattr(preset, name)}
-    return found | set(training.chosen) | ({"batch_gpu"} if training.batch_gpu is None else set())
+    """Fields of the training that nobody asked for: those that follow from the length, the machine or a default."""
+    training = config.training
+    return set(training.chosen) | ({"batch_gpu"} if training.batch_gpu is None else set())
 
 
 def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> None:

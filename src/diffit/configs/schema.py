@@ -134,6 +134,9 @@ class ADMDiffusion(Frozen):
 MARGIN = 4.0
 """On the length by the clock, which ends the run: a machine may be rid of other work after it was measured."""
 
+FOLLOWING = ("lr_rampup_kimg", "ema_halflife_kimg", "tick", "ema_decay")
+"""Fields of the training that follow from a length which is not the preset's."""
+
 AUGMENT_LABELS = 9
 """What :mod:`diffit.data.augment` tells the network of its transforms."""
 
@@ -224,8 +227,9 @@ class Training(Frozen):
     """How the samples for metrics are made; None is as the model samples by default."""
     track: Literal["wandb", "trackio"] | None = None
     """A package that numbers and grids go to, next to TensorBoard's events."""
-    chosen: tuple[str, ...] = ()
-    """Fields that follow from the length, the data or the machine: a resumed run keeps those that it began with."""
+    chosen: tuple[str, ...] = FOLLOWING
+    """Fields that nobody asked for: they follow from the length, the data or the machine, and a resumed run keeps those
+    that it began with."""
 
     @field_validator("desc")
     @classmethod

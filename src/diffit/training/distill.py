@@ -93,7 +93,8 @@ class Teacher:
             # A covariance takes a tenth as many images as it has dimensions.
             if prod(teacher.image_shape) <= min(MOST_VALUES, 10 * facts.images):
                 recipe["metrics"] = (JUDGE,)
-        training = own.model_copy(update=recipe | METHODS[method])
+        recipe |= METHODS[method]
+        training = own.model_copy(update=recipe | {"chosen": tuple(n for n in own.chosen if n not in recipe)})
         base = teacher.model_copy(update={"training": training, "sampling": sampling, "distillation": spec})
         if isinstance(teacher.diffusion, ADMDiffusion):  # from ε an image cannot be had in a step
             diffusion = teacher.diffusion.model_copy(update={"prediction": "v"})
@@ -184,7 +185,7 @@ class Order:
     def config(self, teacher: Teacher, steps: int, facts: DataFacts) -> Config:
         """The run that makes the student of ``steps`` from ``teacher``."""
         options = dict(self.options)
-        for length in ("kimg", "minutes"):
+        for length in ("kimg", "minutes", "default_minutes"):
             if length in options:
                 options[length] = options[length] / len(self.runs)
         return teacher.student(self.method, steps, options, facts)
@@ -218,7 +219,7 @@ def distill(
         procs.require_same(teacher.sha256, order.network, "weights", "name one file")  # a run that trains writes newer
         config = order.config(teacher, steps, facts)
         outcome = train(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
-        if outcome.interrupted:
+        if outcome.signal is not None:  # also one that came when the stage was complete
             break
         precision = check_precision(config.training.precision, procs.device)
         judge = Evaluator(config, archive, procs, autoencoder, batch=BATCH, precision=precision)

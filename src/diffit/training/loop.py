@@ -29,6 +29,7 @@ from diffit.training.run_dir import (
 )
 from diffit.training.signals import StopSignals
 from diffit.training.step import Stepper, build_network
+from diffit.training.stopwatch import Stopwatch
 from diffit.training.tracking import require_tracker
 from diffit.training.validation import Validation
 from diffit.utils.distributed import Processes, alone
@@ -85,7 +86,8 @@ def train(
             opened = open_run(Path(outdir), config, procs, state, held) if procs.is_first else None
         run_dir: Path = procs.broadcast(opened)
         log = RunLog(run_dir, config, stepper.images_seen) if procs.is_first else None
-        with StopSignals() as signals, Console(log, stepper, total, resume) as console:
+        watch = Stopwatch(began - stepper.seconds)
+        with StopSignals() as signals, watch, Console(log, stepper, total, resume) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
             if training.compile:
                 console.say("compiling the network in the first step; the steps after it are faster for it")
@@ -97,15 +99,15 @@ def train(
             )  # fmt: skip
             images = feed(archive, order, procs.device, resident=resident, workers=training.workers)
             held_out = None if val is None else Validation(stepper, val)
-            run = Run(stepper, run_dir, console, evaluator, held_out, log, signals, began - stepper.seconds)
+            run = Run(stepper, run_dir, console, evaluator, held_out, log, signals, watch)
             held.callback(run.writer.close)  # before the folder is another's
             if state is None:
                 run.first_grids(archive)
             try:
-                interrupted = run.steps(images, total, resumed=state is not None)
+                complete, signal = run.steps(images, total, resumed=state is not None)
             except Stopped:
-                interrupted = True
-            return run.finish(interrupted)
+                complete, signal = False, signals.number
+            return run.finish(complete, signal)
 
 
 def open_run(outdir: Path, config: Config, procs: Processes, state: Path | None, held: ExitStack) -> Path:

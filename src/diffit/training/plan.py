@@ -47,10 +47,11 @@ def plan(
     ``progress`` is what it has done, in images and seconds. All processes call this together. Raises
     :class:`UserError` where training does not fit the memory.
     """
+    if recorded is not None:
+        config = take_over(config, recorded)
     timed = config.training.clock_minutes is not None
     if recorded is not None:
         timed = timed and recorded.training.minutes != config.training.minutes
-        config = take_over(config, recorded)
         if timed and 60 * (config.training.minutes or 0) <= progress[1]:
             raise UserError(
                 f"--minutes {config.training.minutes:g}: the run has taken {progress[1] / 60:.3g} already, of "
@@ -213,14 +214,16 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
 
 
 def take_over(config: Config, recorded: Config) -> Config:
-    """``config`` for going on with a run: what was not asked for is as the run began with it.
+    """``config`` for going on with a run: what was not asked for is as the run began with it, its length too.
 
     Other ``minutes`` are measured again.
     """
     old, new = recorded.training, config.training
     names = unasked(config)
-    if new.minutes != old.minutes:
+    if "minutes" in names:
+        names |= {"kimg"}
+    elif new.minutes != old.minutes:
         names -= {"kimg"}
     changes: dict[str, Any] = {name: getattr(old, name) for name in names}
-    changes["chosen"] = tuple(sorted(set(new.chosen) | (set(old.chosen) & names)))
+    changes["chosen"] = tuple(sorted((set(new.chosen) - names) | (set(old.chosen) & names)))
     return config.model_copy(update={"training": new.model_copy(update=changes)})

@@ -23,6 +23,7 @@ from diffit.training.report import write_report
 from diffit.training.run_dir import RunLog, kimg_number, prune_snapshots, write_options
 from diffit.training.signals import StopSignals
 from diffit.training.step import Stepper
+from diffit.training.stopwatch import Stopwatch
 from diffit.training.validation import Validation
 from diffit.utils.distributed import Processes, is_lost_connection
 from diffit.weights import newest_snapshot, save_network
@@ -35,12 +36,10 @@ class Outcome:
     run_dir: Path
     images_seen: int
     snapshot: Path | None
+    complete: bool = True
+    """With all its images, pictures and metrics."""
     signal: int | None = None
-    """That interrupted it."""
-
-    @property
-    def interrupted(self) -> bool:
-        return self.signal is not None
+    """That asked it to stop, if only at its end."""
 
 
 class Stopped(Exception):
@@ -75,12 +74,12 @@ class Pace:
     seconds: float
     first: tuple[float, int] | None = None
 
-    def rate(self, seen: int, now: float) -> float | None:
-        """None when it is asked for the first time."""
+    def rate(self, seen: int, seconds: float) -> float | None:
+        """At so many ``seconds`` of the run; None when it is asked for the first time."""
         if self.first is None:
-            self.first = now, seen
+            self.first = seconds, seen
             return None
-        return (self.images + seen - self.first[1]) / (self.seconds + now - self.first[0])
+        return (self.images + seen - self.first[1]) / (self.seconds + seconds - self.first[0])
 
 
 @dataclass
@@ -95,8 +94,7 @@ class Run:
     log: RunLog | None
     """None on all but the first process, which write nothing."""
     signals: StopSignals
-    began: float
-    """When the run began by the monotonic clock, less the time between its parts."""
+    watch: Stopwatch
     grid_seconds: float = 5.0
     """That a grid of samples takes, measured by the latest."""
     saved: dict[str, float] = field(default_factory=dict)
@@ -127,8 +125,12 @@ class Run:
             self.grid_seconds = time.monotonic() - began
         self.stepper.procs.wait_for_first()
 
-    def steps(self, images: Iterator[tuple[Tensor, Tensor | None]], total: int, *, resumed: bool) -> bool:
-        """Train until ``total`` images are seen or the time is up; whether the run was asked to stop before."""
+    def steps(
+        self, images: Iterator[tuple[Tensor, Tensor | None]], total: int, *, resumed: bool
+    ) -> tuple[bool, int | None]:
+        """Train until ``total`` images are seen or the time is up; whether the run is complete, and the signal
+        that asked to stop; the same on all processes.
+        """
         training, stepper = self.stepper.config.training, self.stepper
         done, due = stepper.images_seen >= total, Due()
         if done and not has_pictures(self.run_dir, stepper):
@@ -162,10 +164,9 @@ class Run:
                     self.evaluate()
                 began, seen = time.monotonic(), stepper.images_seen
         # A signal may have come after the last agreement, and have cut a grid short.
-        own = self.signals.number if due.stop or self.signals.in_haste else None
-        number = stepper.procs.max(own or 0)
-        self.signals.number = self.signals.number or number or None
-        return bool(number) and not (done and is_complete(self.run_dir, stepper, self.evaluator))
+        number = stepper.procs.max(self.signals.number or 0) or None
+        self.signals.number = self.signals.number or number
+        return number is None or (done and is_complete(self.run_dir, stepper, self.evaluator)), number
 
     def step(self, images: Iterator[tuple[Tensor, Tensor | None]]) -> None:
         self.writer.check()
@@ -173,7 +174,7 @@ class Run:
             self.stepper.step(images)
         if self.log is not None:
             self.writer.reserve(self.stepper.net, self.stepper.ema, self.stepper.optimizer)
-        self.stepper.seconds = time.monotonic() - self.began
+        self.stepper.seconds = self.watch.seconds()
         self.console.measured(self.stepper.images_seen, self.stepper.meter.last_loss)
 
     @contextmanager
@@ -242,7 +243,7 @@ class Run:
         number = (self.signals.number or 0) if self.signals.requested else 0
         flags = (number, self.seconds_left() <= 0, self.overdue("state"), self.overdue("snapshot"))
         with self.saved_on_failure():
-            *agreed, end, milliseconds = procs.maxima([*map(int, flags), self.expected_end(now), milliseconds])
+            *agreed, end, milliseconds = procs.maxima([*map(int, flags), self.expected_end(), milliseconds])
         stepper.end = end
         self.signals.number = self.signals.number or agreed[0] or None  # of whichever process it reached
         if procs.count > 1 or procs.device.type == "cuda":
@@ -283,7 +284,7 @@ class Run:
         grids = 2 if self.stepper.ema_warming_up else 1
         return minutes * 60 - self.stepper.seconds - grids * self.grid_seconds - 2
 
-    def expected_end(self, now: float) -> int:
+    def expected_end(self) -> int:
         """Images that will be seen at the end of the run: 0 on all but the first process, whose clock it is."""
         if self.log is None:
             return 0
@@ -291,7 +292,7 @@ class Run:
         planned = stepper.config.training.steps * stepper.config.training.batch
         if left == math.inf:
             return planned
-        rate = self.pace.rate(stepper.images_seen, now)
+        rate = self.pace.rate(stepper.images_seen, stepper.seconds)
         return stepper.end if rate is None else min(planned, stepper.images_seen + max(int(rate * left), 0))
 
     def scalars(self, images: int, seconds: float) -> dict[str, Any]:
@@ -372,7 +373,7 @@ class Run:
         training, (ended, took) = self.stepper.config.training, self.stepper.judged
         if training.metrics_budget is None:
             return bool(training.metrics)
-        since = time.monotonic() - self.began - ended
+        since = self.watch.seconds() - ended
         affords = training.metrics_budget * since >= (1 - training.metrics_budget) * took
         return bool(self.stepper.procs.maxima([self.log is not None and affords])[0])
 
@@ -387,10 +388,9 @@ class Run:
                 raise
         if self.log is not None:
             write_report(self.run_dir)
-        now = time.monotonic()
-        self.stepper.judged = now - self.began, now - began
+        self.stepper.judged = self.watch.seconds(), time.monotonic() - began
 
-    def finish(self, interrupted: bool) -> Outcome:
+    def finish(self, complete: bool, signal: int | None) -> Outcome:
         self.writer.wait()
         if not self.signals.in_haste:
             self.stepper.procs.barrier()
@@ -399,10 +399,11 @@ class Run:
             if not self.signals.in_haste:
                 save_progress(self.run_dir)
             write_report(self.run_dir)
-            self.console.finish(interrupted, snapshot)
+            self.console.finish(not complete, snapshot)
             self.log.close()
-        number = self.signals.number if interrupted else None
-        return Outcome(self.run_dir, self.stepper.images_seen, snapshot, number)
+        if self.stepper.procs.count == 1:
+            signal = self.signals.number  # it may have come since
+        return Outcome(self.run_dir, self.stepper.images_seen, snapshot, complete, signal)
 
 
 def whole_state(run_dir: Path, images_seen: int) -> Path | None:
