@@ -20,7 +20,6 @@ from diffit.models.latent import LatentDiffiT
 from diffit.sampling.model import Model, prepare, sample
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
-from diffit.utils.precision import autocast
 
 SKIP = 1e-2
 
@@ -49,11 +48,12 @@ def sampling_step(config: Config, precision: str, *, compiled: bool = False) -> 
     x = torch.randn(batch, *config.model.sample_shape, device=DEVICE)
     labels = torch.arange(batch, device=DEVICE) % config.model.num_classes
     assert config.diffusion.kind == "adm"
-    predict = Model(net, config)._guided(labels, schedule_of(config.diffusion))
+    denoise = Model(net, config, None, precision).denoiser(labels)
+    sigma = schedule_of(config.diffusion).sigma[0]
 
     def run() -> object:
-        with torch.no_grad(), autocast(DEVICE, precision):
-            return predict(x, torch.zeros(1))
+        with torch.no_grad():
+            return denoise(x, sigma)
 
     return run
 
