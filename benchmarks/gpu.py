@@ -35,7 +35,6 @@ from diffit.sampling import Model, prepare
 from diffit.sampling.settings import with_sampling
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes, alone, processes
-from diffit.utils.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
 GPU = DEVICE.type == "cuda"
@@ -193,7 +192,7 @@ def guided(preset: str, batch: int, *, compiled: bool) -> dict[str, float]:
     sigma = torch.ones((), device=DEVICE)
 
     def run() -> None:
-        with torch.no_grad(), autocast(DEVICE, "bf16"):
+        with torch.no_grad():
             denoise(x, sigma)
 
     (seconds,) = in_turns(run, rounds=5 if GPU else 2)

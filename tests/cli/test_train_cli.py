@@ -114,6 +114,17 @@ def test_a_dry_run_without_data_does_not_deny_its_classes(capsys):
     assert "no classes" in dry_run(capsys, *DEBUG)[1]
 
 
+def test_ten_minutes_are_the_length_of_what_nothing_is_said_of(pets, capsys):
+    def length(*words) -> tuple[float | None, bool]:
+        training = dry_run(capsys, "--data", pets, *words)[0].training
+        return training.clock_minutes, "minutes" in training.chosen
+
+    assert length() == (10.0, True)
+    assert length("--minutes", 10) == (10.0, False)
+    for words in (["--kimg", 3], ["--epochs", 5], DEBUG, ["--num-blocks", 1]):
+        assert length(*words)[0] is None
+
+
 def test_epochs_are_passes_over_the_data(pets, capsys):
     config, text = dry_run(capsys, *DEBUG, "--data", pets, "--epochs", 10)
     assert config.training.steps * config.training.batch == 240

@@ -85,7 +85,7 @@ def test_stopped_and_resumed_the_records_are_those_of_a_run_through(pets, tmp_pa
 def test_metrics_that_would_take_more_than_their_share_are_left_out_but_for_the_last(pets, tmp_path, monkeypatch):
     """By a clock that a step moves by a second and a metric by ten: at a quarter of the time 30 seconds lie between."""
     now, step, evaluate = [time.monotonic()], Stepper.step, Evaluator.__call__
-    for module in ("run", "loop"):
+    for module in ("run", "stopwatch"):
         monkeypatch.setattr(f"diffit.training.{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Stepper, "step", lambda *given: (now.__setitem__(0, now[0] + 1), step(*given))[1])
     monkeypatch.setattr(Evaluator, "__call__", lambda *given: (now.__setitem__(0, now[0] + 10), evaluate(*given))[1])

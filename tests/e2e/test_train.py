@@ -258,6 +258,55 @@ def test_a_signal_in_the_last_step_leaves_what_the_same_command_makes(pets, tmp_
     assert (cut.run_dir / "fakes000000.040.png").exists()
 
 
+SUSPENDED = """
+import sys
+from diffit.cli import cli
+from diffit.training import plan, stopwatch
+plan.MEASURED_SECONDS, stopwatch.STOPPED = 1.0, 3.0
+cli(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_time_in_which_a_run_is_suspended_is_not_its_own(pets, tmp_path):
+    """As by Ctrl-Z: of fifteen seconds, with sixteen more in which it is suspended before its first step."""
+    words = ["train", "--preset", "debug", "--data", pets, "--outdir", tmp_path, "--minutes", 0.25, "--grid", "2x2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, *map(str, words)], stdout=subprocess.DEVNULL, env=environment
+    )
+    while not list(tmp_path.glob("*/reals.png")) and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(16)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(120) == 0
+    (stats,) = tmp_path.glob("*/stats.jsonl")
+    steps = [json.loads(line)["steps"] for line in stats.read_text().splitlines()]
+    assert steps[-1] > 5  # it would have been over with the first
+
+
+def test_what_a_finished_run_says_of_going_on_is_by_its_own_minutes(pets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffit.training.plan.measure", lambda config, *rest: (config, 100.0))
+    words = ["train", "--data", str(pets), "--outdir", str(tmp_path / "runs"), "--grid", "2x2"]
+    monkeypatch.setattr(sys, "argv", ["diffit", *words])
+    honest = Stepper.step
+
+    def signalled(self, feed):
+        honest(self, feed)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", signalled)
+        with pytest.raises(SystemExit, match="143"):
+            cli([*words, "--minutes", "0.2"], standalone_mode=False)
+    capsys.readouterr()
+    cli(words, standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "0.2 minutes in all" in said
+    assert "--minutes 0.6" in said.splitlines()[-1]
+
+
 def test_an_error_that_nobody_foresaw_leaves_what_was_learnt_until_then(pets, tmp_path, monkeypatch):
     honest = Stepper.step
 

@@ -241,6 +241,21 @@ def test_a_teacher_that_became_another_is_refused_and_one_that_moved_is_not(teac
         make(source, pets, tmp_path / "runs", steps=(1,), kimg=0.032)
 
 
+@pytest.mark.parametrize("length", [{"kimg": 0.048}, {"minutes": 6.0}])
+def test_stages_that_follow_one_which_went_on_are_as_long(length, teacher):
+    """As where the command of a stopped distillation is given again without the length."""
+    facts, settled = DataFacts(3, (16, 16), 3), {"cond": True, "grid": (2, 2)}
+    begun, again = (
+        Order(teacher, "progressive", (4, 2, 1), settled | said) for said in (length, {"default_minutes": 10.0})
+    )
+    first = begun.config(Teacher.read(teacher), 4, facts)
+    assert again.config(Teacher.read(teacher), 4, facts).training.minutes == 10.0 / 3
+    for order in (begun, again):
+        later = order.next_stage(teacher, first).config(Teacher.read(teacher), 2, facts).training
+        assert (later.minutes, later.clock_minutes) == (first.training.minutes, first.training.clock_minutes)
+        assert later.minutes is not None or later.kimg == first.training.kimg
+
+
 def test_a_request_to_stop_in_the_last_grid_of_a_stage_begins_no_other(teacher, pets, tmp_path, monkeypatch):
     honest = run.save_fakes
 

@@ -222,6 +222,19 @@ def test_what_was_asked_for_is_heard_where_it_is_what_the_preset_has(monkeypatch
     assert not same_run(asked, begun)  # another average
 
 
+def test_what_was_edited_in_a_configuration_was_asked_for(monkeypatch, tmp_path):
+    archive = ImageArchive(write_archive(tmp_path / "pets.zip"))
+    plain = resolve("cifar10", {}, FACTS)
+    edited = plain.model_copy(
+        update={"training": plain.training.model_copy(update={"ema_halflife_kimg": 7.0, "tick": 1.0})}
+    )
+    assert not same_run(edited, plan(plain, archive, ONE))
+    assert same_run(plain, plan(edited, archive, ONE))
+    assert take_over(edited, plan(plain, archive, ONE)).training.ema_halflife_kimg == 7.0
+    again = resolve(edited, {"kimg": 50.0}, FACTS).training  # as --config with the record of such a run
+    assert (again.ema_halflife_kimg, again.tick, again.lr_rampup_kimg) == (7.0, 1.0, 2.5)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_made_longer_expects_what_was_measured_for_that(monkeypatch, tmp_path, capsys):
     archive = ImageArchive(write_archive(tmp_path / "pets.zip"))

@@ -16,7 +16,7 @@ import time
 from diffit.training import stopwatch
 stopwatch.STOPPED = 1.5
 began = time.monotonic()
-with stopwatch.Stopwatch(began) as watch:
+with stopwatch.Stopwatch() as watch:
     print("on", flush=True)
     while time.monotonic() - began < 5:
         time.sleep(0.05)
@@ -25,18 +25,10 @@ with stopwatch.Stopwatch(began) as watch:
 
 
 def test_time_without_a_look_at_the_clock_is_not_counted(monkeypatch):
-    times = iter([100.0, 105.0, 114.0, 3714.0, 3715.0])
+    times = iter([100.0, 105.0, 114.0, 3714.0, 3714.0, 3715.0])
     monkeypatch.setattr(stopwatch.time, "monotonic", lambda: next(times))
-    watch = Stopwatch(90.0)  # ten seconds before, of the parts of the run
-    assert [watch.seconds() for _ in range(4)] == [15.0, 24.0, 24.0, 25.0]
-
-
-def test_nor_is_that_of_a_parallel_look(monkeypatch):
-    """Whichever thread looks first, once: the other finds the clock as it should be."""
-    times = iter([100.0, 200.0, 200.0])
-    monkeypatch.setattr(stopwatch.time, "monotonic", lambda: next(times))
-    watch = Stopwatch(100.0)
-    assert [watch.seconds(), watch.seconds()] == [0.0, 0.0]
+    watch = Stopwatch(before=10.0)  # of the parts of the run before
+    assert [watch.seconds() for _ in range(5)] == [15.0, 24.0, 24.0, 24.0, 25.0]  # left out once
 
 
 @pytest.mark.slow

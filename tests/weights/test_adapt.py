@@ -102,6 +102,15 @@ def test_position_biases_of_a_map_that_is_turned_are_not_taken_for_its_own(tmp_p
     assert "position biases resampled" in line
 
 
+def test_a_file_with_more_than_its_header_says_gives_what_fits(tmp_path):
+    config = resolve("latent-debug", {}, DataFacts(3, (32, 32)))
+    shallow = config.model_copy(update={"model": config.model.model_copy(update={"depth": 1})})
+    old, new = noisy(config), noisy(config, seed=1)
+    save_network(tmp_path / "net.safetensors", old.state_dict(), shallow)
+    assert "carried over" in init_from(new, config, tmp_path / "net.safetensors")
+    assert_close(new.blocks[1].mlp.fc1.weight, old.blocks[1].mlp.fc1.weight)
+
+
 def test_a_wider_time_token_leaves_the_null_class_behind(tmp_path):
     source = resolve("debug", {"cond": True}, DataFacts(3, (16, 16), 3))
     target = resolve("debug", {}, DataFacts(3, (16, 16)))

@@ -101,6 +101,8 @@ def distill(network: str, method: Any, steps: list[int] | None, outdir: Path, re
         outcome, students = run_distillation(
             order, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder
         )
+        if outcome.complete and outcome.signal is not None and procs.is_first:
+            click.echo("stopped between two students; to go on, run the same command again")
         if outcome.signal is not None:  # in here: the other processes may be gone, and are not waited for
             sys.exit(128 + outcome.signal)
         for path in students if procs.is_first else ():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffit.sampling import Model
 
 TRAJECTORY_IMAGES = 16
+GRID_LIMIT = 10_000
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 SAMPLERS = get_args(Sampler)
 
@@ -193,8 +194,11 @@ def choose_seeds(own: SimpleNamespace) -> Sequence[int]:
     if own.seeds is not None and own.num_samples is not None:
         raise UserError("--seeds and --num-samples say the same thing: give one")
     default = 8 if own.class_grid else math.prod(own.grid or (8, 8))
-    if default > LONGEST:
-        raise UserError(f"--grid {own.grid[1]}x{own.grid[0]}: {default:,} images in one picture; use 100x100 or fewer")
+    if default > GRID_LIMIT:
+        size = f"{own.grid[1]}x{own.grid[0]}"
+        raise UserError(
+            f"--grid {size}: {default:,} images, more than {GRID_LIMIT:,} in one picture; give a smaller one"
+        )
     if own.seeds is None:
         return range(own.num_samples or default)
     chosen: Sequence[int] = own.seeds

@@ -262,7 +262,8 @@ def train(**options: Any) -> None:
         elif outcome.complete and minutes is not None and procs.is_first:
             click.echo(f"to go on: {longer(sys.argv, 3 * minutes)}")
         if not outcome.complete:  # in here: the other processes may be gone, and are not waited for
-            sys.exit(128 + (outcome.signal or 0))
+            assert outcome.signal is not None
+            sys.exit(128 + outcome.signal)
 
 
 def longer(words: list[str], minutes: float) -> str:

@@ -182,7 +182,7 @@ def _in_proportion(training: dict[str, Any], base: Config, options: Mapping[str,
         training["minutes"] = None
     if "compile" in before.chosen and "compile" not in options:
         training["compile"] = None
-    chosen = [name for name in FOLLOWING if name in before.chosen and name not in options]
+    chosen = [name for name in FOLLOWING if name in unasked(base) - options.keys()]
     if ema := {"ema_decay", "ema_halflife_kimg"} & options.keys():
         chosen = [name for name in chosen if name not in ("ema_decay", "ema_halflife_kimg")]
         if "ema_decay" not in ema:
@@ -204,7 +204,7 @@ def _in_proportion(training: dict[str, Any], base: Config, options: Mapping[str,
 def _proportions(preset: Training, chosen: Collection[str], kimg: float) -> dict[str, Any]:
     """Those of the ``chosen`` fields that follow from a length of ``kimg``; what a preset has is the upper limit.
 
-    A preset of less than 1 kimg tries the code, not learning: nothing follows.
+    A preset of less than 1 kimg tries the code, not learning: nothing follows from its length.
     """
     if preset.kimg < 1:
         return {}
@@ -229,9 +229,15 @@ def with_length(config: Config, kimg: float) -> Config:
 
 
 def unasked(config: Config) -> set[str]:
-    """Fields of the training that nobody asked for: those that follow from the length, the machine or a default."""
-    training = config.training
-    return set(training.chosen) | ({"batch_gpu"} if training.batch_gpu is None else set())
+    """Fields of the training that nobody asked for: those that follow from the length, the machine or a default.
+
+    Not those that were edited in a configuration of the preset's own length.
+    """
+    training, preset = config.training, get_preset(config.preset).training
+    names = set(training.chosen) | ({"batch_gpu"} if training.batch_gpu is None else set())
+    if training.clock_minutes is None and training.kimg == preset.kimg:
+        names -= {name for name in FOLLOWING if getattr(training, name) != getattr(preset, name)}
+    return names
 
 
 def _change_diffusion(changed: dict[str, Any], options: Mapping[str, Any]) -> None:

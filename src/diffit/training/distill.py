@@ -22,6 +22,7 @@ from diffit.sampling.settings import with_sampling
 from diffit.training.evaluator import Evaluator, best_file
 from diffit.training.loop import train
 from diffit.training.run import Outcome
+from diffit.training.run_dir import read_options
 from diffit.utils.distributed import Processes
 from diffit.utils.precision import check_precision
 from diffit.weights import newest_snapshot
@@ -93,8 +94,7 @@ class Teacher:
             # A covariance takes a tenth as many images as it has dimensions.
             if prod(teacher.image_shape) <= min(MOST_VALUES, 10 * facts.images):
                 recipe["metrics"] = (JUDGE,)
-        recipe |= METHODS[method]
-        training = own.model_copy(update=recipe | {"chosen": tuple(n for n in own.chosen if n not in recipe)})
+        training = own.model_copy(update=recipe | METHODS[method])
         base = teacher.model_copy(update={"training": training, "sampling": sampling, "distillation": spec})
         if isinstance(teacher.diffusion, ADMDiffusion):  # from ε an image cannot be had in a step
             diffusion = teacher.diffusion.model_copy(update={"prediction": "v"})
@@ -190,6 +190,18 @@ class Order:
                 options[length] = options[length] / len(self.runs)
         return teacher.student(self.method, steps, options, facts)
 
+    def next_stage(self, network: Path, made: Config) -> "Order":
+        """The same after a run that ``made`` the teacher ``network``, which has the guidance built in.
+
+        Where nobody asks for a length, the others are as long as that run, which may be one that went on.
+        """
+        options = {**self.options, "cfg_scale": None}
+        if not {"kimg", "minutes"} & options.keys():
+            minutes = made.training.clock_minutes
+            length = {"kimg": made.training.kimg} if minutes is None else {"minutes": minutes}
+            options |= {name: value * len(self.runs) for name, value in length.items()}
+        return replace(self, network=network, options=options)
+
 
 def distill(
     order: Order,
@@ -234,8 +246,7 @@ def distill(
                     state, made = read_network_file(kept)
                     save_network(path, state, with_sampling(made, **changes), kimg=read_header(kept)[1])
             students.append(path)
-        # The next teacher has the guidance built in.
-        order = replace(order, network=newest, options={**order.options, "cfg_scale": None})
+        order = order.next_stage(newest, procs.broadcast(read_options(outcome.run_dir)) or config)
     return outcome, students
 
 

@@ -1,7 +1,6 @@
 """A training run from start-up line to the last snapshot. To resume, run the same command again."""
 
 import logging
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -55,11 +54,15 @@ def train(
     path of a state or a run. ``val`` holds images whose loss is reported. All processes call this together; the first
     one writes. Raises :class:`UserError` before any work where something does not fit.
     """
-    began, procs = time.monotonic(), (procs or alone()).impatient(config.training.timeout_minutes)
+    procs = (procs or alone()).impatient(config.training.timeout_minutes)
     precision = check_precision(config.training.precision, procs.device)
     require_tracker(config.training.track)
     procs.require_same(config.data.content, archive.path, "images", "copy the archive again")
-    with ExitStack() as held, torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []):
+    with (
+        Stopwatch() as watch,
+        ExitStack() as held,
+        torch.random.fork_rng(devices=[procs.device] if procs.device.type == "cuda" else []),
+    ):
         with procs.together():
             state = find_state(config, Path(outdir), resume, held) if procs.is_first else None
         state = procs.broadcast(state)
@@ -76,6 +79,7 @@ def train(
         stepper = Stepper(config, procs, net, precision, autoencoder)
         if state is not None:
             stepper.restore(state)
+            watch.began -= stepper.seconds
         evaluator = Evaluator(config, archive, procs, autoencoder, batch=stepper.batch_gpu, precision=precision)
         total = training.steps * training.batch
         if state is not None and stepper.images_seen >= total and is_complete(state.parent, stepper, evaluator):
@@ -86,8 +90,7 @@ def train(
             opened = open_run(Path(outdir), config, procs, state, held) if procs.is_first else None
         run_dir: Path = procs.broadcast(opened)
         log = RunLog(run_dir, config, stepper.images_seen) if procs.is_first else None
-        watch = Stopwatch(began - stepper.seconds)
-        with StopSignals() as signals, watch, Console(log, stepper, total, resume) as console:
+        with StopSignals() as signals, Console(log, stepper, total, resume) as console:
             console.announce(run_dir, archive, loading, resumed=state is not None)
             if training.compile:
                 console.say("compiling the network in the first step; the steps after it are faster for it")

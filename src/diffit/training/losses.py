@@ -56,6 +56,7 @@ def _progressive(config: Config, device: torch.device, precision: str) -> Progre
     def student(net: Any, labels: Tensor | None) -> Denoiser:
         return Model(net, config).denoiser(labels)
 
+    taught_by = Model(prepare(net.float(), precision), taught, None, precision)
     step = heun_step if sampling.sampler == "heun" else euler_step
     sigmas = noise_levels(taught).to(device)
-    return ProgressiveLoss(Model(prepare(net.float(), precision), taught).denoiser, student, sigmas, step)
+    return ProgressiveLoss(taught_by.denoiser, student, sigmas, step)

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import time
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from diffit.sampling.cost import count_evaluations
 from diffit.training.compiling import decide_compile
 from diffit.training.pictures import preview_sampling
 from diffit.training.step import Stepper, build_network
+from diffit.training.stopwatch import Stopwatch
 from diffit.utils.distributed import Processes
 from diffit.utils.memory import free_memory
 from diffit.utils.precision import check_precision, resolve_precision
@@ -49,14 +49,13 @@ def plan(
     """
     if recorded is not None:
         config = take_over(config, recorded)
-    timed = config.training.clock_minutes is not None
-    if recorded is not None:
-        timed = timed and recorded.training.minutes != config.training.minutes
-        if timed and 60 * (config.training.minutes or 0) <= progress[1]:
-            raise UserError(
-                f"--minutes {config.training.minutes:g}: the run has taken {progress[1] / 60:.3g} already, of "
-                f"{recorded.training.minutes or 0:g}; give more than it has, or begin a new one with --resume none"
-            )
+    minutes, before = config.training.clock_minutes, recorded.training.minutes if recorded is not None else None
+    timed = minutes is not None and minutes != before
+    if minutes is not None and timed and recorded is not None and 60 * minutes <= progress[1]:
+        raise UserError(
+            f"--minutes {minutes:g}: the run has taken {progress[1] / 60:.3g} already, of {before or 0:g}; give more "
+            "than it has, or begin a new one with --resume none"
+        )
     config = decide_compile(config, procs)
     chosen = config.training.chosen + (("batch_gpu",) if config.training.batch_gpu is None else ())
     batch_gpu = fit_batch(config, procs)
@@ -198,11 +197,11 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
     labels = None if archive.labels is None else archive.labels[:1].expand(size).to(procs.device)
 
     def seconds(steps: int) -> float:
-        began = time.monotonic()
-        for _ in range(steps):
-            stepper.step(itertools.repeat((data, labels)))
-        float(stepper.meter.last_loss)
-        return time.monotonic() - began
+        with Stopwatch() as watch:
+            for _ in range(steps):
+                stepper.step(itertools.repeat((data, labels)))
+            float(stepper.meter.last_loss)
+            return watch.seconds()
 
     first = seconds(1)  # pays for caches
     if config.training.minutes is None:
@@ -214,9 +213,9 @@ def _rate(config: Config, archive: Archive, procs: Processes, autoencoder: Autoe
 
 
 def take_over(config: Config, recorded: Config) -> Config:
-    """``config`` for going on with a run: what was not asked for is as the run began with it, its length too.
+    """``config`` for going on with a run: what was not asked for is as the run began with it.
 
-    Other ``minutes`` are measured again.
+    So is its length in place of ``default_minutes``. Other ``minutes`` are measured again.
     """
     old, new = recorded.training, config.training
     names = unasked(config)
@@ -225,5 +224,6 @@ def take_over(config: Config, recorded: Config) -> Config:
     elif new.minutes != old.minutes:
         names -= {"kimg"}
     changes: dict[str, Any] = {name: getattr(old, name) for name in names}
+    # Whether somebody asked is the run's to say of what is its own, and the command's of the length that it changes.
     changes["chosen"] = tuple(sorted((set(new.chosen) - names) | (set(old.chosen) & names)))
     return config.model_copy(update={"training": new.model_copy(update=changes)})

@@ -119,10 +119,10 @@ class Run:
                 f"grids     {columns}x{rows} training images and samples before the first step, to compare"
             )
             self.signals.unless_in_haste(lambda: save_reals(self.stepper, archive, self.run_dir / "reals.png"))
-            began = time.monotonic()
+            began = self.watch.seconds()
             fakes = self.run_dir / "fakes_init.png"
             self.signals.unless_in_haste(lambda: save_fakes(self.stepper, ema, fakes))
-            self.grid_seconds = time.monotonic() - began
+            self.grid_seconds = self.watch.seconds() - began
         self.stepper.procs.wait_for_first()
 
     def steps(
@@ -355,10 +355,10 @@ class Run:
         """The grid of each network; the first is the average's."""
         assert self.log is not None
         for number, (grid, net) in enumerate(shown.items()):
-            began = time.monotonic()
+            began = self.watch.seconds()
             save_fakes(self.stepper, net, grid)
             if not number:
-                self.grid_seconds = time.monotonic() - began
+                self.grid_seconds = self.watch.seconds() - began
                 self.log.picture("fakes", grid, self.stepper.images_seen)
 
     def evaluate(self) -> None:
@@ -378,7 +378,7 @@ class Run:
         return bool(self.stepper.procs.maxima([self.log is not None and affords])[0])
 
     def judge(self) -> None:
-        began = time.monotonic()
+        began = self.watch.seconds()
         try:
             ema = self.stepper.whole(self.stepper.ema)
             for record in self.evaluator(ema, self.stepper.images_seen, self.log):
@@ -388,7 +388,8 @@ class Run:
                 raise
         if self.log is not None:
             write_report(self.run_dir)
-        self.stepper.judged = self.watch.seconds(), time.monotonic() - began
+        ended = self.watch.seconds()
+        self.stepper.judged = ended, ended - began
 
     def finish(self, complete: bool, signal: int | None) -> Outcome:
         self.writer.wait()
@@ -401,8 +402,8 @@ class Run:
             write_report(self.run_dir)
             self.console.finish(not complete, snapshot)
             self.log.close()
-        if self.stepper.procs.count == 1:
-            signal = self.signals.number  # it may have come since
+        if signal is None:  # one may have come since
+            signal = self.stepper.procs.max(self.signals.number or 0) or None
         return Outcome(self.run_dir, self.stepper.images_seen, snapshot, complete, signal)
 
 

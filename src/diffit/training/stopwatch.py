@@ -12,11 +12,12 @@ class Stopwatch:
     """Seconds of a run, without those in which its process was stopped: by Ctrl-Z, a scheduler, or with its machine.
 
     Args:
-        began: when the run began by the monotonic clock, less the time between its parts.
+        before: seconds that count already.
     """
 
-    def __init__(self, began: float) -> None:
-        self.began, self.looked = began, time.monotonic()
+    def __init__(self, before: float = 0.0) -> None:
+        self.looked = time.monotonic()
+        self.began = self.looked - before
         self.lock, self.closed = threading.Lock(), threading.Event()
 
     def __enter__(self) -> Self:

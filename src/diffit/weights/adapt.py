@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.models import DiffiT, build
+from diffit.models import DiffiT
 from diffit.models.attention import TMSA
-from diffit.weights.file import read_network_file
+from diffit.weights.file import read_network_file, without_weights
 
 BIAS_TABLE = "relative_position_bias_table"
 LABELS = "y_embedder.embedding_table.weight"
@@ -41,7 +41,7 @@ def init_from(net: DiffiT, config: Config, path: str | Path) -> str:
         )
     if source.model.num_classes != config.model.num_classes and not source.training.label_drop:
         state.pop(LABELS, None)  # nothing has trained its null class
-    state, windows = (_levels_from_the_bottom(each, net) for each in (state, _windows(source)))
+    state, windows = (_levels_from_the_bottom(each, net) for each in (state, _windows(source, path)))
     own, notes, fresh = net.state_dict(), list[str](), list[str]()
     carried = 0
     for key, target in own.items():
@@ -78,6 +78,8 @@ def _fitting(
     if key.endswith(BIAS_TABLE) and found.shape[1] == target.shape[1]:
         layer = net.get_submodule(key.removesuffix(f".{BIAS_TABLE}"))
         assert isinstance(layer, TMSA)
+        if key not in windows:  # the file has other weights than its header says
+            return None
         if windows[key] == layer.window:
             return found
         notes.append("position biases resampled")
@@ -99,10 +101,9 @@ def _fitting(
     return None
 
 
-def _windows(config: Config) -> dict[str, Window]:
+def _windows(config: Config, path: str | Path) -> dict[str, Window]:
     """Key of a position bias table -> the (height, width) of tokens that it is of."""
-    with torch.device("meta"):
-        layers = build(config.model).named_modules()
+    layers = without_weights(config, path).named_modules()
     return {f"{name}.{BIAS_TABLE}": layer.window for name, layer in layers if isinstance(layer, TMSA)}
 
 

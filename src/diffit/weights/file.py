@@ -244,13 +244,18 @@ def load_network(
     official files are known by their keys and shapes.
     """
     state, config = read_network_file(path, device, dtype, verify=verify)
-    try:
-        with torch.device("meta"):
-            net = build(config.model)
-    except (RuntimeError, OverflowError) as error:  # sizes that are no tensor's
-        raise UserError(f"{path}: no network has the sizes in its header ({str(error).splitlines()[0]})") from None
+    net = without_weights(config, path)
     load_into(net, state, path, assign=True)
     return net.eval().requires_grad_(False), config
+
+
+def without_weights(config: Config, path: str | Path) -> DiffiT:
+    """The network that the header of the file ``path`` describes, on the meta device."""
+    try:
+        with torch.device("meta"):
+            return build(config.model)
+    except (RuntimeError, OverflowError) as error:  # sizes that are no tensor's
+        raise UserError(f"{path}: no network has the sizes in its header ({str(error).splitlines()[0]})") from None
 
 
 def load_into(net: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path, *, assign: bool = False) -> None:
