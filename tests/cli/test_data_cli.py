@@ -58,6 +58,29 @@ def test_convert_then_check_says_what_happened_and_what_to_do_next(raw, tmp_path
         assert grid.size == (3 * 66 - 2, 2 * 66 - 2)
 
 
+def test_the_picture_of_a_check_is_never_put_into_the_archive(raw, tmp_path, monkeypatch):
+    assert invoke("data convert --source raw --dest archive").exit_code == 0
+    monkeypatch.chdir(tmp_path / "archive" / "00000")
+    for path in ("..", "../../archive"):
+        assert invoke(f"data check {path}").exit_code == 0
+    assert (tmp_path / "archive-grid.png").exists()
+    assert not list((tmp_path / "archive").rglob("*grid*"))
+
+
+def test_a_picture_that_cannot_be_written_keeps_no_finding_back(raw, tmp_path, monkeypatch):
+    (raw / "cat" / "1.png").write_bytes(b"junk")
+
+    def full(*_):
+        raise UserError("raw-grid.png: not writable; choose another place")
+
+    monkeypatch.setattr("diffit.cli.data.save_grid", full)
+    result = invoke("data check raw")
+    assert "grid       none: raw-grid.png: not writable" in result.output
+    assert "problem" in result.output
+    assert result.exit_code == 1
+    assert isinstance(invoke("data check raw --grid mine.png").exception, UserError)
+
+
 def test_of_two_conversions_at_once_the_second_is_told(raw, tmp_path, monkeypatch):
     monkeypatch.setattr("diffit.utils.locks.HEARTBEAT", 0.1)
     with exclusive(tmp_path / "out.zip", "", beside=True):

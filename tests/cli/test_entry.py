@@ -108,3 +108,15 @@ def test_a_list_of_commands_says_all_of_what_each_does_on_80_columns(group, monk
     commands = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
     assert len(commands) > 2
     assert not [line for line in commands if line.endswith("...")]
+
+
+def test_a_command_may_open_more_files_than_a_shell_s_limit():
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(7)[1]))\n"
+        "from diffit.cli import open_many_files; open_many_files(); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    ).replace("getrlimit(7)", "getrlimit(resource.RLIMIT_NOFILE)")
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    most = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
+    assert said.strip() == str((most, hard))

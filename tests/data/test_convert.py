@@ -3,7 +3,12 @@
 import errno
 import io
 import json
+import os
+import struct
+import subprocess
+import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from diffit.data.convert import convert
 from diffit.data.pixels import eight_bit, gray_values
 from diffit.data.transforms import center_crop, center_crop_dhariwal, center_crop_letterbox, center_crop_wide, pad
 from diffit.errors import UserError
+from diffit.utils.files import whole_file
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "cifar10-train-jpeg.zip"
 
@@ -119,8 +125,9 @@ def test_sixteen_bits_are_scaled_and_not_clipped(values):
         np.testing.assert_array_equal(result, np.rint(values / 65535 * 255))
 
 
-@given(st.integers(1, 8), hnp.arrays(np.uint8, (2, 3, 3)))
-def test_exif_orientation_is_applied(orientation, upright):
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])  # Pillow turns a TIFF by itself when its pixels are loaded
+@given(orientation=st.integers(1, 8), upright=hnp.arrays(np.uint8, (2, 3, 3)))
+def test_exif_orientation_is_applied(form, orientation, upright):
     # What a camera stores for each orientation: the transformation of the EXIF standard, undone.
     stored = {
         1: lambda a: a,
@@ -135,7 +142,7 @@ def test_exif_orientation_is_applied(orientation, upright):
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, "PNG", exif=exif)
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, form, exif=exif)
     np.testing.assert_array_equal(np.asarray(eight_bit(Image.open(buffer), "RGB")[0]), upright)
 
 
@@ -527,3 +534,49 @@ def test_cifar_as_jpeg_files_keeps_its_ten_classes(tmp_path):
         pixels = {np.asarray(Image.open(io.BytesIO(raw.read(n)))).tobytes() for n in ship}
     is_ship = [image.permute(1, 2, 0).numpy().tobytes() in pixels for image in images]
     assert is_ship == (archive.labels == archive.class_names.index("ship")).tolist()
+
+
+def png16(values: np.ndarray, color_type: int) -> bytes:
+    """A PNG of 16 bits a channel, (H, W, C), put together by hand: Pillow writes none with transparency."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_transparency_of_sixteen_bits_is_what_it_is_whatever_the_range_of_the_colours(tmp_path):
+    (tmp_path / "in").mkdir()
+    values = np.full((4, 4, 4), 1023, np.uint16)  # of 10 bits
+    values[..., 3] = 32768
+    (tmp_path / "in" / "a.png").write_bytes(png16(values, 6))
+    assert np.unique(only(tmp_path / "in", tmp_path, background="black")).tolist() == [128]
+
+
+def test_gray_of_sixteen_bits_with_transparency_is_converted(tmp_path):
+    (tmp_path / "in").mkdir()
+    values = np.stack([np.full((4, 4), 40 * 257), np.full((4, 4), 65535)], axis=-1)
+    (tmp_path / "in" / "a.png").write_bytes(png16(values, 4))
+    assert np.unique(only(tmp_path / "in", tmp_path)).tolist() == [40]
+
+
+def test_what_hidden_folders_hold_is_nobodys_business(classes, tmp_path):
+    (classes / ".git").mkdir()
+    (classes / ".git" / "hooks").symlink_to(tmp_path)
+    assert convert(classes, tmp_path / "out.zip").written == 12
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(classes, tmp_path):
+    with whole_file(tmp_path / "out.zip") as part:
+        pass
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    left = tmp_path / part.name.replace(f".{os.getpid()}-", f".{process.pid}-")
+    left.write_bytes(b"half")
+    (tmp_path / "out.zip").unlink()
+    convert(classes, tmp_path / "out.zip")
+    assert leftovers(tmp_path) == ["out.zip", "raw"]

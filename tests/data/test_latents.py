@@ -164,11 +164,11 @@ class Failing:
     def __getattr__(self, name: str):
         return getattr(self.wrapped, name)
 
-    def encode(self, images):
+    def encode(self, images, **how):
         self.calls -= 1
         if self.calls < 0:
             raise Interrupted
-        return self.wrapped.encode(images)
+        return self.wrapped.encode(images, **how)
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5, 9])  # a shard takes 4
@@ -330,3 +330,27 @@ def test_an_unknown_hub_id_without_network_is_one_line_and_leaves_nothing(source
     assert line.startswith("error: no-one/no-vae: no such folder here, and not available from the Hub (")
     assert "give a local folder" in line
     assert not (tmp_path / "l").exists()
+
+
+def test_classes_that_were_renamed_are_so_in_a_finished_cache_too(source, vae, tmp_path):
+    def renamed(name: str, dest: Path) -> Path:
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(dest, "w") as new:
+            for item in old.namelist():
+                data = old.read(item)
+                new.writestr(item, data.replace(b"ant", name.encode()) if item == "dataset.json" else data)
+        return dest
+
+    for name in ("wrong", "right"):
+        (tmp_path / name).mkdir()
+    wrong, right = renamed("aunt", tmp_path / "wrong" / "pets.zip"), renamed("emu", tmp_path / "right" / "pets.zip")
+    encode_archive(wrong, tmp_path / "l", vae, batch=3, shard_size=SHARD)
+    before = contents(tmp_path / "l")
+    encode_archive(right, tmp_path / "l", Failing(vae, 0), batch=3, shard_size=SHARD)
+    assert LatentArchive(tmp_path / "l", cond=True).class_names == ["emu", "bee", "cat"]
+    after = contents(tmp_path / "l")
+    assert {name for name in after if after[name] != before[name]} == {"dataset.json", "dataset.sfv"}
+    encode_archive(wrong, tmp_path / "l", Failing(vae, 0), batch=3, shard_size=SHARD)
+    assert contents(tmp_path / "l") == before
+    (tmp_path / "l" / "dataset.json").write_bytes(before["dataset.json"].replace(b"cat", b"cut"))
+    with pytest.raises(UserError, match="damaged"):
+        encode_archive(right, tmp_path / "l", Failing(vae, 0), batch=3, shard_size=SHARD)

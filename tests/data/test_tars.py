@@ -77,3 +77,11 @@ def test_damaged_and_compressed_tars_are_one_line(tmp_path):
     (tmp_path / "c.tar").write_bytes(whole[:520])
     with pytest.raises(UserError, match=r"c.tar: '0000.png' cannot be read \(the tar is cut short\)"):
         source.read(0)
+
+
+def test_the_files_that_a_mac_adds_are_no_images(tmp_path):
+    files = samples(range(3))
+    write_tar(
+        tmp_path / "a.tar", {f"./._{name}": b"AppleDouble" for name in files} | {f"./{n}": d for n, d in files.items()}
+    )
+    assert convert(tmp_path / "a.tar", tmp_path / "out.zip").written == 3

@@ -349,8 +349,9 @@ APART = """
 from pathlib import Path
 from diffit.errors import UserError
 from diffit.sampling import outputs
+from diffit.utils import distributed
 from diffit.utils.distributed import processes
-outputs.SEEN_WITHIN = 0.3
+distributed.SEEN_WITHIN = 0.3
 with processes() as procs:
     with outputs.own_folder(Path("together"), procs):
         procs.barrier()

@@ -11,10 +11,14 @@ import torch
 from PIL import Image
 
 from diffit.cli import cli
+from diffit.configs.presets import get_preset
 from diffit.errors import UserError
+from diffit.explore.attention import attention_layers
+from diffit.models import build
 from diffit.sampling import load
 from diffit.training.runs import RunView
 from diffit.utils.images import to_uint8
+from diffit.weights import save_network
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio: extra studio")
 
@@ -234,6 +238,34 @@ def test_the_least_recently_used_network_goes(shelf):
     small.model(OTHER)
     assert small.model(NETWORK) is first
     assert len(small._kept) == 2
+
+
+def test_an_autoencoder_is_for_the_networks_that_have_latents(shelf, tmp_path):
+    own = Shelf(runs=shelf.runs_dir, vae="someone/vae", device=torch.device("cpu"))
+    assert own.model(NETWORK).autoencoder is None
+    assert own.vae_for(own.networks()[NETWORK]) is None
+    config = get_preset("latent-debug")
+    save_network(tmp_path / "l.safetensors", build(config.model).state_dict(), config)
+    assert own.vae_for(tmp_path / "l.safetensors") == "someone/vae"
+    request = Request(NETWORK, 0, 1)
+    assert "--vae someone/vae" in request.command("l.safetensors", "someone/vae")
+    assert "vae='someone/vae'" in request.python("l.safetensors", "someone/vae")
+    assert "vae" not in request.command("l.safetensors") + request.python("l.safetensors")
+
+
+def test_what_is_looked_into_is_the_network_that_made_the_sample(tmp_path):
+    run = write_run(tmp_path / "runs", kimg=(1,))
+    shelf = Shelf(networks=(str(run),), device=torch.device("cpu"))
+    (name,) = shelf.networks()
+    looked = inside_tab.look(shelf, name, RANDOM, 0, 2)
+    block = next(iter(attention_layers(shelf.model(name).net)))
+    assert len(inside_tab.biases(shelf, looked, block)) > 0
+    (run / "anything").touch()  # of the folder, not of the network
+    assert len(inside_tab.biases(shelf, looked, block)) > 0
+    (old,) = run.glob("network-snapshot-*.safetensors")
+    shutil.copy(old, run / "network-snapshot-000009.000.safetensors")
+    with pytest.raises(UserError, match="there is a newer one of this name"):
+        inside_tab.biases(shelf, looked, block)
 
 
 def test_a_request_larger_than_the_memory_is_refused_before_any_work(shelf, monkeypatch):

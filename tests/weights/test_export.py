@@ -234,6 +234,21 @@ def test_what_exists_is_kept_unless_it_is_to_be_overwritten(latent, tmp_path):
     assert len(load_file(dest)) == len(released_shapes(4, 32, 2, 2, 3))
 
 
+def test_a_folder_that_holds_more_than_an_export_is_not_replaced(latent, tmp_path, monkeypatch):
+    dest = tmp_path / "upload"
+    arguments = ["export", "--network", str(latent), "--to", "hub-folder", "--dest"]
+    cli([*arguments, str(dest)], standalone_mode=False)
+    cli([*arguments, str(dest), "--overwrite"], standalone_mode=False)
+    (dest / ".git").mkdir()
+    with pytest.raises(UserError, match=r"holds more than an export \(.git\)"):
+        cli([*arguments, str(dest), "--overwrite"], standalone_mode=False)
+    (dest / ".git").rmdir()
+    monkeypatch.chdir(dest)
+    with pytest.raises(UserError, match="the current folder, which would be replaced as a whole"):
+        cli([*arguments, ".", "--overwrite"], standalone_mode=False)
+    assert (dest / "README.md").exists()
+
+
 def test_a_full_disk_leaves_nothing(latent, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

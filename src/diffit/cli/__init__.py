@@ -1,5 +1,6 @@
 """The ``diffit`` command. Each subcommand parses its options and calls one library function."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import io
@@ -17,6 +18,7 @@ from diffit.errors import DISTRIBUTION, MESSAGE_LIMIT, UserError, printable
 from diffit.utils.urls import remember
 
 logger = logging.getLogger(__name__)
+MANY_FILES = 8192  # open at once
 
 # Subcommand -> (module, one line of help). Modules are imported when needed: `diffit --help` must not wait for torch.
 COMMANDS = {
@@ -67,6 +69,7 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a file on Windows may have no "−": better "?" than no help at all
             stream.reconfigure(errors="replace")
     wait_without_spinning()
+    open_many_files()
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler])
@@ -122,6 +125,19 @@ def wait_without_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def open_many_files() -> None:
+    """As many as this user may, where a shell's limit is less (1,024, on a Mac 256): archives may be of many zips."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def warn_of_namesake() -> None:

@@ -23,7 +23,7 @@ from diffit.data.convert import convert as convert_source
 from diffit.data.formats import UNREAD, suffix_of, unread
 from diffit.data.latents import Header, LatentArchive, is_latents, scale_warning
 from diffit.data.transforms import TRANSFORMS
-from diffit.errors import printable
+from diffit.errors import UserError, printable
 from diffit.models.autoencoder import SCALE
 from diffit.utils.images import save_grid
 from diffit.utils.locks import exclusive
@@ -166,9 +166,15 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
         report = check_archive(path, cond=cond, seed=seed, progress=show)
     _print_check(report)
     if report.samples is not None and not no_grid:
-        grid = grid or Path(f"{path.resolve().name.removesuffix('.zip')}-grid.png")
-        save_grid(report.samples, grid)
-        _line("grid", f"{grid} ({len(report.samples)} images at random, in the order of the archive; seed {seed})")
+        where = grid or default_grid(path)
+        try:
+            save_grid(report.samples, where)
+        except UserError as error:  # who did not ask for it need not have it
+            if grid is not None:
+                raise
+            _line("grid", f"none: {error}")
+        else:
+            _line("grid", f"{where} ({len(report.samples)} images at random, in the order of the archive; seed {seed})")
     for warning in report.warnings:
         _line("warning", warning)
     for problem in report.problems:
@@ -176,6 +182,13 @@ def check(ctx: click.Context, path: Path, cond: bool, grid: Path | None, no_grid
     if report.problems:
         ctx.exit(1)
     _next_training(path, bool(report.labelled))
+
+
+def default_grid(path: Path) -> Path:
+    """In the current folder, or next to the archive where that is in it: a picture in it would be one of its images."""
+    whole = path.resolve()
+    inside = Path.cwd().is_relative_to(whole)
+    return (whole.parent if inside else Path()) / f"{whole.name.removesuffix('.zip')}-grid.png"
 
 
 def _print_check(report: CheckReport) -> None:

@@ -1,6 +1,7 @@
 """Raw images in, an image archive out: upright 8-bit gray or RGB PNGs of one size, with labels."""
 
 import json
+import os
 import re
 import zipfile
 from collections import Counter
@@ -21,7 +22,7 @@ from diffit.data.sources import CLASS_ORDERS, Source, open_source
 from diffit.data.sums import SUMS, format_sums
 from diffit.data.transforms import resizer
 from diffit.errors import UserError
-from diffit.utils.files import whole_file, whole_folder
+from diffit.utils.files import sweep, whole_file, whole_folder
 
 MIN_SHARD = 1024  # bytes
 OURS = re.compile(r"\d{5,}(-of-\d{5,}\.zip)?")  # folders and zips of an archive folder
@@ -135,6 +136,7 @@ def convert(
         color(settings.background),
     )
     _check_dest(source, dest, settings)
+    sweep(Path(os.path.abspath(dest)).parent)  # of what killed conversions have left
     raw = open_source(source, cond=settings.cond, class_order=settings.class_order)
     if settings.frames == "all":
         raw = raw.with_all_frames()

@@ -20,6 +20,7 @@ from diffit.data.latents import (
     HEADER,
     MOMENTS,
     Header,
+    LatentArchive,
     channel_sums,
     is_latents,
     missing_shards,
@@ -34,7 +35,7 @@ from diffit.data.names import readable
 from diffit.data.sums import SUMS, format_sums
 from diffit.errors import UserError
 from diffit.models.autoencoder import Autoencoder
-from diffit.utils.distributed import Processes
+from diffit.utils.distributed import Processes, require_shared
 from diffit.utils.files import disk_errors, whole_file
 from diffit.weights.file import save_tensors
 
@@ -101,6 +102,7 @@ def encode_archive(
         if progress is not None and procs.is_first and done < header.count:
             progress(done, header.count)
 
+    require_shared(dest, procs, "--dest")
     own = missing[procs.rank :: procs.count]
     for shard in own:
         tensors = _encode_shard(archive, vae, header.shard_range(shard), header, settings["batch"], advance)
@@ -156,9 +158,23 @@ def _prepare(dest: Path, archive: ImageArchive, header: Header) -> list[int]:
     labels = None
     if archive.labels is not None:
         labels = list(zip(archive.file_names, archive.labels.tolist(), strict=True))
-    with whole_file(dest / META) as part:
-        part.write_text(json.dumps({"labels": labels, "class_names": archive.class_names}, ensure_ascii=False))
+    text = json.dumps({"labels": labels, "class_names": archive.class_names}, ensure_ascii=False)
+    _write_labels(dest, text.encode())
     return missing_shards(dest, header)
+
+
+def _write_labels(dest: Path, data: bytes) -> None:
+    """Where the classes have other names now, those; :func:`_finish` writes the sums again that told of the old."""
+    path = dest / META
+    with disk_errors(path):
+        before = path.read_bytes() if path.is_file() else None
+    if before == data:
+        return
+    if before is not None and (dest / SUMS).exists():
+        LatentArchive(dest)  # damage is not mended unseen
+        (dest / SUMS).unlink()
+    with whole_file(path) as part:
+        part.write_bytes(data)
 
 
 def _require_same(dest: Path, old: Header, new: Header) -> None:
@@ -184,8 +200,8 @@ def _encode_shard(
     for start in range(0, len(indices), batch):
         part = torch.stack(list(islice(images, batch)))
         rows = slice(start, start + len(part))
-        tensors["mean"][rows], tensors["std"][rows] = vae.encode(part)
-        tensors["mean_mirror"][rows], tensors["std_mirror"][rows] = vae.encode(part.flip(3))
+        tensors["mean"][rows], tensors["std"][rows] = vae.encode(part, batch=batch)
+        tensors["mean_mirror"][rows], tensors["std_mirror"][rows] = vae.encode(part.flip(3), batch=batch)
         advance(len(part))
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         remedy = "use --dtype float32" if header.dtype == "float16" else "use another VAE"

@@ -1,5 +1,6 @@
 """The files of a folder, a zip, or a folder of zips: listed, named safely, read, and worked through in order."""
 
+import errno
 import os
 import shlex
 import struct
@@ -208,6 +209,8 @@ class FileTree:
         self.folders.append(folder)
         for entry in os.scandir(folder):
             name = prefix + entry.name
+            if HIDDEN.search(entry.name):  # what is in it would not be used
+                continue
             # A link may show a file that the owner never meant to share, or lead in a circle.
             if entry.is_symlink() and (entry.is_dir() or not self._is_inside(entry.path)):
                 raise UserError(
@@ -259,6 +262,8 @@ class FileTree:
                 file = self.zips[part]
                 handles[part] = zipfile.ZipFile(file if self.mirror is None else self.mirror.open(file.name))
             except READ_ERRORS as error:
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                    raise UserError(f"{self.path}: more files than may be open at once (ulimit -n 8192)") from error
                 raise UserError(
                     f"{self.zips[part]} cannot be read as a zip ({error}): it is damaged or incomplete, copy it again"
                 ) from error
@@ -381,6 +386,8 @@ def reading(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # no image's fault
+            raise UserError(f"{path}: too many files are open at once; raise the limit (ulimit -n 8192)") from error
         reason = getattr(error, "strerror", None) or error
         raise BrokenImageError(f"{path}: '{name}' cannot be read ({reason})") from error
 

@@ -1,6 +1,7 @@
 """Any decoded image as upright 8-bit gray or RGB in sRGB."""
 
 import io
+import re
 import sys
 from functools import lru_cache
 from typing import Any
@@ -55,11 +56,14 @@ def color_name(levels: Color) -> str:
 
 
 def is_sixteen_bit_color(image: Image.Image) -> bool:
-    """Whether Pillow would keep only the upper byte of each value; asked before the pixels are loaded."""
+    """Whether Pillow would keep only the upper byte of each value; asked before the pixels are loaded.
+
+    Not of gray with transparency, for which it has no raw mode that reads the lower byte: such images have 8 bits.
+    """
     return (
         isinstance(image, ImageFile.ImageFile)
         and image.mode in ("RGB", "RGBA")
-        and any(_raw_mode(tile)[-3:-1] == "16" for tile in image.tile)
+        and any(re.fullmatch("RGB.*16.", _raw_mode(tile)) for tile in image.tile)
     )
 
 
@@ -97,9 +101,13 @@ def gray_values(image: Image.Image, defined: bool = False) -> Values | None:
 
 
 def scale(values: Values, value_range: tuple[float, float]) -> Image.Image:
-    """8 bits of values of which the lower and everything below becomes 0, the higher and all above 255."""
-    low, high = value_range
-    levels = np.rint((values.astype(np.float64) - low) * 255 / (high - low))
+    """8 bits of values of which the lower and everything below becomes 0, the higher and all above 255.
+
+    Transparency, the fourth channel, has all 16 bits whatever the range of the colours.
+    """
+    low, high = np.array(value_range)[:, None] if values.ndim < 3 else np.array([*[value_range] * 3, FULL]).T
+    channels = values.shape[2] if values.ndim == 3 else 1
+    levels = np.rint((values.astype(np.float64) - low[:channels]) * 255 / (high - low)[:channels])
     return Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
 
 
@@ -117,6 +125,7 @@ def eight_bit(
     colour profile is converted to sRGB, transparency laid on ``background``.
     Raises ValueError for a colour mode that cannot be converted.
     """
+    image.load()  # which turns a TIFF upright, and says so
     turn, profile, done = TURNS.get(orientation(image)), image.info.get("icc_profile"), set[str]()
     if values is not None:
         image = scale(values, value_range)

@@ -11,7 +11,7 @@ from pathlib import Path
 from diffit.data.bounds import require_bytes
 from diffit.data.files import READ_ERRORS, BrokenImageError, reading
 from diffit.data.formats import IMAGE_SUFFIXES
-from diffit.data.names import natural_key, safe_name
+from diffit.data.names import HIDDEN, natural_key, safe_name
 from diffit.errors import UserError
 
 MAX_CLASS_BYTES = 20  # of a .cls file, which holds a number
@@ -42,6 +42,8 @@ def list_tars(tars: Sequence[Path]) -> tuple[list[str], list[Place], list[int | 
                     if not member.isfile():  # links too: what they point to may be anywhere
                         continue
                     name = safe_name(member.name, str(path))
+                    if HIDDEN.search(name):  # a Mac adds one to each
+                        continue
                     full = f"{path.stem}/{name}" if len(tars) > 1 else name
                     if name.lower().endswith(IMAGE_SUFFIXES):
                         places[full] = path, member.offset_data, member.size

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import os
-import socket
-import time
-import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,13 +22,12 @@ from torch import Tensor
 from diffit.configs.sampling import Sampling
 from diffit.configs.schema import Config
 from diffit.errors import UserError
-from diffit.utils.distributed import Processes
+from diffit.utils.distributed import Processes, require_shared
 from diffit.utils.files import disk_errors, sweep, whole_file
 from diffit.utils.images import to_pil
 from diffit.utils.locks import exclusive
 
 RECORD = "samples.json"
-SEEN_WITHIN = 5.0  # seconds that a file server may need to show one node what another has written
 
 
 @dataclass
@@ -127,30 +123,6 @@ def own_folder(outdir: Path, procs: Processes) -> Iterator[None]:
                     sweep(folder)
         require_shared(outdir, procs)
         yield
-
-
-def require_shared(outdir: Path, procs: Processes) -> None:
-    """UserError unless all processes see the same ``outdir``: nodes may each have a disk of their own there."""
-    if procs.count == 1:
-        return
-    mark = outdir / procs.broadcast(f".shared-{uuid.uuid4().hex}" if procs.is_first else None)
-    try:
-        with procs.together():
-            if procs.is_first:
-                with disk_errors(mark):
-                    mark.touch()
-        with procs.together():
-            deadline = time.monotonic() + SEEN_WITHIN
-            while not mark.exists():
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{outdir}: {socket.gethostname()} does not see what process 0 writes there; use a folder as "
-                        "--outdir that all nodes share, or sample on one node"
-                    )
-                time.sleep(0.1)
-    finally:
-        if procs.is_first:
-            mark.unlink(missing_ok=True)
 
 
 def write_record(outdir: Path, record: dict[str, Any]) -> None:

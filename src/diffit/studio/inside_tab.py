@@ -38,6 +38,7 @@ class Looked:
     """A sample with the states that led to it."""
 
     network: str
+    version: tuple[str, float]
     seed: int
     label: int | None
     states: list[State]
@@ -50,11 +51,19 @@ class Looked:
 
 def look(shelf: Shelf, network: str, label: str, seed: Any, steps: Any) -> Looked:
     """Sample, and keep the state of every step."""
+    version = shelf.version(network)
     model = prepared(shelf, network, 1, steps)
     number, chosen = seed_of(seed), class_of(label, model.config)
     states = denoising_states(model, [number], chosen)
     images = model.sample([number], chosen).cpu()
-    return Looked(network, number, chosen, states, images[0])
+    return Looked(network, version, number, chosen, states, images[0])
+
+
+def model_of(shelf: Shelf, looked: Looked) -> Model:
+    """The network that the sample is of. UserError where the name means another one by now, as in a run that trains."""
+    if shelf.version(looked.network) != looked.version:
+        raise UserError(f"network {looked.network}: there is a newer one of this name; press “Sample and look” again")
+    return shelf.model(looked.network)
 
 
 def windows(shelf: Shelf, looked: Looked, block: str, visible: bool) -> Image.Image:
@@ -62,7 +71,7 @@ def windows(shelf: Shelf, looked: Looked, block: str, visible: bool) -> Image.Im
     image = picture(looked.sample, SIDE)
     if not visible:
         return image
-    size, window = map_of(shelf.model(looked.network), block)
+    size, window = map_of(model_of(shelf, looked), block)
     return window_grid(image, size, window)
 
 
@@ -89,7 +98,7 @@ def attention(
     shelf: Shelf, looked: Looked, block: str, step: Any, place: Place
 ) -> tuple[list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
     """Pictures with captions: each head at one step; the mean of the heads over the denoising process."""
-    model = shelf.model(looked.network)
+    model = model_of(shelf, looked)
     layer_of(model, block)
     at = whole(step, "step") - 1
     if not 0 <= at < looked.steps:
@@ -111,7 +120,7 @@ def attention(
 
 def biases(shelf: Shelf, looked: Looked, block: str) -> list[tuple[Image.Image, str]]:
     """B of each head; all on one scale."""
-    maps = bias_maps(layer_of(shelf.model(looked.network), block))
+    maps = bias_maps(layer_of(model_of(shelf, looked), block))
     low, high = float(maps.min()), float(maps.max())
     return [(heat(values, low, high, SMALL), f"head {head}") for head, values in enumerate(maps)]
 
@@ -119,7 +128,7 @@ def biases(shelf: Shelf, looked: Looked, block: str) -> list[tuple[Image.Image, 
 def norms(shelf: Shelf, looked: Looked, block: str) -> pd.DataFrame:
     """Mean over heads of how far the time token moves queries, keys and values, over the noise levels of the steps."""
     sigmas = [sigma for sigma, _ in looked.states]
-    found = time_norms(shelf.model(looked.network), sigmas, looked.label)[block].mean(-1)  # (S, 3)
+    found = time_norms(model_of(shelf, looked), sigmas, looked.label)[block].mean(-1)  # (S, 3)
     rows = [
         (math.log(sigma), part, float(found[i, j])) for i, sigma in enumerate(sigmas) for j, part in enumerate(PARTS)
     ]

@@ -30,10 +30,11 @@ class Request:
     def seeds(self) -> range:
         return range(self.first_seed, self.first_seed + self.count)
 
-    def command(self, source: str) -> str:
+    def command(self, source: str, vae: str | None = None) -> str:
         """The ``diffit sample`` that makes the same images of the network ``source``."""
         last = self.first_seed + self.count - 1
         words = ["diffit", "sample", "--network", source, "--outdir", "samples"]
+        words += [] if vae is None else ["--vae", vae]
         words += ["--seeds", str(self.first_seed) if self.count == 1 else f"{self.first_seed}-{last}"]
         if self.label is not None:
             words += ["--class", str(self.label)]
@@ -44,14 +45,15 @@ class Request:
             words += ["--precision", self.precision]
         return shlex.join(words)
 
-    def python(self, source: str) -> str:
+    def python(self, source: str, vae: str | None = None) -> str:
         """The same as Python: the images are ``(count, C, H, W)`` in [−1, 1]."""
         precision = "" if self.precision == "auto" else f", precision={self.precision!r}"
+        decoded = "" if vae is None else f", vae={vae!r}"
         how = "".join(f", {name}={value!r}" for name, value in self.settings.items())
         label = "" if self.label is None else f", {self.label!r}"
         return (
             "import diffit\n\n"
-            f"model = diffit.load({source!r}{precision})\n"
+            f"model = diffit.load({source!r}{precision}{decoded})\n"
             f"images = model.sample(range({self.first_seed}, {self.first_seed + self.count}){label}{how})"
         )
 

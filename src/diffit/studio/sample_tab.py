@@ -33,7 +33,8 @@ def sample(shelf: Shelf, scratch: Scratch, *asked: Any) -> Iterator[Any]:
     """
     request, model = ask(shelf, *asked)
     source = shelf.networks()[request.network]
-    command, python = request.command(source), request.python(source)
+    vae = shelf.vae_for(source)
+    command, python = request.command(source, vae), request.python(source, vae)
     began, steps = time.monotonic(), model.config.sampling.steps
     many = f"**{request.count} images**" if request.count > 1 else "**1 image**"
     yield None, f"{many}, step 0 of {steps}", command, python, None, None

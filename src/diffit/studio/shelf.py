@@ -12,7 +12,7 @@ from diffit.sampling.model import Model, load
 from diffit.training.run_dir import runs
 from diffit.utils.distributed import pick_device
 from diffit.utils.memory import free_memory
-from diffit.weights import snapshot_kimg, snapshots
+from diffit.weights import locate, read_header, snapshot_kimg, snapshots
 
 MAX_IMAGES, MAX_STEPS = 64, 1000  # of one request
 SHARE = 0.8  # of the free memory that one request may take
@@ -60,17 +60,30 @@ class Shelf:
 
     def model(self, name: str | None, precision: str = "auto") -> Model:
         """The model of a name that :meth:`networks` has. Raises :class:`UserError`."""
-        source = self.networks().get(name or "")
-        if source is None:
-            raise UserError(f"network {name}: not among those that the page was started with; choose one of the list")
+        source, modified = self.version(name)
         with self._lock:
-            key = (source, precision, _modified(Path(source)))
+            key = (source, precision, modified)
             if key not in self._kept:
                 while len(self._kept) >= self.keep:
                     self._kept.popitem(last=False)
-                self._kept[key] = load(source, device=self.device, precision=precision, vae=self.vae)
+                self._kept[key] = load(source, device=self.device, precision=precision, vae=self.vae_for(source))
             self._kept.move_to_end(key)
             return self._kept[key]
+
+    def version(self, name: str | None) -> tuple[str, float]:
+        """The file that a name means now, and when it was written: a run that trains has another one later.
+
+        Raises :class:`UserError`.
+        """
+        source = self.networks().get(name or "")
+        if source is None:
+            raise UserError(f"network {name}: not among those that the page was started with; choose one of the list")
+        file = locate(source)
+        return str(file), _modified(file)
+
+    def vae_for(self, source: str | Path) -> str | None:
+        """The autoencoder that the page was started with, where the network has latents."""
+        return self.vae if self.vae is not None and read_header(source)[0].autoencoder is not None else None
 
     def run(self, name: str | None) -> Path:
         """The run folder of a name that :meth:`runs` has. Raises :class:`UserError`."""

@@ -17,13 +17,12 @@ from diffit.metrics.evaluate import evaluate_network
 from diffit.metrics.suite import better, headline
 from diffit.models.autoencoder import Autoencoder
 from diffit.sampling.model import load
-from diffit.sampling.outputs import require_shared
 from diffit.sampling.settings import with_sampling
 from diffit.training.evaluator import Evaluator, best_file
 from diffit.training.loop import train
 from diffit.training.run import Outcome
 from diffit.training.run_dir import read_options
-from diffit.utils.distributed import Processes
+from diffit.utils.distributed import Processes, require_shared
 from diffit.utils.precision import check_precision
 from diffit.weights import newest_snapshot
 from diffit.weights.file import locate, read_header, read_network_file, save_network, state_hash

@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from diffit.errors import UserError
+from diffit.utils.files import disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ PATIENCE = timedelta(hours=6)
 
 
 ANSWER = timedelta(seconds=5)  # that a process which is at work has to say so
+SEEN_WITHIN = 5.0  # seconds that a file server may need to show one node what another has written
 
 
 @dataclass(frozen=True)
@@ -193,3 +197,27 @@ def processes(*, join: bool = True) -> Iterator[Processes]:
         dist.init_process_group("gloo", timeout=PATIENCE)
     yield Processes(rank=dist.get_rank(), count=count, device=device)
     dist.destroy_process_group()
+
+
+def require_shared(outdir: Path, procs: Processes, option: str = "--outdir") -> None:
+    """UserError unless all processes see the same ``outdir``: nodes may each have a disk of their own there."""
+    if procs.count == 1:
+        return
+    mark = outdir / procs.broadcast(f".shared-{uuid.uuid4().hex}" if procs.is_first else None)
+    try:
+        with procs.together():
+            if procs.is_first:
+                with disk_errors(mark):
+                    mark.touch()
+        with procs.together():
+            deadline = time.monotonic() + SEEN_WITHIN
+            while not mark.exists():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{outdir}: {socket.gethostname()} does not see what process 0 writes there; use a folder as "
+                        f"{option} that all nodes share, or one node"
+                    )
+                time.sleep(0.1)
+    finally:
+        if procs.is_first:
+            mark.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ def _machine() -> str:
 
 def _beside(path: Path, kind: str) -> Path:
     """A name next to ``path`` that says whose it is."""
+    path = Path(os.path.abspath(path))  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.{kind}")
 
@@ -99,6 +100,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        if path.exists() and path.samefile(os.curdir):
+            raise UserError(f"{path}: the current folder, which would be replaced as a whole; name another place")
         part = _beside(path, "part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()

@@ -1,6 +1,7 @@
 """A network file in another form: the official layout, or a folder for the Hub."""
 
 import html
+import os
 import re
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from diffit.configs.schema import Config
 from diffit.errors import UserError, printable
 from diffit.models import DiffiT
 from diffit.models.latent import LatentDiffiT
-from diffit.utils.files import whole_file, whole_folder
+from diffit.utils.files import sweep, whole_file, whole_folder
 from diffit.weights.file import load_network, locate, public, read_header, save_network, save_tensors, with_vae
 from diffit.weights.official import to_official
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("official", "hub-folder")
+OURS = re.compile(r".+\.safetensors|README\.md|model_index\.json|transformer|vae")  # in a folder that was exported
 
 
 def export(
@@ -49,10 +51,19 @@ def export(
 
 
 def check_dest(dest: str | Path, overwrite: bool) -> Path:
-    """``dest`` as a path. Raises :class:`UserError` where it exists and may not be overwritten."""
-    if Path(dest).exists() and not overwrite:
+    """``dest`` as a path. Raises :class:`UserError` where it exists and may not be overwritten.
+
+    A folder with anything in it that no export writes, such as a clone's ``.git``, is nobody's to replace. What killed
+    exports have left beside it is removed.
+    """
+    path = Path(dest)
+    if path.exists() and not overwrite:
         raise UserError(f"{dest}: exists; choose another place, or --overwrite it")
-    return Path(dest)
+    others = sorted(item.name for item in path.iterdir() if not OURS.fullmatch(item.name)) if path.is_dir() else ()
+    if others:
+        raise UserError(f"{dest}: holds more than an export ({others[0]}), so it is not replaced; choose another place")
+    sweep(Path(os.path.abspath(path)).parent)
+    return path
 
 
 def write_official(net: DiffiT, config: Config, dest: Path) -> None:
