@@ -58,6 +58,15 @@ def test_convert_then_check_says_what_happened_and_what_to_do_next(raw, tmp_path
         assert grid.size == (3 * 66 - 2, 2 * 66 - 2)
 
 
+def test_the_folder_that_one_is_in_is_not_replaced(raw, tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    result = invoke(f"data convert --source {raw} --dest .")
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == ".: the current folder, which would be replaced as a whole; name another place"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "raw"]
+
+
 def test_the_picture_of_a_check_is_never_put_into_the_archive(raw, tmp_path, monkeypatch):
     assert invoke("data convert --source raw --dest archive").exit_code == 0
     monkeypatch.chdir(tmp_path / "archive" / "00000")

@@ -92,6 +92,8 @@ def encode_archive(
     archive = ImageArchive(source)
     if archive.has_labels:
         archive = ImageArchive(source, cond=True)
+    if procs.count > 1:  # each node may have a copy of its own
+        procs.require_same(archive.content_hash, archive.path, "images", "copy the archive again")
     header = _header(archive, vae, settings["dtype"], settings["shard_size"])
     missing: list[int] = procs.broadcast(_prepare(dest, archive, header) if procs.is_first else None)
     done = header.count - sum(len(header.shard_range(shard)) for shard in missing)

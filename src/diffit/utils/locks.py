@@ -46,7 +46,8 @@ def exclusive(path: Path, remedy: str, *, beside: bool = False) -> Iterator[None
 
     Raises UserError where another process holds it, or a thread of this one.
     """
-    file = path.parent / f".{path.name}{NAME}" if beside else path / NAME
+    named = Path(os.path.abspath(path))  # "." has no name
+    file = named.parent / f".{named.name}{NAME}" if beside else path / NAME
     with disk_errors(path):
         lock = _lease(file)
         holder = _Holder(lock, file)
