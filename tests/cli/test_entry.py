@@ -120,3 +120,13 @@ def test_a_command_may_open_more_files_than_a_shell_s_limit():
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     most = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
     assert said.strip() == str((most, hard))
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["metrics"]])
+def test_a_command_of_which_nothing_is_asked_shows_its_help(words, capsys):
+    with pytest.raises(SystemExit):
+        run(cli, words)
+    said = capsys.readouterr()
+    lines = (said.err + said.out).splitlines()
+    assert lines[0].startswith("Usage:")
+    assert "Commands:" in lines

@@ -334,6 +334,16 @@ def test_a_longer_run_goes_on_with_the_ramp_that_it_began_with(pets, tmp_path):
     assert ramps == [0.02, 0.02]
 
 
+def test_going_on_puts_nothing_aside_whatever_the_rounding_of_names(pets, tmp_path):
+    """16 images are 0.016 kimg, and 0.02 in a name of two decimals."""
+    first = run(pets, tmp_path, kimg=0.016, batch=16, tick=0.016, snap=1)
+    assert states(first.run_dir)[-1].name == "training-state-000000.02"
+    second = run(pets, tmp_path, kimg=0.08, batch=16, tick=0.016, snap=1)
+    assert (second.run_dir, second.images_seen) == (first.run_dir, 80)
+    assert not list(first.run_dir.glob("retired*"))
+    assert (first.run_dir / "network-snapshot-000000.02.safetensors").exists()
+
+
 def test_going_back_to_an_older_state_retires_the_later_ones(pets, tmp_path):
     run(pets, tmp_path, kimg=0.16, dump=1, snap=1)
     (run_dir,) = tmp_path.iterdir()

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from diffit.training import plan as planning
 from diffit.training import train
 from diffit.training.plan import PROGRAM, fit_batch, measure, plan, take_over
 from diffit.training.run import Pace, Run
-from diffit.training.run_dir import kimg_number, prune_snapshots, same_run
+from diffit.training.run_dir import is_later, kimg_number, prune_snapshots, same_run
 from diffit.training.step import Stepper, build_network
 from diffit.utils.distributed import Processes
 from helpers import write_archive
@@ -287,6 +288,16 @@ def test_two_saves_never_have_the_same_number():
     assert len(set(names)) == len(names)
     assert names == sorted(names)
     assert all(float(a) < float(b) for a, b in itertools.pairwise(names))
+
+
+@pytest.mark.parametrize("batch", [2, 8, 16, 24, 32, 48, 64, 100, 512, 1500])
+@pytest.mark.parametrize("tick", [0.01, 1.0])
+def test_of_two_saves_the_later_is_known_by_its_rounded_name(batch, tick):
+    config = resolve("debug", {"batch": batch, "tick": tick})
+    for first, second in itertools.product(range(0, 60 * batch, batch), repeat=2):
+        names = [kimg_number(config, images) for images in (first, second)]
+        for name in (f"training-state-{names[1]}", f"network-snapshot-{names[1]}.safetensors"):
+            assert is_later(Path(name), first) == (second > first and names[0] != names[1])
 
 
 def test_the_newest_snapshots_are_kept_and_the_best(tmp_path):

@@ -17,7 +17,7 @@ from diffit.configs.schema import ADMDiffusion, Config, Data
 from diffit.errors import UserError
 from diffit.models import build
 from diffit.weights.export import export
-from diffit.weights.file import read_header, save_network
+from diffit.weights.file import locate, read_header, save_network
 from helpers import write_vae
 
 
@@ -247,6 +247,14 @@ def test_a_folder_that_holds_more_than_an_export_is_not_replaced(latent, tmp_pat
     with pytest.raises(UserError, match="the current folder, which would be replaced as a whole"):
         cli([*arguments, ".", "--overwrite"], standalone_mode=False)
     assert (dest / "README.md").exists()
+
+
+def test_a_folder_for_the_hub_is_a_network_before_it_is_there(latent, tmp_path):
+    folder = export(latent, "hub-folder", tmp_path / "upload")
+    assert locate(folder) == folder / "latent-debug.safetensors"
+    (folder / "another.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="a folder without a network-snapshot file"):
+        locate(folder)
 
 
 def test_a_full_disk_leaves_nothing(latent, tmp_path, monkeypatch):

@@ -88,6 +88,9 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
             command.main(args=args, standalone_mode=False, token_normalize_func=lambda name: name.replace("_", "-"))
         )
     except click.UsageError as error:
+        if error.ctx is not None and type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            click.echo(error.ctx.get_help(), err=True)
+            sys.exit(2)
         path = error.ctx.command_path if error.ctx else "diffit"
         if isinstance(error, click.NoSuchOption) and error.possibilities:  # the nearest alone, not the first by name
             near = get_close_matches(error.option_name, error.possibilities, n=1, cutoff=0)

@@ -149,6 +149,8 @@ def sample(network: str, outdir: Path, **options: Any) -> None:
             grid = None if own.grid is None else (own.grid[1], own.grid[0])
             path = model.save(output, chosen, labels, procs=procs, batch=own.batch, grid=grid, source=str(file))
             count = len(chosen)
+            if grid is not None and procs.is_first:
+                click.echo(f"the first {grid[0] * grid[1]} in one picture: {beside(outdir, 'grid')}")
             if own.trajectory and procs.is_first:
                 some = slice(TRAJECTORY_IMAGES)
                 gif = beside(outdir, "trajectory", ".gif")

@@ -91,7 +91,8 @@ OPTIONS: Options = {
     ],
     "Length": [
         click.option("--minutes", type=click.FloatRange(min=0.1),
-                     help=f"Length by the clock.  [default: {MINUTES:g}, unless a preset or network is chosen]"),
+                     help=f"Length by the clock.  [default: {MINUTES:g}, unless a preset or network is chosen; a run "
+                 "that goes on keeps its own]"),
         HOURS,
         click.option("--kimg", type=float, help="Length in thousands of images.  [default: the preset's]"),
         DURATION,
@@ -238,6 +239,7 @@ def train(**options: Any) -> None:
     from diffit.training import train as run_training
     from diffit.training.run_dir import read_options as read_recorded
     from diffit.utils.distributed import processes
+    from diffit.utils.progress import minutes_text
 
     with processes(join=not dry_run) as procs:
         archive = open_archive(given, preset, dry_run)
@@ -255,11 +257,12 @@ def train(**options: Any) -> None:
         outcome = run_training(config, archive, outdir, procs, resume=resume, val=val, autoencoder=autoencoder)
         minutes = (read_recorded(outcome.run_dir) or config).training.minutes
         if outcome.snapshot is None and outcome.complete and procs.is_first:
+            whole = "its whole length" if minutes is None else f"its {minutes_text(minutes)}"
             click.echo(
-                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg; a longer --kimg or --minutes goes "
-                "on, --resume none begins again"
+                f"{outcome.run_dir}: already at {outcome.images_seen / 1000:g} kimg, {whole}; a longer --kimg or "
+                "--minutes goes on, --resume none begins again"
             )
-        elif outcome.complete and minutes is not None and procs.is_first:
+        if outcome.complete and minutes is not None and procs.is_first:
             click.echo(f"to go on: {longer(sys.argv, 3 * minutes)}")
         if not outcome.complete:  # in here: the other processes may be gone, and are not waited for
             assert outcome.signal is not None

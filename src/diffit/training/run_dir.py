@@ -21,7 +21,7 @@ from diffit.training.tracking import open_trackers
 from diffit.utils.distributed import Processes
 from diffit.utils.files import disk_errors, sweep, whole_file
 from diffit.utils.locks import exclusive, is_free
-from diffit.weights import snapshot_kimg, snapshots
+from diffit.weights import snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,18 @@ def refuse_other_content(asked: Config, recorded: Config, run_dir: Path) -> None
 def kimg_number(config: Config, images_seen: int) -> str:
     """kimg in file names, ``000200``, with as many decimals as keep two saves apart."""
     decimals = 0 if config.training.tick >= 1 else max(math.ceil(-math.log10(config.training.batch / 1000)), 0)
+    return _kimg_text(images_seen, decimals)
+
+
+def _kimg_text(images_seen: int, decimals: int) -> str:
     whole = images_seen // 1000 if not decimals else images_seen / 1000
     return f"{whole:0{6 + (decimals and decimals + 1)}.{decimals}f}"
+
+
+def is_later(path: Path, images_seen: int) -> bool:
+    """Whether a state or snapshot is of more images: its name has them rounded, and so must those be."""
+    number = re.findall(r"\d+(?:\.\d+)?", path.name)[-1]
+    return float(number) > float(_kimg_text(images_seen, len(number.partition(".")[2])))
 
 
 def runs(outdir: Path) -> list[Path]:
@@ -218,10 +228,8 @@ def retire_later(state: Path) -> list[Path]:
 
     A run that goes back would otherwise be taken up, pruned and sampled at the end of the branch that was left.
     """
-    run_dir, number = state.parent, read_progress(state)[0] / 1000
-    later = [path for path in states(run_dir) if float(path.name.removeprefix(PREFIX)) > number]
-    later += [path for path in snapshots(run_dir) if snapshot_kimg(path) > number]
-    return [put_aside(path, "retired") for path in later]
+    run_dir, seen = state.parent, read_progress(state)[0]
+    return [put_aside(path, "retired") for path in (*states(run_dir), *snapshots(run_dir)) if is_later(path, seen)]
 
 
 def put_aside(path: Path, word: str) -> Path:

@@ -123,7 +123,10 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def locate(path: str | Path) -> Path:
-    """The file that a path, a run folder (its newest snapshot), a folder of runs (the newest), or a Hub id means."""
+    """The file that a path, a run folder (its newest snapshot), a folder of runs (the newest), or a Hub id means.
+
+    A folder with one network file, as `diffit export` makes it for the Hub, means that.
+    """
     if not Path(path).exists() and hub.looks_like_id(str(path)):
         return hub.fetch(str(path))
     path = Path(path)
@@ -133,6 +136,8 @@ def locate(path: str | Path) -> Path:
         for folder in (path, *sorted(path.glob("[0-9]" * 5 + "-*"), reverse=True)):
             if (newest := newest_snapshot(folder)) is not None:
                 return newest
+        if len(alone := list(path.glob("*.safetensors"))) == 1:
+            return alone[0]
     kind = "a folder without a network-snapshot file" if path.is_dir() else "not there"
     raise UserError(
         f"{path}: {kind}; a network is a file such as network-snapshot-000200.safetensors, a run folder, or a Hub id"
