@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from diffit.configs.presets import get_preset
 from diffit.configs.resolve import DataFacts, resolve
 from diffit.data import ImageArchive
 from diffit.metrics.copies import Copies, write_copies
 from diffit.training import pictures
 from diffit.training.report import write_report
+from diffit.training.runs import RunView
 from diffit.utils.html import LARGE
 from helpers import write_archive
 
@@ -70,6 +73,16 @@ def run(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (700, 700), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "reals.png")
     return folder
+
+
+def test_the_loss_that_is_told_is_of_a_tick_though_the_last_line_be_of_a_step():
+    training = get_preset("debug").training.model_copy(update={"tick": 0.04})
+    config = get_preset("debug").model_copy(update={"training": training})
+    stats = [{"images": 40, "loss": 0.9}, {"images": 80, "loss": 0.2}, {"images": 88, "loss": 0.8}]
+    told = RunView(Path(), config, stats, [], {}, [], 0.0).health()
+    assert any(line.startswith("loss 0.3") for line in told)  # (40 · 0.2 + 8 · 0.8)/48
+    told = RunView(Path(), config, stats[:2], [], {}, [], 0.0).health()
+    assert any(line.startswith("loss 0.2") for line in told)
 
 
 def test_the_report_begins_with_what_a_person_wants_to_know(run):

@@ -75,7 +75,8 @@ class RunView:
             return ["its options cannot be read: another version wrote it, or it died in its first second"]
         length = config.training.expected_kimg(self.kimg)
         lines = [f"{self.kimg:,.6g} kimg ({self.kimg / length:.0%} of {length:,g}), {self._pace()}"]
-        if isinstance(loss := last.get("loss"), int | float):
+        if isinstance(last.get("loss"), int | float):
+            loss = self._loss(1000 * config.training.tick)
             usual = usual_loss(config, self.kimg, length)
             lines.append(f"loss {loss:.4g}" + ("" if usual is None else f"; {usual:.2g} is usual after so many images"))
         elif self.stats:
@@ -84,6 +85,17 @@ class RunView:
         lines.append("no step was skipped" if not skipped else f"{skipped} steps were skipped: see the log")
         latest = {record["metric"]: format_numbers(record["results"]) for record in self.metrics}
         return lines + [f"{metric}: {numbers}" for metric, numbers in latest.items()]
+
+    def _loss(self, images: float) -> float:
+        """Mean of the last lines that are of so many ``images`` together: the very last may be of a single step."""
+        losses, weights = list[float](), list[float]()
+        for i in reversed(range(len(self.stats))):
+            loss = self.stats[i].get("loss")
+            if not isinstance(loss, int | float) or sum(weights) >= images:
+                break
+            losses.append(loss)
+            weights.append(self.stats[i]["images"] - (self.stats[i - 1]["images"] if i else 0))
+        return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / max(sum(weights), 1)
 
     def _pace(self) -> str:
         if not self.stats:
