@@ -92,7 +92,7 @@ OPTIONS: Options = {
     "Length": [
         click.option("--minutes", type=click.FloatRange(min=0.1),
                      help=f"Length by the clock.  [default: {MINUTES:g}, unless a preset or network is chosen; a run "
-                 "that goes on keeps its own]"),
+                     "that goes on keeps its own]"),
         HOURS,
         click.option("--kimg", type=float, help="Length in thousands of images.  [default: the preset's]"),
         DURATION,

@@ -182,11 +182,12 @@ def _in_proportion(training: dict[str, Any], base: Config, options: Mapping[str,
         training["minutes"] = None
     if "compile" in before.chosen and "compile" not in options:
         training["compile"] = None
-    chosen = [name for name in FOLLOWING if name in unasked(base) - options.keys()]
+    free = unasked(base) - options.keys()
     if ema := {"ema_decay", "ema_halflife_kimg"} & options.keys():
-        chosen = [name for name in chosen if name not in ("ema_decay", "ema_halflife_kimg")]
+        free -= {"ema_decay", "ema_halflife_kimg"}
         if "ema_decay" not in ema:
             training["ema_decay"] = None  # one of the two
+    chosen = [name for name in FOLLOWING if name in free]
     if timed:
         chosen.append("kimg")
     if by_default or (not asked and "minutes" in before.chosen):

@@ -262,8 +262,7 @@ class FileTree:
                 file = self.zips[part]
                 handles[part] = zipfile.ZipFile(file if self.mirror is None else self.mirror.open(file.name))
             except READ_ERRORS as error:
-                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                    raise UserError(f"{self.path}: more files than may be open at once (ulimit -n 8192)") from error
+                _require_room(error, self.path)
                 raise UserError(
                     f"{self.zips[part]} cannot be read as a zip ({error}): it is damaged or incomplete, copy it again"
                 ) from error
@@ -386,10 +385,15 @@ def reading(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # no image's fault
-            raise UserError(f"{path}: too many files are open at once; raise the limit (ulimit -n 8192)") from error
+        _require_room(error, path)
         reason = getattr(error, "strerror", None) or error
         raise BrokenImageError(f"{path}: '{name}' cannot be read ({reason})") from error
+
+
+def _require_room(error: Exception, path: Path) -> None:
+    """UserError where ``error`` is that too many files are open, which is the fault of none of them."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise UserError(f"{path}: too many files are open at once; raise the limit (ulimit -n 8192)") from error
 
 
 def read_file(path: Path, crc: int | None, limit: int | None = None) -> bytes:

@@ -58,9 +58,11 @@ class Shelf:
             named |= {f"{snapshot_kimg(path):g} kimg · {name}": str(path) for path in reversed(snapshots(run))}
         return named
 
-    def model(self, name: str | None, precision: str = "auto") -> Model:
-        """The model of a name that :meth:`networks` has. Raises :class:`UserError`."""
-        source, modified = self.version(name)
+    def model(self, name: str | None, precision: str = "auto", *, version: tuple[str, float] | None = None) -> Model:
+        """The model of a name that :meth:`networks` has. Raises :class:`UserError`, also for another ``version``."""
+        source, modified = found = self.version(name)
+        if version not in (None, found):
+            raise UserError(f"network {name}: there is a newer one of this name; press “Sample and look” again")
         with self._lock:
             key = (source, precision, modified)
             if key not in self._kept:
